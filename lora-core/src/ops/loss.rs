@@ -1,0 +1,47 @@
+use lora_kernels::{self as k, Acc, axpby, sum_rows};
+
+use crate::{Result, Tape, Tensor, Var};
+
+/// The language-model head and its loss: `scale`·Σᵢ CE(xᵢ·Wᵀ, targetsᵢ), with x [n, d] (only rows that have a target),
+/// W [vocabulary, d], targets [n] of u32, and label smoothing ε as PyTorch's `cross_entropy` has it:
+///
+/// CE(z, t) = log Σⱼ e^{zⱼ} − (1 − ε)·z_t − ε·meanⱼ zⱼ
+///
+/// Logits exist for one chunk of rows at a time, and the gradient is made while they are there: [n, vocabulary] is never
+/// held. `scale` is 1 / (number of targets of the whole optimiser step), so that micro-batches add up to its mean.
+pub fn loss_head(t: &mut Tape, x: &Var, w: &Var, targets: &Tensor, smoothing: f64, scale: f64) -> Result<Var> {
+    let (device, dtype, n) = (t.device(), x.value.dtype(), x.value.rows());
+    assert_eq!(targets.len(), n, "one target per row");
+    let mut losses = Tensor::empty(&device, dtype, &[n, 1])?;
+    let like = |v: &Var| v.slot.map(|_| Tensor::empty(&device, dtype, v.value.shape())).transpose();
+    let (mut dx, mut dw) = (like(x)?, like(w)?);
+    let to = |g| Acc { to: g, beta: 0.0 };
+    k::loss_head(
+        x.value.mat(),
+        w.value.t(),
+        targets.mat(),
+        smoothing,
+        scale,
+        losses.make_mut()?,
+        dx.as_mut().map(Tensor::make_mut).transpose()?.map(to),
+        dw.as_mut().map(Tensor::make_mut).transpose()?.map(to),
+    )?;
+    let mut loss = Tensor::empty(&device, dtype, &[1])?;
+    sum_rows(losses.mat(), Acc { to: loss.make_mut()?, beta: 0.0 })?;
+    let sum = loss.clone();
+    axpby(scale, sum.mat(), 0.0, loss.make_mut()?)?;
+    let slots = (x.slot, w.slot);
+    Ok(t.record(loss, slots.0.is_some() || slots.1.is_some(), move |dy, g| {
+        // The gradients are ready for ∂total/∂loss = 1, the usual case; any other factor scales them.
+        let factor = dy.to_f64()?[0];
+        for (slot, grad) in [(slots.0, dx), (slots.1, dw)] {
+            let (Some(slot), Some(mut grad)) = (slot, grad) else { continue };
+            if factor != 1.0 {
+                let unscaled = grad.clone();
+                axpby(factor, unscaled.mat(), 0.0, grad.make_mut()?)?;
+            }
+            g.pass(slot, grad)?;
+        }
+        Ok(())
+    }))
+}

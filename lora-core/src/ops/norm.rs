@@ -1,0 +1,61 @@
+use lora_kernels as k;
+
+use crate::{Result, Tape, Tensor, Var, tape::Open};
+
+/// y = γ·(x − mean)/√(var + ε) + β over each row, with the biased variance. Ba et al. 2016.
+pub fn layer_norm(t: &mut Tape, x: &Var, gamma: &Var, beta: &Var, eps: f64) -> Result<Var> {
+    let (device, dtype) = (t.device(), x.value.dtype());
+    let mut y = Tensor::empty(&device, dtype, x.value.shape())?;
+    let mut stats = Tensor::empty(&device, dtype, &[x.value.rows(), 2])?;
+    k::layer_norm(x.value.mat(), gamma.value.mat(), beta.value.mat(), eps, y.make_mut()?, stats.make_mut()?)?;
+    let slots = (x.slot, gamma.slot, beta.slot);
+    // β alone needs neither x nor the statistics, but a trainable β without a trainable γ is too rare to save for.
+    let saved = (x.value.clone(), stats, gamma.value.clone());
+    let tracked = slots.0.is_some() || slots.1.is_some() || slots.2.is_some();
+    Ok(t.record(y, tracked, move |dy, g| {
+        let (x, stats, gamma) = saved;
+        let mut dx = slots.0.map(|s| g.open(s, x.shape(), &dy)).transpose()?;
+        let mut dgamma = slots.1.map(|s| g.open(s, gamma.shape(), &dy)).transpose()?;
+        let mut dbeta = slots.2.map(|s| g.open(s, gamma.shape(), &dy)).transpose()?;
+        k::layer_norm_backward(
+            x.mat(),
+            gamma.mat(),
+            stats.mat(),
+            dy.mat(),
+            dx.as_mut().map(Open::acc).transpose()?,
+            dgamma.as_mut().map(Open::acc).transpose()?,
+            dbeta.as_mut().map(Open::acc).transpose()?,
+        )?;
+        for open in [dx, dgamma, dbeta].into_iter().flatten() {
+            g.close(open)?;
+        }
+        Ok(())
+    }))
+}
+
+/// y = γ·x/√(mean(x²) + ε) over each row. Zhang and Sennrich 2019.
+pub fn rms_norm(t: &mut Tape, x: &Var, gamma: &Var, eps: f64) -> Result<Var> {
+    let (device, dtype) = (t.device(), x.value.dtype());
+    let mut y = Tensor::empty(&device, dtype, x.value.shape())?;
+    let mut stats = Tensor::empty(&device, dtype, &[x.value.rows(), 1])?;
+    k::rms_norm(x.value.mat(), gamma.value.mat(), eps, y.make_mut()?, stats.make_mut()?)?;
+    let slots = (x.slot, gamma.slot);
+    let saved = (x.value.clone(), stats, gamma.value.clone());
+    Ok(t.record(y, slots.0.is_some() || slots.1.is_some(), move |dy, g| {
+        let (x, stats, gamma) = saved;
+        let mut dx = slots.0.map(|s| g.open(s, x.shape(), &dy)).transpose()?;
+        let mut dgamma = slots.1.map(|s| g.open(s, gamma.shape(), &dy)).transpose()?;
+        k::rms_norm_backward(
+            x.mat(),
+            gamma.mat(),
+            stats.mat(),
+            dy.mat(),
+            dx.as_mut().map(Open::acc).transpose()?,
+            dgamma.as_mut().map(Open::acc).transpose()?,
+        )?;
+        for open in [dx, dgamma].into_iter().flatten() {
+            g.close(open)?;
+        }
+        Ok(())
+    }))
+}

@@ -1,0 +1,277 @@
+use std::sync::Arc;
+
+use lora_kernels::{Acc, Buffer, DType, Device, MatMut};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, Normal};
+
+use crate::{Result, Tensor};
+
+/// Names one trainable parameter of a [`Params`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub(crate) usize);
+
+/// How a trainable parameter begins.
+#[derive(Clone, Debug)]
+pub enum Init {
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+    /// Uniform in [−bound, bound).
+    Uniform {
+        /// The bound.
+        bound: f64,
+    },
+    /// Normal with mean 0.
+    Normal {
+        /// Standard deviation.
+        std: f64,
+    },
+    /// A copy of another tensor: a base weight that trains.
+    Copy(Tensor),
+}
+
+impl Init {
+    /// PyTorch's `kaiming_uniform_(a = √5)` for a matrix with `fan_in` inputs: uniform within 1/√fan_in. The authors' code
+    /// starts A with it.
+    pub fn kaiming_uniform(fan_in: usize) -> Init {
+        Init::Uniform { bound: 1.0 / (fan_in as f64).sqrt() }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    name: String,
+    shape: Vec<usize>,
+    offset: usize,
+    /// Whether the parameter is a bias or belongs to a normalisation: weight decay can spare those.
+    vector: bool,
+}
+
+/// Collects what a method wants to train, before any memory is taken.
+#[derive(Debug, Default)]
+pub struct ParamsBuilder {
+    entries: Vec<Entry>,
+    inits: Vec<Init>,
+    len: usize,
+}
+
+impl ParamsBuilder {
+    /// An empty collection.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a parameter.
+    ///
+    /// # Panics
+    /// When the name is taken, or a copied tensor has another number of elements.
+    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> ParamId {
+        let (name, len) = (name.into(), shape.iter().product::<usize>());
+        assert!(self.entries.iter().all(|e| e.name != name), "parameter {name} twice");
+        if let Init::Copy(t) = &init {
+            assert_eq!(t.len(), len, "{name}: copy of {:?} as {shape:?}", t.shape());
+        }
+        self.entries.push(Entry { name, shape: shape.into(), offset: self.len, vector: shape.len() < 2 });
+        self.inits.push(init);
+        self.len += len;
+        ParamId(self.entries.len() - 1)
+    }
+
+    /// Number of scalars so far.
+    pub fn count(&self) -> usize {
+        self.len
+    }
+
+    /// Takes the memory and fills it in. Each parameter draws from a stream of its own, so that it begins the same way
+    /// whatever else trains.
+    pub fn build(self, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
+        let mut flat = Buffer::empty(device, dtype, self.len)?;
+        for (i, (e, init)) in self.entries.iter().zip(&self.inits).enumerate() {
+            let len: usize = e.shape.iter().product();
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(i as u64);
+            let mut draw =
+                |f: &mut dyn FnMut(&mut ChaCha8Rng) -> f64| -> Vec<f64> { (0..len).map(|_| f(&mut rng)).collect() };
+            let values = match init {
+                Init::Zeros => draw(&mut |_| 0.0),
+                Init::Ones => draw(&mut |_| 1.0),
+                Init::Uniform { bound } => draw(&mut |rng| rng.random_range(-1.0..1.0) * bound),
+                Init::Normal { std } => {
+                    let normal = Normal::new(0.0, *std).expect("a finite standard deviation");
+                    draw(&mut |rng| normal.sample(rng))
+                }
+                Init::Copy(t) => {
+                    let mut to = MatMut::new(&mut flat, e.offset, t.rows(), t.cols());
+                    let t = t.to_dtype(dtype)?;
+                    lora_kernels::axpby(1.0, t.mat(), 0.0, to.reborrow())?;
+                    continue;
+                }
+            };
+            match dtype {
+                DType::F64 => flat.write(e.offset, &values)?,
+                _ => flat.write(e.offset, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())?,
+            }
+        }
+        Ok(Params { entries: self.entries.into(), flat: Arc::new(flat) })
+    }
+}
+
+/// All trainable parameters, in one flat buffer, so that clipping, AdamW and an all-reduce are one call each. Cloning
+/// shares the memory; [`Params::flat_mut`] copies it first when a tape or a tensor still holds it.
+#[derive(Clone, Debug)]
+pub struct Params {
+    entries: Arc<[Entry]>,
+    flat: Arc<Buffer>,
+}
+
+impl Params {
+    /// No parameters: inference on a base.
+    pub fn none(device: &Device) -> Result<Params> {
+        ParamsBuilder::new().build(device, DType::F32, 0)
+    }
+
+    /// All parameters, in order.
+    pub fn ids(&self) -> impl ExactSizeIterator<Item = ParamId> + use<> {
+        (0..self.entries.len()).map(ParamId)
+    }
+
+    /// The parameter's name.
+    pub fn name(&self, id: ParamId) -> &str {
+        &self.entries[id.0].name
+    }
+
+    /// The parameter's shape.
+    pub fn shape(&self, id: ParamId) -> &[usize] {
+        &self.entries[id.0].shape
+    }
+
+    /// Whether the parameter is a vector (a bias, a norm's weight), which weight decay can spare.
+    pub fn is_vector(&self, id: ParamId) -> bool {
+        self.entries[id.0].vector
+    }
+
+    /// Where the parameter stands in the flat buffer.
+    pub fn range(&self, id: ParamId) -> std::ops::Range<usize> {
+        let e = &self.entries[id.0];
+        e.offset..e.offset + e.shape.iter().product::<usize>()
+    }
+
+    /// The parameter with that name.
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        self.entries.iter().position(|e| e.name == name).map(ParamId)
+    }
+
+    /// The parameter's value, sharing memory.
+    pub fn tensor(&self, id: ParamId) -> Tensor {
+        let e = &self.entries[id.0];
+        Tensor::view(&e.shape, self.flat.clone(), e.offset)
+    }
+
+    /// Number of trainable scalars.
+    pub fn count(&self) -> usize {
+        self.flat.len()
+    }
+
+    /// Type of the values.
+    pub fn dtype(&self) -> DType {
+        self.flat.dtype()
+    }
+
+    /// Where the memory lies.
+    pub fn device(&self) -> Device {
+        self.flat.device()
+    }
+
+    /// All values as one row.
+    pub fn flat(&self) -> Tensor {
+        Tensor::view(&[self.flat.len()], self.flat.clone(), 0)
+    }
+
+    /// All values as one row, for writing.
+    pub fn flat_mut(&mut self) -> Result<MatMut<'_>> {
+        if Arc::get_mut(&mut self.flat).is_none() {
+            self.flat = Arc::new(self.flat.try_clone(0..self.flat.len())?);
+        }
+        let len = self.flat.len();
+        Ok(MatMut::new(Arc::get_mut(&mut self.flat).expect("unshared: checked or just made"), 0, 1, len))
+    }
+
+    /// Overwrites one parameter.
+    ///
+    /// # Panics
+    /// When the number of elements differs.
+    pub fn set(&mut self, id: ParamId, value: &Tensor) -> Result<()> {
+        let range = self.range(id);
+        assert_eq!(value.len(), range.len(), "{}: {:?} set to {:?}", self.name(id), self.shape(id), value.shape());
+        let value = value.to_dtype(self.dtype())?.reshape(&[1, range.len()]);
+        Ok(lora_kernels::axpby(1.0, value.mat(), 0.0, self.flat_mut()?.cols_in(range))?)
+    }
+}
+
+/// The gradients of a [`Params`], in a flat twin of its buffer. Nothing is zero-filled between steps: the first writer of
+/// a gradient overwrites it, later ones add (gradient accumulation is just calling backward again).
+#[derive(Debug)]
+pub struct Grads {
+    entries: Arc<[Entry]>,
+    flat: Buffer,
+    written: Vec<bool>,
+}
+
+impl Grads {
+    /// Room for the gradients of `params`.
+    pub fn new(params: &Params) -> Result<Grads> {
+        let flat = Buffer::zeros(&params.device(), params.dtype(), params.count())?;
+        Ok(Grads { entries: params.entries.clone(), flat, written: vec![false; params.entries.len()] })
+    }
+
+    /// Forgets all gradients: the next step begins.
+    pub fn reset(&mut self) {
+        self.written.fill(false);
+    }
+
+    /// Parameters that no backward has written since the last reset. Their gradient is zero; a method whose parameters
+    /// stay here has them in the wrong place.
+    pub fn unwritten(&self) -> Vec<&str> {
+        self.entries.iter().zip(&self.written).filter(|(_, w)| !**w).map(|(e, _)| e.name.as_str()).collect()
+    }
+
+    /// All gradients as one row; what nobody wrote is zero.
+    pub fn flat_mut(&mut self) -> Result<MatMut<'_>> {
+        for i in 0..self.entries.len() {
+            if !self.written[i] {
+                let (offset, len) = self.place(i);
+                let zeros = Buffer::zeros(&self.flat.device(), self.flat.dtype(), len)?;
+                let zeros = lora_kernels::Mat::new(&zeros, 0, 1, len);
+                lora_kernels::axpby(0.0, zeros, 0.0, MatMut::new(&mut self.flat, offset, 1, len))?;
+                self.written[i] = true;
+            }
+        }
+        let len = self.flat.len();
+        Ok(MatMut::new(&mut self.flat, 0, 1, len))
+    }
+
+    /// One gradient, copied; `None` when nobody wrote it.
+    pub fn get(&self, id: ParamId) -> Result<Option<Tensor>> {
+        if !self.written[id.0] {
+            return Ok(None);
+        }
+        let (offset, len) = self.place(id.0);
+        Ok(Some(Tensor::from_buffer(&self.entries[id.0].shape, self.flat.try_clone(offset..offset + len)?)))
+    }
+
+    /// Where the next gradient of this parameter goes.
+    pub(crate) fn acc(&mut self, id: ParamId) -> Acc<'_> {
+        let e = &self.entries[id.0];
+        let cols = e.shape.last().copied().unwrap_or(1);
+        let rows = e.shape.iter().rev().skip(1).product();
+        let beta = if std::mem::replace(&mut self.written[id.0], true) { 1.0 } else { 0.0 };
+        Acc { to: MatMut::new(&mut self.flat, e.offset, rows, cols), beta }
+    }
+
+    fn place(&self, i: usize) -> (usize, usize) {
+        let e = &self.entries[i];
+        (e.offset, e.shape.iter().product())
+    }
+}

@@ -1,0 +1,321 @@
+use std::{collections::BTreeMap, ops::Range};
+
+use ndarray::Array2;
+
+use super::{Adapter, Base, Method, Options, Site};
+use crate::{
+    Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var,
+    lowrank::{self, Layout, LowRank, Scaling},
+    ops,
+};
+
+/// LoRA (Hu et al. 2021, section 4.1): h = W₀x + s·B·A·x with W₀ frozen, A [r, in] Kaiming-uniform, B [out, r] zero, and
+/// s = α/r (or α/√r).
+///
+/// A target is a module by PEFT's rule (its name, or the end of it after a dot), or one part of a fused projection
+/// (`c_attn.q`). Parts of one module train as updates of their own columns, and are saved as the equivalent block-structured
+/// adapter of the whole module: n parts of rank r become A [n·r, in], B [out, n·r] with B zero outside of the blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lora {
+    config: LoraConfig,
+}
+
+/// The configuration of [`Lora`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// Rank r of each update.
+    pub rank: usize,
+    /// α of the scale s = α/r.
+    pub alpha: f64,
+    /// Dropout on x before A, in training.
+    pub dropout: f64,
+    /// s = α/√r instead of α/r.
+    pub rslora: bool,
+    /// What to adapt.
+    pub targets: Vec<String>,
+}
+
+impl From<&Options> for LoraConfig {
+    fn from(o: &Options) -> Self {
+        LoraConfig { rank: o.rank, alpha: o.alpha, dropout: o.dropout, rslora: o.rslora, targets: o.targets.clone() }
+    }
+}
+
+/// How a target relates to a site.
+enum Match {
+    Whole,
+    Part(usize),
+}
+
+/// PEFT's rule for names: equal, or the end after a dot.
+fn names(target: &str, module: &str) -> bool {
+    module.strip_suffix(target).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
+fn matching(target: &str, site: &Site) -> Option<Match> {
+    if names(target, &site.name) {
+        return Some(Match::Whole);
+    }
+    let (module, part) = target.rsplit_once('.')?;
+    let i = site.parts.iter().position(|(name, _)| *name == part)?;
+    names(module, &site.name).then_some(Match::Part(i))
+}
+
+/// What of a site the targets select: the targets themselves and what each means.
+fn selected<'a>(targets: &'a [String], site: &Site) -> Result<Vec<(&'a str, Match)>> {
+    let hits: Vec<_> = targets.iter().filter_map(|t| Some((t.as_str(), matching(t, site)?))).collect();
+    for (i, (first, a)) in hits.iter().enumerate() {
+        for (second, b) in &hits[i + 1..] {
+            if !matches!((a, b), (Match::Part(a), Match::Part(b)) if a != b) {
+                let (first, second) = (first.to_string(), second.to_string());
+                return Err(Error::OverlappingTargets { first, second, module: site.name.clone() });
+            }
+        }
+    }
+    Ok(hits)
+}
+
+impl Lora {
+    /// Checks what can be checked without a model.
+    pub fn new(config: LoraConfig) -> Result<Lora> {
+        let bad = |option, value: &dyn ToString, why: &str| {
+            Err(Error::Option { option, value: value.to_string(), why: why.into() })
+        };
+        let LoraConfig { rank, alpha, dropout, ref targets, .. } = config;
+        if rank == 0 {
+            return bad("rank", &rank, "a rank is at least 1");
+        }
+        if !alpha.is_finite() || alpha <= 0.0 {
+            return bad("alpha", &alpha, "alpha is a positive number; the update is scaled by alpha/rank");
+        }
+        if !(0.0..1.0).contains(&dropout) {
+            return bad("dropout", &dropout, "a dropout rate is in [0, 1)");
+        }
+        if targets.is_empty() || targets.iter().any(|t| t.trim().is_empty()) {
+            return bad("targets", &targets.join(","), "name at least one module, such as c_attn");
+        }
+        Ok(Lora { config })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    fn scaling(&self) -> Scaling {
+        if self.config.rslora { Scaling::RsLora } else { Scaling::Lora }
+    }
+}
+
+impl Method for Lora {
+    fn name(&self) -> &'static str {
+        "lora"
+    }
+
+    fn check(&self, base: &dyn Base) -> Result<()> {
+        for target in &self.config.targets {
+            if !base.sites().iter().any(|s| matching(target, s).is_some()) {
+                let mut modules: Vec<String> = Vec::new();
+                for site in base.sites() {
+                    // `transformer.h.3.attn.c_attn` is shown as `attn.c_attn`: what follows the layer's number.
+                    let parts: Vec<&str> = site.name.split('.').collect();
+                    let from = parts.iter().rposition(|p| p.parse::<usize>().is_ok()).map_or(0, |i| i + 1);
+                    let name = parts[from..].join(".");
+                    let fused = site.parts.iter().map(|(p, _)| format!("{name}.{p}"));
+                    modules.extend([name.clone()].into_iter().chain(fused));
+                }
+                modules.sort();
+                modules.dedup();
+                return Err(Error::NoSuchTarget { target: target.clone(), modules });
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&self, site: &Site, params: &mut ParamsBuilder) -> Result<Option<Box<dyn Adapter>>> {
+        let r = self.config.rank;
+        let mut terms = Vec::new();
+        let mut hits = selected(&self.config.targets, site)?;
+        // In the order of the columns, whatever the order of the targets.
+        hits.sort_by_key(|(_, m)| match m {
+            Match::Whole => 0,
+            Match::Part(i) => *i,
+        });
+        for (_, hit) in &hits {
+            let (prefix, cols) = match hit {
+                Match::Whole => (site.name.clone(), 0..site.outputs),
+                Match::Part(i) => (format!("{}.{}", site.name, site.parts[*i].0), site.parts[*i].1.clone()),
+            };
+            let most = site.inputs.min(cols.len());
+            if r > most {
+                let why = format!(
+                    "a rank is at most the smaller side of its matrix, and {prefix} is {}×{}",
+                    cols.len(),
+                    site.inputs
+                );
+                return Err(Error::Option { option: "rank", value: r.to_string(), why });
+            }
+            let a =
+                params.add(format!("{prefix}.lora_A.weight"), &[r, site.inputs], Init::kaiming_uniform(site.inputs));
+            let b = params.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
+            terms.push(Term { a, b, cols });
+        }
+        let scale = self.scaling().scale(self.config.alpha, r)?;
+        let (dropout, layout) = (self.config.dropout, site.layout);
+        Ok((!terms.is_empty())
+            .then(|| Box::new(Update { terms, scale, dropout, layout, outputs: site.outputs, rank: r }) as _))
+    }
+}
+
+/// The update of one site: y[:, cols] += s·(x·Aᵀ)·Bᵀ for each of its terms.
+#[derive(Debug)]
+struct Update {
+    terms: Vec<Term>,
+    scale: f64,
+    dropout: f64,
+    layout: Layout,
+    outputs: usize,
+    rank: usize,
+}
+
+#[derive(Debug)]
+struct Term {
+    a: ParamId,
+    b: ParamId,
+    cols: Range<usize>,
+}
+
+impl Update {
+    /// The whole update as one pair A [n·r, in], B [outputs, n·r]; B is zero outside of its blocks.
+    fn pair(&self, params: &Params) -> Result<(Array2<f32>, Array2<f32>)> {
+        let (r, n) = (self.rank, self.terms.len());
+        let inputs = params.shape(self.terms[0].a)[1];
+        let mut a = Array2::zeros((n * r, inputs));
+        let mut b = Array2::zeros((self.outputs, n * r));
+        for (i, term) in self.terms.iter().enumerate() {
+            let block = ndarray::s![i * r..(i + 1) * r, ..];
+            a.slice_mut(block).assign(&array(&params.tensor(term.a))?);
+            let block = ndarray::s![term.cols.clone(), i * r..(i + 1) * r];
+            b.slice_mut(block).assign(&array(&params.tensor(term.b))?);
+        }
+        Ok((a, b))
+    }
+}
+
+fn array(t: &Tensor) -> Result<Array2<f32>> {
+    let t = t.to_dtype(lora_kernels::DType::F32)?;
+    Ok(Array2::from_shape_vec((t.rows(), t.cols()), t.to_vec()?).expect("as many elements as the shape says"))
+}
+
+fn tensor(like: &Params, a: &Array2<f32>) -> Result<Tensor> {
+    let data: Vec<f32> = a.iter().copied().collect();
+    Tensor::from_slice(&like.device(), a.shape(), &data)
+}
+
+impl Adapter for Update {
+    fn apply(&self, t: &mut Tape, x: &Var, mut y: Var) -> Result<Var> {
+        // One mask for all parts: PEFT drops the input of the module once.
+        let x = &ops::dropout(t, x.share(), self.dropout)?;
+        for term in &self.terms {
+            let (a, b) = (t.param(term.a), t.param(term.b));
+            let u = ops::linear(t, x, &a, Layout::OutIn, None)?;
+            y = ops::linear_onto(t, y, term.cols.clone(), &u, &b, self.scale)?;
+        }
+        Ok(y)
+    }
+
+    fn merge(&self, params: &Params, w: &Tensor) -> Result<Option<Tensor>> {
+        let (a, b) = self.pair(params)?;
+        let update = LowRank::new(a, b, self.scale)?;
+        let w = array(w)?;
+        let merged = lowrank::merge(w.view(), &update, self.layout)?.into_weight();
+        Ok(Some(tensor(params, &merged)?))
+    }
+
+    fn save(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
+        let (a, b) = self.pair(params)?;
+        Ok(vec![("lora_A.weight".into(), tensor(params, &a)?), ("lora_B.weight".into(), tensor(params, &b)?)])
+    }
+
+    fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
+        let (r, n) = (self.rank, self.terms.len());
+        let inputs = params.shape(self.terms[0].a)[1];
+        let mut take = |name: &str, expected: [usize; 2]| -> Result<(String, Array2<f32>)> {
+            let name = format!("{site}.{name}");
+            let t = tensors.remove(&name).ok_or_else(|| Error::Missing { name: name.clone() })?;
+            if t.shape() != expected {
+                return Err(Error::Shape { name, found: t.shape().into(), expected: expected.into() });
+            }
+            Ok((name, array(&t)?))
+        };
+        let (_, a) = take("lora_A.weight", [n * r, inputs])?;
+        let (name, mut b) = take("lora_B.weight", [self.outputs, n * r])?;
+        for (i, term) in self.terms.iter().enumerate() {
+            let part = a.slice(ndarray::s![i * r..(i + 1) * r, ..]).to_owned();
+            params.set(term.a, &tensor(params, &part)?)?;
+            let mut block = b.slice_mut(ndarray::s![term.cols.clone(), i * r..(i + 1) * r]);
+            let part = block.to_owned();
+            params.set(term.b, &tensor(params, &part)?)?;
+            block.fill(0.0);
+        }
+        if b.iter().any(|&v| v != 0.0) {
+            let why = "it is not zero outside of the blocks that its parts name, so it is no adapter of these parts; use the whole module as the target".into();
+            return Err(Error::Structure { name, why });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn site() -> Site {
+        let parts = vec![("q", 0..4), ("k", 4..8), ("v", 8..12)];
+        Site { name: "transformer.h.0.attn.c_attn".into(), inputs: 4, outputs: 12, layout: Layout::InOut, parts }
+    }
+
+    #[test]
+    fn targets_match_whole_names_and_parts() {
+        let hits = |targets: &[&str]| {
+            let targets: Vec<String> = targets.iter().map(|t| t.to_string()).collect();
+            selected(&targets, &site()).map(|h| h.len())
+        };
+        for (targets, n) in [
+            (&["c_attn"][..], 1),
+            (&["attn.c_attn"], 1),
+            (&["transformer.h.0.attn.c_attn"], 1),
+            (&["attn"], 0),
+            (&["_attn"], 0),
+            (&["c_attn.q", "c_attn.v"], 2),
+            (&["attn.c_attn.q"], 1),
+            (&["c_attn.x"], 0),
+            (&["h.1.attn.c_attn"], 0),
+        ] {
+            assert_eq!(hits(targets).unwrap(), n, "{targets:?}");
+        }
+        for overlap in [&["c_attn", "attn.c_attn"][..], &["c_attn", "c_attn.q"], &["c_attn.q", "attn.c_attn.q"]] {
+            assert!(matches!(hits(overlap), Err(Error::OverlappingTargets { .. })), "{overlap:?}");
+        }
+    }
+
+    #[test]
+    fn senseless_options_are_refused_by_name() {
+        let good = LoraConfig { rank: 2, alpha: 4.0, dropout: 0.0, rslora: false, targets: vec!["c_attn".into()] };
+        let bad = [
+            ("rank", LoraConfig { rank: 0, ..good.clone() }),
+            ("alpha", LoraConfig { alpha: f64::NAN, ..good.clone() }),
+            ("alpha", LoraConfig { alpha: -1.0, ..good.clone() }),
+            ("dropout", LoraConfig { dropout: 1.0, ..good.clone() }),
+            ("targets", LoraConfig { targets: vec![], ..good.clone() }),
+        ];
+        for (name, config) in bad {
+            assert!(matches!(Lora::new(config), Err(Error::Option { option, .. }) if option == name), "{name}");
+        }
+        let too_large = Lora::new(LoraConfig { rank: 5, ..good }).unwrap();
+        assert!(matches!(
+            too_large.attach(&site(), &mut ParamsBuilder::new()),
+            Err(Error::Option { option: "rank", .. })
+        ));
+    }
+}

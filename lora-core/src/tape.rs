@@ -1,0 +1,270 @@
+use lora_kernels::{Acc, Device, Dropout, axpby};
+
+use crate::{Grads, ParamId, Params, Result, Tensor};
+
+/// A place for the gradient of one value. What has no slot is a constant: nothing is saved or computed for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// A trainable parameter; its gradient goes to the [`Grads`].
+    Param(ParamId),
+    /// An intermediate value of this tape.
+    Node(usize),
+}
+
+/// A value in a computation: a tensor and, when something trainable lies below it, the place for its gradient.
+///
+/// Not `Clone`: an operation that takes a `Var` by value may write in place, as long as nobody else (a saved input of a
+/// recorded step) holds its tensor.
+#[derive(Debug)]
+pub struct Var {
+    pub(crate) value: Tensor,
+    pub(crate) slot: Option<Slot>,
+}
+
+impl Var {
+    /// The value.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// The same value for a second use. An operation that would write in place copies while both live.
+    pub fn share(&self) -> Var {
+        Var { value: self.value.clone(), slot: self.slot }
+    }
+
+    /// The value alone, without its history.
+    pub fn into_value(self) -> Tensor {
+        self.value
+    }
+
+    /// Whether a gradient flows to this value.
+    pub fn is_tracked(&self) -> bool {
+        self.slot.is_some()
+    }
+}
+
+/// What makes the dropout masks of one forward pass: they are a function of these numbers and the element's place, so
+/// that threads, micro-batches and an interrupted run change nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Noise {
+    /// Seed of the run.
+    pub seed: u64,
+    /// The optimiser's step.
+    pub step: u32,
+    /// Rows of the step that earlier micro-batches held.
+    pub row_offset: u32,
+}
+
+type Back = Box<dyn FnOnce(Tensor, &mut Backward) -> Result<()>>;
+
+struct Step {
+    out: Slot,
+    /// The step changed its input in place and kept its slot: the gradient goes on to earlier steps too.
+    in_place: bool,
+    back: Back,
+}
+
+/// Records the operations of one forward pass, as far as something trainable lies below them.
+pub struct Tape {
+    params: Params,
+    recording: bool,
+    noise: Option<Noise>,
+    sites: u32,
+    nodes: usize,
+    steps: Vec<Step>,
+}
+
+impl Tape {
+    /// A tape on which `params` are variables. Without [`Tape::with_noise`] nothing is dropped out.
+    pub fn new(params: &Params) -> Tape {
+        Tape { params: params.clone(), recording: true, noise: None, sites: 0, nodes: 0, steps: Vec::new() }
+    }
+
+    /// A tape that records nothing: evaluation and generation.
+    pub fn inference(params: &Params) -> Tape {
+        Tape { recording: false, ..Tape::new(params) }
+    }
+
+    /// Training mode: dropout is active, with masks made from `noise`.
+    pub fn with_noise(mut self, noise: Noise) -> Tape {
+        self.noise = Some(noise);
+        self
+    }
+
+    /// A value that nothing trainable lies below.
+    pub fn constant(&self, t: &Tensor) -> Var {
+        Var { value: t.clone(), slot: None }
+    }
+
+    /// A trainable parameter.
+    pub fn param(&self, id: ParamId) -> Var {
+        Var { value: self.params.tensor(id), slot: self.recording.then_some(Slot::Param(id)) }
+    }
+
+    /// Where new tensors of this computation lie.
+    pub fn device(&self) -> Device {
+        self.params.device()
+    }
+
+    /// The mask of the next dropout of rate `p`, or none when nothing is to be dropped.
+    pub fn dropout_mask(&mut self, p: f64) -> Option<Dropout> {
+        // Every dropout of the architecture counts, also one of rate 0: its neighbours keep their masks when it changes.
+        let site = self.sites;
+        self.sites += 1;
+        let Noise { seed, step, row_offset } = self.noise?;
+        (p > 0.0).then_some(Dropout { p, seed, step, site, row_offset })
+    }
+
+    /// Records how the gradient of a new value flows on. When `tracked` is false the value is a constant and `back` is
+    /// dropped, with all it captured.
+    pub fn record(
+        &mut self,
+        value: Tensor,
+        tracked: bool,
+        back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'static,
+    ) -> Var {
+        if !tracked {
+            return Var { value, slot: None };
+        }
+        let out = self.fresh();
+        self.steps.push(Step { out, in_place: false, back: Box::new(back) });
+        Var { value, slot: Some(out) }
+    }
+
+    /// As [`Tape::record`], for an operation y ← y + f(…) that wrote onto `y`: dy flows on to what y was before, and to f.
+    pub fn record_onto(
+        &mut self,
+        value: Tensor,
+        slot: Option<Slot>,
+        tracked: bool,
+        back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'static,
+    ) -> Var {
+        // Nothing is added to a parameter itself: its slot takes gradients, not steps.
+        let in_place = matches!(slot, Some(Slot::Node(_)));
+        if !tracked {
+            return Var { value, slot };
+        }
+        let out = if in_place { slot.expect("checked") } else { self.fresh() };
+        let through = if in_place { None } else { slot };
+        let back = Box::new(move |dy: Tensor, g: &mut Backward| {
+            if let Some(s) = through {
+                g.pass(s, dy.clone())?;
+            }
+            back(dy, g)
+        });
+        self.steps.push(Step { out, in_place, back });
+        Var { value, slot: Some(out) }
+    }
+
+    fn fresh(&mut self) -> Slot {
+        self.nodes += 1;
+        Slot::Node(self.nodes - 1)
+    }
+
+    /// Adds ∂loss/∂p to the gradient of every parameter p. `loss` holds one element.
+    ///
+    /// # Panics
+    /// When `loss` is not a scalar.
+    pub fn backward(self, loss: Var, grads: &mut Grads) -> Result<()> {
+        assert_eq!(loss.value.len(), 1, "backward starts from a scalar, not from {:?}", loss.value.shape());
+        let one = Tensor::from_slice(&loss.value.device(), &[1], &[1f32])?;
+        let seed = one.to_dtype(loss.value.dtype())?.reshape(loss.value.shape());
+        self.backward_from(loss, seed, grads)
+    }
+
+    /// Adds ∂⟨dy, y⟩/∂p to the gradient of every parameter p: the vector-Jacobian product.
+    pub fn backward_from(self, y: Var, dy: Tensor, grads: &mut Grads) -> Result<()> {
+        assert_eq!(y.value.shape(), dy.shape(), "the gradient has the shape of its value");
+        let mut g = Backward { nodes: vec![None; self.nodes], grads };
+        let Some(slot) = y.slot else { return Ok(()) };
+        drop(y.value);
+        g.pass(slot, dy)?;
+        for step in self.steps.into_iter().rev() {
+            let Slot::Node(out) = step.out else { unreachable!("steps write nodes") };
+            // A value that nothing used has no gradient: its step is skipped, and so is all below it.
+            let Some(dy) = g.nodes[out].take() else { continue };
+            if step.in_place {
+                g.nodes[out] = Some(dy.clone());
+            }
+            (step.back)(dy, &mut g)?;
+        }
+        Ok(())
+    }
+}
+
+/// The gradients on their way down, during [`Tape::backward`].
+pub struct Backward<'a> {
+    nodes: Vec<Option<Tensor>>,
+    grads: &'a mut Grads,
+}
+
+/// The gradient of one value, taken out so that a kernel can write several at once.
+pub struct Open {
+    slot: Slot,
+    value: Tensor,
+    beta: f64,
+}
+
+impl Open {
+    /// Where the kernel writes.
+    pub fn acc(&mut self) -> Result<Acc<'_>> {
+        Ok(Acc { beta: self.beta, to: self.value.make_mut()? })
+    }
+}
+
+impl Backward<'_> {
+    /// Lets `write` add to the gradient of a value of the given shape; `like` gives type and device.
+    pub fn add(
+        &mut self,
+        slot: Slot,
+        shape: &[usize],
+        like: &Tensor,
+        write: impl FnOnce(Acc) -> Result<()>,
+    ) -> Result<()> {
+        if let Slot::Param(id) = slot {
+            return write(self.grads.acc(id));
+        }
+        let mut open = self.open(slot, shape, like)?;
+        write(open.acc()?)?;
+        self.close(open)
+    }
+
+    /// Adds a whole tensor to the gradient of a value; as the first one it is taken as it is, without a copy.
+    pub fn pass(&mut self, slot: Slot, dy: Tensor) -> Result<()> {
+        let acc = match slot {
+            Slot::Param(id) => self.grads.acc(id),
+            Slot::Node(n) => match &mut self.nodes[n] {
+                Some(sum) => Acc { to: sum.make_mut()?, beta: 1.0 },
+                empty => {
+                    *empty = Some(dy);
+                    return Ok(());
+                }
+            },
+        };
+        Ok(axpby(1.0, dy.mat(), acc.beta, acc.to)?)
+    }
+
+    /// Takes out the gradient of a value, for a kernel that writes several gradients in one call.
+    pub fn open(&mut self, slot: Slot, shape: &[usize], like: &Tensor) -> Result<Open> {
+        let sum = match slot {
+            Slot::Node(n) => self.nodes[n].take(),
+            Slot::Param(_) => None,
+        };
+        Ok(match sum {
+            Some(value) => Open { slot, value, beta: 1.0 },
+            None => Open { slot, value: Tensor::empty(&like.device(), like.dtype(), shape)?, beta: 0.0 },
+        })
+    }
+
+    /// Puts back what [`Backward::open`] took out.
+    pub fn close(&mut self, open: Open) -> Result<()> {
+        match open.slot {
+            Slot::Node(n) => self.nodes[n] = Some(open.value),
+            Slot::Param(id) => {
+                let acc = self.grads.acc(id);
+                axpby(1.0, open.value.mat(), acc.beta, acc.to)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+use std::{fmt, ops::Range, sync::Arc};
+
+use lora_kernels::{Buffer, DType, Device, Element, Mat, MatMut};
+
+use crate::Result;
+
+/// A contiguous, row-major array on one device. Cloning shares the memory; writing copies it first unless it is unshared
+/// ([`Tensor::make_mut`]), so that no holder ever sees another's change.
+#[derive(Clone)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    buf: Arc<Buffer>,
+    offset: usize,
+}
+
+impl Tensor {
+    /// A tensor whose contents are unspecified: the caller writes before it reads.
+    pub fn empty(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_buffer(shape, Buffer::empty(device, dtype, shape.iter().product())?))
+    }
+
+    /// A tensor of zeros.
+    pub fn zeros(device: &Device, dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_buffer(shape, Buffer::zeros(device, dtype, shape.iter().product())?))
+    }
+
+    /// A copy of host data.
+    ///
+    /// # Panics
+    /// When the shape does not have as many elements as the data.
+    pub fn from_slice<T: Element>(device: &Device, shape: &[usize], data: &[T]) -> Result<Tensor> {
+        Ok(Tensor::from_buffer(shape, Buffer::from_slice(device, data)?))
+    }
+
+    /// A tensor over a whole buffer.
+    ///
+    /// # Panics
+    /// When the shape does not have as many elements as the buffer.
+    pub fn from_buffer(shape: &[usize], buf: Buffer) -> Tensor {
+        assert_eq!(shape.iter().product::<usize>(), buf.len(), "shape {shape:?} over {} elements", buf.len());
+        Tensor { shape: shape.into(), buf: Arc::new(buf), offset: 0 }
+    }
+
+    /// A part of a shared buffer.
+    pub(crate) fn view(shape: &[usize], buf: Arc<Buffer>, offset: usize) -> Tensor {
+        assert!(offset + shape.iter().product::<usize>() <= buf.len());
+        Tensor { shape: shape.into(), buf, offset }
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Product of all dimensions but the last.
+    pub fn rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+
+    /// The last dimension; 1 for a scalar.
+    pub fn cols(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.buf.dtype()
+    }
+
+    /// Where the memory lies.
+    pub fn device(&self) -> Device {
+        self.buf.device()
+    }
+
+    /// The tensor as a matrix [rows, cols].
+    pub fn mat(&self) -> Mat<'_> {
+        Mat::new(&self.buf, self.offset, self.rows(), self.cols())
+    }
+
+    /// The transposed matrix [cols, rows].
+    pub fn t(&self) -> Mat<'_> {
+        self.mat().t()
+    }
+
+    /// The same elements in another shape.
+    ///
+    /// # Panics
+    /// When the number of elements differs.
+    pub fn reshape(mut self, shape: &[usize]) -> Tensor {
+        assert_eq!(self.len(), shape.iter().product::<usize>(), "{:?} reshaped to {shape:?}", self.shape);
+        self.shape = shape.into();
+        self
+    }
+
+    /// The given rows of a matrix, sharing memory.
+    pub fn rows_in(&self, r: Range<usize>) -> Tensor {
+        assert!(r.start <= r.end && r.end <= self.rows(), "rows {r:?} of {:?}", self.shape);
+        Tensor::view(&[r.len(), self.cols()], self.buf.clone(), self.offset + r.start * self.cols())
+    }
+
+    /// The elements, copied to the host.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's type.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        Ok(self.buf.to_vec(self.offset..self.offset + self.len())?)
+    }
+
+    /// The elements as f64, whatever floating-point type they have; for reports and checks.
+    pub fn to_f64(&self) -> Result<Vec<f64>> {
+        Ok(match self.dtype() {
+            DType::F64 => self.to_vec()?,
+            DType::U32 => self.to_vec::<u32>()?.into_iter().map(f64::from).collect(),
+            _ => self.to_vec::<f32>()?.into_iter().map(f64::from).collect(),
+        })
+    }
+
+    /// The same values in another floating-point type; shares memory when it is already that.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
+        if dtype == self.dtype() {
+            return Ok(self.clone());
+        }
+        let values = self.to_f64()?;
+        match dtype {
+            DType::F64 => Tensor::from_slice(&self.device(), &self.shape, &values),
+            DType::F32 => {
+                Tensor::from_slice(&self.device(), &self.shape, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())
+            }
+            other => Err(lora_kernels::Error::DType { kernel: "to_dtype", dtype: other }.into()),
+        }
+    }
+
+    /// Whether a write would need no copy.
+    pub fn is_unshared(&self) -> bool {
+        Arc::strong_count(&self.buf) == 1 && !self.buf.is_borrowed()
+    }
+
+    /// The matrix for writing; first copies the memory when anybody else holds it or it is borrowed.
+    pub fn make_mut(&mut self) -> Result<MatMut<'_>> {
+        if !self.is_unshared() || Arc::get_mut(&mut self.buf).is_none() {
+            let copy = self.buf.try_clone(self.offset..self.offset + self.len())?;
+            (self.buf, self.offset) = (Arc::new(copy), 0);
+        }
+        let (rows, cols) = (self.rows(), self.cols());
+        let buf = Arc::get_mut(&mut self.buf).expect("the buffer is unshared: it was checked or just made");
+        Ok(MatMut::new(buf, self.offset, rows, cols))
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({:?} {:?})", self.dtype(), self.shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_never_shows_through_a_clone() {
+        let mut a = Tensor::from_slice(&Device::Cpu, &[2, 2], &[1f32, 2., 3., 4.]).unwrap();
+        let (whole, row) = (a.clone(), a.rows_in(1..2));
+        lora_kernels::axpby(0.0, whole.mat(), 0.0, a.make_mut().unwrap()).unwrap();
+        assert_eq!(a.to_vec::<f32>().unwrap(), [0.; 4]);
+        assert_eq!(whole.to_vec::<f32>().unwrap(), [1., 2., 3., 4.]);
+        assert_eq!(row.to_vec::<f32>().unwrap(), [3., 4.]);
+    }
+
+    #[test]
+    fn an_unshared_tensor_is_written_in_place() {
+        let mut a = Tensor::zeros(&Device::Cpu, DType::F32, &[3]).unwrap();
+        let before = Arc::as_ptr(&a.buf);
+        a.make_mut().unwrap();
+        assert_eq!(before, Arc::as_ptr(&a.buf));
+        let other = a.clone();
+        assert!(!a.is_unshared());
+        drop(other);
+        assert!(a.is_unshared());
+    }
+}

@@ -1,0 +1,206 @@
+use rayon::prelude::*;
+
+use crate::{
+    Mat, MatMut, Result,
+    mat::HostMat,
+    real::{Real, dispatch, simd},
+    reduce::{GRAIN, each, rows_per_task, sum},
+};
+
+/// One step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), with the arithmetic of `torch.optim.AdamW`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate η of this step.
+    pub lr: f64,
+    /// Decay β₁ of the mean of the gradients.
+    pub beta1: f64,
+    /// Decay β₂ of the mean of their squares.
+    pub beta2: f64,
+    /// ε, added to the root.
+    pub eps: f64,
+    /// Decoupled weight decay λ.
+    pub weight_decay: f64,
+    /// The number t of this step; the first is 1.
+    pub step: u64,
+}
+
+/// Updates parameters p and both moments m, v by the gradient g, element by element:
+///
+/// ```text
+/// p ← p·(1 − η·λ)    m ← m + (g − m)·(1 − β₁)    v ← v·β₂ + (1 − β₂)·g²
+/// p ← p − η/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+/// ```
+///
+/// Scalars are taken in f64 and rounded once.
+///
+/// # Panics
+/// When the shapes or types differ, or the step is 0.
+pub fn adamw(cfg: &AdamW, p: MatMut, g: Mat, m: MatMut, v: MatMut) -> Result<()> {
+    assert!(cfg.step > 0, "adamw: steps count from 1");
+    dispatch!("adamw", p.dtype(), T => {
+        let power = |b: f64| 1.0 - b.powf(cfg.step as f64);
+        let keep = T::of(1.0 - cfg.lr * cfg.weight_decay);
+        let (new1, beta2, new2) = (T::of(1.0 - cfg.beta1), T::of(cfg.beta2), T::of(1.0 - cfg.beta2));
+        let (step, root, eps) =
+            (T::of(-(cfg.lr / power(cfg.beta1))), T::of(power(cfg.beta2).sqrt()), T::of(cfg.eps));
+        each("adamw", [g.host::<T>()], [p.host(), m.host(), v.host()], #[inline(always)] |[g], [p, m, v]| {
+            let n = p.len();
+            let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
+            for i in 0..n {
+                m[i] = (g[i] - m[i]).mul_add(new1, m[i]);
+                v[i] = v[i] * beta2 + new2 * g[i] * g[i];
+                p[i] = p[i] * keep + step * m[i] / (v[i].sqrt() / root + eps);
+            }
+        });
+        Ok(())
+    })
+}
+
+/// Σ x², in f64 whatever the type: the square of a gradient's norm. Fixed chunks, added in order.
+pub fn sum_squares(x: Mat) -> Result<f64> {
+    dispatch!("sum_squares", x.dtype(), T => {
+        Ok(total(x.host::<T>(), #[inline(always)] |x| {
+            let (chunks, rest) = x.as_chunks::<8>();
+            let mut acc = [0.0f64; 8];
+            for c in chunks {
+                for l in 0..8 {
+                    acc[l] += c[l].f64() * c[l].f64();
+                }
+            }
+            acc.iter().sum::<f64>() + rest.iter().map(|x| x.f64() * x.f64()).sum::<f64>()
+        }))
+    })
+}
+
+/// Whether no element is infinite or NaN.
+pub fn all_finite(x: Mat) -> Result<bool> {
+    dispatch!("all_finite", x.dtype(), T => {
+        // 0·x is 0 for a finite x, NaN for any other.
+        Ok(total(x.host::<T>(), #[inline(always)] |x| sum(x, #[inline(always)] |x| x * T::ZERO).f64()) == 0.0)
+    })
+}
+
+/// The sum of `f` over fixed runs of elements, in order.
+fn total<T: Real>(x: HostMat<T>, f: impl Fn(&[T]) -> f64 + Sync) -> f64 {
+    let flat = x.rows <= 1 || x.ld == x.cols;
+    let x = if flat { HostMat::from_slice(x.data(), 1, x.rows * x.cols) } else { x };
+    let (rows, cols) = if flat { (1, GRAIN) } else { (rows_per_task(x.cols), x.cols.max(1)) };
+    let tasks: Vec<_> = (0..x.rows.div_ceil(rows))
+        .flat_map(|r| (0..x.cols.div_ceil(cols)).map(move |c| (r * rows, c * cols)))
+        .collect();
+    let part = |&(r, c): &(usize, usize)| {
+        let x = x.block(r..(r + rows).min(x.rows), c..(c + cols).min(x.cols));
+        simd(
+            #[inline(always)]
+            || {
+                let mut sum = 0.0;
+                for r in 0..x.rows {
+                    sum += f(x.row(r));
+                }
+                sum
+            },
+        )
+    };
+    let sums: Vec<f64> =
+        if tasks.len() > 1 { tasks.par_iter().map(part).collect() } else { tasks.iter().map(part).collect() };
+    sums.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, testing::*};
+
+    fn cfg(step: u64) -> AdamW {
+        AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step }
+    }
+
+    const START: [f64; 4] = [0.5, -1.25, 2.0, -0.03125];
+
+    /// gᵢ(t) = sin(1.7·i + t)·10^(i−2), in f32.
+    fn gradient(t: u64) -> Vec<f64> {
+        (0..4).map(|i| f64::from(((1.7 * i as f64 + t as f64).sin() * 10f64.powi(i - 2)) as f32)).collect()
+    }
+
+    /// Five steps of `torch.optim.AdamW([p], lr=1e-2, weight_decay=0.1)` (PyTorch 2.15, CPU, f64) from `START` with
+    /// those gradients.
+    const TORCH: [[f64; 4]; 5] = [
+        [0.4895000118839368, -1.2587499976601617, 2.007999999894914, -0.02121875005489604],
+        [0.4789978382342745, -1.2559037276552116, 2.0158848625790156, -0.026793421083430365],
+        [0.47010531915259746, -1.2486757875490677, 2.020876690564844, -0.03446588545686817],
+        [0.4667634249702413, -1.2405661514494155, 2.0200616429464566, -0.041998577806960515],
+        [0.4672687530813164, -1.23536976709648, 2.016260176750061, -0.045277243353216],
+    ];
+    /// The same in f32.
+    const TORCH_F32: [[f32; 4]; 5] = [
+        [0.4895000159740448, -1.2587499618530273, 2.008000135421753, -0.02121875062584877],
+        [0.4789978265762329, -1.255903720855713, 2.0158851146698, -0.02679342031478882],
+        [0.4701053202152252, -1.24867582321167, 2.020876884460449, -0.034465886652469635],
+        [0.466763436794281, -1.2405661344528198, 2.02006196975708, -0.04199858009815216],
+        [0.46726876497268677, -1.2353698015213013, 2.0162603855133057, -0.045277245342731476],
+    ];
+    const TORCH_M: [f64; 4] = [-0.0003107723662070928, -0.010065515404157338, 0.057014956538975224, 0.8596302355074881];
+    const TORCH_V: [f64; 4] =
+        [3.0411773372362833e-07, 1.9265116501505972e-05, 0.0030480694669532946, 0.1994095051449845];
+
+    #[test]
+    fn follows_torch() {
+        for dtype in FLOATS {
+            // Long enough for vectors, with a tail.
+            let repeat = |x: &[f64]| x.iter().copied().cycle().take(4 * 9).collect::<Vec<_>>();
+            let mut p = Padded::new(dtype, 2, 18, 3, &repeat(&START));
+            let (mut m, mut v) = (Padded::new(dtype, 2, 18, 0, &[0.0; 36]), Padded::new(dtype, 2, 18, 0, &[0.0; 36]));
+            for t in 1..=5 {
+                let g = Padded::new(dtype, 2, 18, 0, &repeat(&gradient(t)));
+                adamw(&cfg(t), p.mat_mut(), g.mat(), m.mat_mut(), v.mat_mut()).unwrap();
+                let want = match dtype {
+                    DType::F32 => TORCH_F32[t as usize - 1].map(f64::from),
+                    _ => TORCH[t as usize - 1],
+                };
+                let worst = p.get().iter().zip(repeat(&want)).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);
+                println!("{dtype:?} step {t}: {worst:.1e}");
+                close("p", &p.get(), &repeat(&want), tol(dtype, 1e-7) * 1e-2);
+            }
+            for (got, want) in [(m, TORCH_M), (v, TORCH_V)] {
+                let relative: Vec<f64> = got.get().iter().zip(repeat(&want)).map(|(g, w)| g / w).collect();
+                close("moment", &relative, &[1.0; 36], tol(dtype, 1e-6));
+            }
+        }
+    }
+
+    #[test]
+    fn sums_and_finiteness_over_all_chunks() {
+        for dtype in FLOATS {
+            for (rows, cols, pad) in [(0, 3, 0), (1, 1, 0), (3, 33, 2), (1, 100_003, 0), (7, 40_000, 1)] {
+                let x = random(3, rows * cols, 2.0);
+                let mut px = Padded::new(dtype, rows, cols, pad, &x);
+                close("Σ x²", &[sum_squares(px.mat()).unwrap()], &[dot(&x, &x)], 1e-13);
+                assert!(all_finite(px.mat()).unwrap());
+                for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                    for at in [0, x.len().wrapping_sub(1), x.len() / 2] {
+                        if at < x.len() {
+                            let mut y = x.clone();
+                            y[at] = bad;
+                            px = Padded::new(dtype, rows, cols, pad, &y);
+                            assert!(!all_finite(px.mat()).unwrap(), "{bad} at {at} of {rows}×{cols}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        let (n, g) = (100_003, random(4, 100_003, 1.0));
+        same_bits("adamw", || {
+            let mut x: [Padded; 3] = std::array::from_fn(|_| Padded::new(DType::F32, 1, n, 0, &vec![0.5; n]));
+            let [p, m, v] = &mut x;
+            let g = Padded::new(DType::F32, 1, n, 0, &g);
+            adamw(&cfg(7), p.mat_mut(), g.mat(), m.mat_mut(), v.mat_mut()).unwrap();
+            let mut out = p.get();
+            out.push(sum_squares(g.mat()).unwrap());
+            out
+        });
+    }
+}

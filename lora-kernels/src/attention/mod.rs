@@ -1,0 +1,225 @@
+//! Softmax attention over flat runs of tokens.
+//!
+//! For every sequence and query head h, which reads key and value head g = ⌊h · kv_heads / heads⌋,
+//! ```text
+//! S = scale · Q Kᵀ              [n, n], causal: Sᵢⱼ = −∞ for j > i
+//! P = softmax(S) by rows        Lᵢ = ln Σⱼ exp Sᵢⱼ (log-sum-exp), Pᵢⱼ = exp(Sᵢⱼ − Lᵢ)
+//! O = (P ∘ M) V                 M: dropout's mask, 0 or 1/(1 − p); 1 without dropout
+//! ```
+//! and backwards, with P made again from L (FlashAttention 2: Dao, "FlashAttention-2: faster attention with better
+//! parallelism and work partitioning", 2023, section 3.1.2) and M from its counters,
+//! ```text
+//! dV = (P ∘ M)ᵀ dO
+//! dP = (dO Vᵀ) ∘ M
+//! dS = P ∘ (dP − D)             Dᵢ = Σⱼ Pᵢⱼ dPᵢⱼ = Σ_c dOᵢ_c Oᵢ_c
+//! dQ = scale · dS K             dK = scale · dSᵀ Q
+//! ```
+//! A task holds one block of queries against their keys; S and P of a whole sequence, let alone of a batch, never exist.
+
+mod backward;
+mod cached;
+mod forward;
+mod rows;
+
+use std::ops::Range;
+
+use crate::{Acc, Dropout, Mat, MatMut, Result, real::dispatch};
+
+/// Queries of one task.
+const BLOCK: usize = 64;
+
+/// Where the sequences of a batch lie in its flat run of tokens: boundaries from 0 to the number of tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequences {
+    bounds: Vec<u32>,
+}
+
+impl Sequences {
+    /// Sequences of these lengths, one after the other.
+    ///
+    /// # Panics
+    /// When there are 2³² tokens or more.
+    pub fn new(lengths: &[usize]) -> Sequences {
+        let mut end = 0;
+        let next = lengths.iter().map(|n| {
+            end += n;
+            u32::try_from(end).expect("a batch has fewer than 2³² tokens")
+        });
+        Sequences { bounds: std::iter::once(0).chain(next).collect() }
+    }
+
+    /// Number of sequences.
+    pub fn len(&self) -> usize {
+        self.bounds.len() - 1
+    }
+
+    /// Whether there are no sequences.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The tokens of sequence `i`.
+    pub fn range(&self, i: usize) -> Range<usize> {
+        self.bounds[i] as usize..self.bounds[i + 1] as usize
+    }
+
+    /// Number of tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.bounds[self.len()] as usize
+    }
+
+    /// Length of the longest sequence.
+    pub fn max_len(&self) -> usize {
+        (0..self.len()).map(|i| self.range(i).len()).max().unwrap_or(0)
+    }
+}
+
+/// The shape and kind of an attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Heads of the queries.
+    pub heads: usize,
+    /// Heads of the keys and values, which divide `heads`: as many for ordinary attention, fewer for grouped queries.
+    pub kv_heads: usize,
+    /// Columns of a head.
+    pub head_dim: usize,
+    /// Factor of the scores, usually 1/√head_dim.
+    pub scale: f64,
+    /// Whether a query sees only the keys up to its own position.
+    pub causal: bool,
+    /// Dropout of the probabilities, after the softmax. Its mask has counters [key position / 4, row of the query,
+    /// site + head·2¹⁶, step].
+    pub dropout: Option<Dropout>,
+}
+
+/// Attention within each sequence: O of the module's equations.
+///
+/// q, out: [tokens, heads · head_dim]; k, v: [tokens, kv_heads · head_dim]; lse: [tokens, heads], the L that
+/// [`attention_backward`] needs. q, k and v may be column ranges of one fused projection. Memory beside these: a block of
+/// 64 rows of scores per task.
+///
+/// # Panics
+/// When the shapes or types do not fit.
+pub fn attention(cfg: &Attention, seqs: &Sequences, q: Mat, k: Mat, v: Mat, out: MatMut, lse: MatMut) -> Result<()> {
+    cfg.check("attention", seqs.tokens(), [(q.rows(), q.cols()), (out.rows(), out.cols())], [&k, &v]);
+    assert_eq!((lse.rows(), lse.cols()), (seqs.tokens(), cfg.heads), "attention: lse is [tokens, heads]");
+    dispatch!("attention", out.dtype(), T => {
+        forward::run::<T>(cfg, seqs, q.host(), k.host(), v.host(), out.host(), lse.host())
+    })
+}
+
+/// Gradients of [`attention`] from dout = ∂loss/∂out and what the forward pass was given and gave.
+///
+/// Shapes as there; dq, dk and dv may be column ranges of one buffer.
+///
+/// # Panics
+/// When the shapes or types do not fit.
+#[allow(clippy::too_many_arguments)] // q, k, v, O, L, dO and three gradients: grouping them would only rename them
+pub fn attention_backward(
+    cfg: &Attention,
+    seqs: &Sequences,
+    q: Mat,
+    k: Mat,
+    v: Mat,
+    out: Mat,
+    lse: Mat,
+    dout: Mat,
+    dq: Acc,
+    dk: Acc,
+    dv: Acc,
+) -> Result<()> {
+    let t = seqs.tokens();
+    cfg.check("attention_backward", t, [(q.rows(), q.cols()), (out.rows(), out.cols())], [&k, &v]);
+    cfg.check(
+        "attention_backward",
+        t,
+        [(dout.rows(), dout.cols()), (dq.to.rows(), dq.to.cols())],
+        [&dk.to.as_mat(), &dv.to.as_mat()],
+    );
+    assert_eq!((lse.rows(), lse.cols()), (t, cfg.heads), "attention_backward: lse is [tokens, heads]");
+    dispatch!("attention_backward", dout.dtype(), T => {
+        let saved = backward::Saved {
+            q: q.host::<T>(),
+            k: k.host(),
+            v: v.host(),
+            out: out.host(),
+            lse: lse.host(),
+            dout: dout.host(),
+        };
+        backward::run(cfg, seqs, &saved, [(dq.to.host(), dq.beta), (dk.to.host(), dk.beta), (dv.to.host(), dv.beta)])
+    })
+}
+
+/// Attention of the newest positions of each sequence over a cache of keys and values.
+///
+/// k, v: pools of rows [capacity, kv_heads · head_dim]; `rows[s]` names the pool rows of sequence s in order, the new
+/// positions last, so that sequences (beams) may share rows. q, out: [Σ new, heads · head_dim], `new[s]` rows for
+/// sequence s. Query j of n new ones in a sequence of length len sees the first len − n + j + 1 rows. Always causal and
+/// without dropout, whatever `cfg` says: a cache serves generation.
+///
+/// # Panics
+/// When the shapes or types do not fit, a sequence has fewer rows than new queries, or a row lies outside the pool.
+#[allow(clippy::too_many_arguments)] // see `attention_backward`
+pub fn attention_cached(
+    cfg: &Attention,
+    q: Mat,
+    k: Mat,
+    v: Mat,
+    rows: &[&[u32]],
+    new: &[usize],
+    out: MatMut,
+) -> Result<()> {
+    let queries = new.iter().sum();
+    assert_eq!(rows.len(), new.len(), "attention_cached: rows and new name the same sequences");
+    assert!(rows.iter().zip(new).all(|(r, &n)| n <= r.len()), "attention_cached: the new rows are part of the rows");
+    cfg.check_heads("attention_cached", queries, [(q.rows(), q.cols()), (out.rows(), out.cols())]);
+    let kv = (k.rows(), cfg.kv_heads * cfg.head_dim);
+    assert_eq!([(k.rows(), k.cols()), (v.rows(), v.cols())], [kv; 2], "attention_cached: k and v are alike");
+    dispatch!("attention_cached", out.dtype(), T => {
+        cached::run::<T>(cfg, q.host(), k.host(), v.host(), rows, new, out.host())
+    })
+}
+
+impl Attention {
+    fn check_heads(&self, kernel: &str, tokens: usize, q: [(usize, usize); 2]) {
+        assert!(
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
+            "{kernel}: {} heads over {} key and value heads",
+            self.heads,
+            self.kv_heads
+        );
+        assert_eq!(q, [(tokens, self.heads * self.head_dim); 2], "{kernel}: queries are [tokens, heads·head_dim]");
+    }
+
+    fn check(&self, kernel: &str, tokens: usize, q: [(usize, usize); 2], kv: [&Mat; 2]) {
+        self.check_heads(kernel, tokens, q);
+        let shape = (tokens, self.kv_heads * self.head_dim);
+        let kv = kv.map(|m| (m.rows(), m.cols()));
+        assert_eq!(kv, [shape; 2], "{kernel}: keys and values are [tokens, kv_heads·head_dim]");
+    }
+
+    /// The columns of head `h`, or of key and value head `h`.
+    fn head(&self, h: usize) -> Range<usize> {
+        h * self.head_dim..(h + 1) * self.head_dim
+    }
+
+    /// The key and value head that query head `h` reads.
+    fn kv_head(&self, h: usize) -> usize {
+        h / (self.heads / self.kv_heads)
+    }
+
+    /// The column boundaries of the heads.
+    fn head_bounds(&self) -> Vec<usize> {
+        (0..=self.heads).map(|h| h * self.head_dim).collect()
+    }
+}
+
+/// The site of a head's dropout.
+fn head_site(d: &Dropout, head: usize) -> u32 {
+    d.site.wrapping_add((head as u32) << 16)
+}
+
+/// How many tasks of `work` multiply-adds run as one: below some 10 µs, handing a task over costs more than it gives.
+fn together(work: usize) -> usize {
+    ((1 << 18) / work.max(1)).max(1)
+}

@@ -1,0 +1,38 @@
+use crate::DType;
+
+/// What a device or a caller's data can cause; wrong shapes are programmer errors and panic instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The device has no room for a buffer.
+    #[error(
+        "out of memory: could not allocate {bytes} bytes on {device}; use a smaller batch, shorter sequences or a smaller model"
+    )]
+    OutOfMemory {
+        /// The size of the buffer that was asked for.
+        bytes: usize,
+        /// The device's name.
+        device: &'static str,
+    },
+    /// A kernel was called on elements of a type that it does not compute on.
+    #[error("{kernel}: no kernel for {dtype:?}; convert the tensor to f32 first")]
+    DType {
+        /// The kernel.
+        kernel: &'static str,
+        /// The type it was given.
+        dtype: DType,
+    },
+    /// A borrowed range lies outside its owner's bytes.
+    #[error("bytes {start}..{end} lie outside a source of {len} bytes; the file is truncated or its header is wrong")]
+    Range {
+        /// First byte of the range.
+        start: usize,
+        /// One past the last byte.
+        end: usize,
+        /// Length of the source.
+        len: usize,
+    },
+}
+
+/// The result of a kernel.
+pub type Result<T> = std::result::Result<T, Error>;

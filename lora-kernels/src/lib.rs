@@ -1,0 +1,57 @@
+//! Kernels for transformers and low-rank adaptation.
+//!
+//! Memory ([`Buffer`], pooled), views of it ([`Mat`], [`MatMut`]) and every piece of arithmetic on them: matrix
+//! products, attention, norms, activations, embeddings, the loss head, AdamW. No autograd, no layers, no file formats:
+//! those stand in the crates above.
+//!
+//! Every kernel is a safe function on views, runs on all cores of rayon's current pool, and gives the same bits for any
+//! number of threads. Kernels compute in f32, and in f64 too, so that the very same code can be checked against finite
+//! differences.
+//!
+//! ```
+//! use lora_kernels::{Buffer, Device, Mat, MatMut, gemm};
+//!
+//! // y = x·Wᵀ with x [1, 2] and W [2, 2]
+//! let x = Buffer::from_slice(&Device::Cpu, &[1.0f32, 2.0])?;
+//! let w = Buffer::from_slice(&Device::Cpu, &[1.0f32, 0.0, 3.0, 4.0])?;
+//! let mut y = Buffer::zeros(&Device::Cpu, x.dtype(), 2)?;
+//! gemm(1.0, Mat::new(&x, 0, 1, 2), Mat::new(&w, 0, 2, 2).t(), 0.0, MatMut::new(&mut y, 0, 1, 2))?;
+//! assert_eq!(y.to_vec::<f32>(0..2)?, [1.0, 11.0]);
+//! # Ok::<(), lora_kernels::Error>(())
+//! ```
+
+mod activation;
+mod adamw;
+mod attention;
+mod buffer;
+mod device;
+mod dropout;
+mod elementwise;
+mod error;
+mod gather;
+mod gemm;
+mod loss;
+mod mat;
+mod norm;
+mod pool;
+mod real;
+mod rope;
+mod reduce;
+#[cfg(test)]
+mod testing;
+
+pub use activation::{Activation, activation, activation_backward, silu_gate, silu_gate_backward};
+pub use adamw::{AdamW, adamw, all_finite, sum_squares};
+pub use attention::{Attention, Sequences, attention, attention_backward, attention_cached};
+pub use buffer::Buffer;
+pub use device::{DType, Device, Element};
+pub use elementwise::{add_bias, axpby, sum_rows};
+pub use dropout::{Dropout, dropout, philox};
+pub use error::{Error, Result};
+pub use gather::{gather, scatter};
+pub use gemm::gemm;
+pub use loss::{cross_entropy, loss_head, nll};
+pub use mat::{Acc, Mat, MatMut};
+pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+pub use pool::{PoolStats, pool_stats, release_idle_memory};
+pub use rope::rope;

@@ -1,0 +1,152 @@
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write,
+    path::Path,
+};
+
+use lora_core::Tensor;
+use serde_json::{Map, Value, json};
+
+use super::{INDEX_FILE, Layout, SINGLE_FILE, TensorSpec};
+use crate::{Error, Result, files};
+
+/// Elements that are turned into bytes at a time.
+const CHUNK: usize = 1 << 16;
+
+/// Writes a model's weights into `dir`, in f32 (what they are computed in, whatever they were read from), spread over
+/// files and named there as `layout` says; tensors that it does not know go to its last file under their own names.
+///
+/// `fetch` is asked for one tensor at a time, when its bytes are due, so that no second copy of the weights is ever
+/// held. Each file is written atomically and the index last: a folder that had no weights has either all of them or
+/// none that would be read.
+///
+/// # Errors
+/// [`Error::TensorNames`] when `tensors` lacks some of the layout's, [`Error::Weights`] when `dir` already holds a
+/// single file that would be read instead of shards, [`Error::Io`] (a full disk, say), and what `fetch` gives.
+pub fn save(
+    dir: &Path,
+    layout: &Layout,
+    tensors: &[TensorSpec],
+    mut fetch: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let given: BTreeSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
+    let missing: Vec<String> = layout.names().filter(|n| !given.contains(n)).map(str::to_owned).collect();
+    if !missing.is_empty() {
+        return Err(Error::TensorNames { place: dir.to_owned(), missing, unexpected: Vec::new() });
+    }
+    let single = dir.join(SINGLE_FILE);
+    if layout.index().is_some() && single.exists() {
+        let problem = "it is there already and would be read instead of the shards; move it away or choose another folder";
+        return Err(Error::Weights { file: single, problem: problem.to_owned() });
+    }
+    let last = layout.files().len() - 1;
+    let mut shards: Vec<Vec<TensorSpec>> = vec![Vec::new(); layout.files().len()];
+    let mut names: BTreeMap<String, &str> = BTreeMap::new();
+    for t in tensors {
+        let (file, stored) = layout.place(&t.name).unwrap_or((last, &t.name));
+        shards[file].push(TensorSpec::new(stored, t.shape.clone()));
+        names.insert(stored.to_owned(), &t.name);
+    }
+    files::create_folder(dir)?;
+    for (name, shard) in layout.files().iter().zip(&shards) {
+        let path = dir.join(name);
+        if let Some(folder) = path.parent() {
+            files::create_folder(folder)?;
+        }
+        write_tensors(&path, &[("format", "pt")], shard, |stored| fetch(names[stored]))?;
+    }
+    match layout.index() {
+        Some(metadata) => write_index(&dir.join(INDEX_FILE), metadata, layout.files(), &shards),
+        None => Ok(()),
+    }
+}
+
+/// Writes one safetensors file atomically: `tensors` in f32, sorted by name, each asked of `fetch` when its bytes are
+/// due, with `metadata` in the header. The same tensors give the same bytes.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Shape`] when `fetch` gives another shape than announced, [`Error::Weights`] for a name that
+/// comes twice, and what `fetch` gives. No file is left then, and one that was there is as it was.
+///
+/// # Panics
+/// When `fetch` gives a tensor that is not f32.
+pub fn write_tensors(
+    path: &Path,
+    metadata: &[(&str, &str)],
+    tensors: &[TensorSpec],
+    mut fetch: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let mut sorted: Vec<&TensorSpec> = tensors.iter().collect();
+    sorted.sort_by(|a, b| a.name.cmp(&b.name));
+    if let Some(pair) = sorted.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        let problem = format!("tensor {} would be written twice", pair[0].name);
+        return Err(Error::Weights { file: path.to_owned(), problem });
+    }
+    let header = header(metadata, &sorted);
+    files::write_atomic(path, |w| {
+        w.write_all(&(header.len() as u64).to_le_bytes())?;
+        w.write_all(header.as_bytes())?;
+        for spec in &sorted {
+            let t = fetch(&spec.name)?;
+            if t.shape() != spec.shape {
+                Err(Error::Shape {
+                    file: path.to_owned(),
+                    tensor: spec.name.clone(),
+                    expected: spec.shape.clone(),
+                    found: t.shape().to_vec(),
+                })?;
+            }
+            write_floats(w, &t)?;
+        }
+        Ok(())
+    })
+}
+
+fn write_floats(w: &mut dyn Write, t: &Tensor) -> std::io::Result<()> {
+    let mut bytes = Vec::with_capacity(4 * CHUNK);
+    let n = t.len();
+    for start in (0..n).step_by(CHUNK) {
+        let floats = t.to_vec_range::<f32>(start..n.min(start + CHUNK)).map_err(Error::from)?;
+        bytes.clear();
+        bytes.extend(floats.iter().flat_map(|x| x.to_le_bytes()));
+        w.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+/// The JSON of a header, filled up with spaces so that the tensors' bytes begin at a multiple of 8.
+fn header(metadata: &[(&str, &str)], tensors: &[&TensorSpec]) -> String {
+    let mut keys = Map::new();
+    if !metadata.is_empty() {
+        let strings = metadata.iter().map(|(k, v)| (k.to_string(), Value::from(*v)));
+        keys.insert("__metadata__".to_owned(), Value::Object(strings.collect()));
+    }
+    let mut start = 0;
+    for t in tensors {
+        let end = start + bytes(t);
+        keys.insert(t.name.clone(), json!({"dtype": "F32", "shape": t.shape, "data_offsets": [start, end]}));
+        start = end;
+    }
+    let mut text = Value::Object(keys).to_string();
+    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    text
+}
+
+fn write_index(path: &Path, metadata: &Map<String, Value>, names: &[String], shards: &[Vec<TensorSpec>]) -> Result<()> {
+    let mut metadata = metadata.clone();
+    let total: usize = shards.iter().flatten().map(bytes).sum();
+    metadata.insert("total_size".to_owned(), total.into());
+    if let Some(parameters) = metadata.get_mut("total_parameters") {
+        *parameters = (total / 4).into();
+    }
+    let mut map: BTreeMap<&str, &str> = BTreeMap::new();
+    for (name, shard) in names.iter().zip(shards) {
+        map.extend(shard.iter().map(|t| (t.name.as_str(), name.as_str())));
+    }
+    let text = format!("{:#}\n", json!({"metadata": metadata, "weight_map": map}));
+    files::write_bytes(path, text.as_bytes())
+}
+
+fn bytes(t: &TensorSpec) -> usize {
+    4 * t.shape.iter().product::<usize>()
+}

@@ -1,0 +1,212 @@
+//! `config.json`: the file as it is, typed reading of its keys, and what each architecture needs from it.
+
+mod gpt2;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Result, files};
+
+pub use gpt2::Gpt2Config;
+
+/// The name of the configuration in a model's folder.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// A JSON configuration with all its keys in their order, known or not, so that it can be written back as it was.
+///
+/// The getters give `None` for a key that is absent or `null`, and an error that names file and key for a value of
+/// another type or out of range.
+#[derive(Clone, Debug)]
+pub struct RawConfig {
+    path: PathBuf,
+    keys: Map<String, Value>,
+}
+
+impl RawConfig {
+    /// Reads `config.json` of a model's folder.
+    ///
+    /// # Errors
+    /// When the file is missing, is no JSON (with line and column) or no JSON object.
+    pub fn from_dir(dir: &Path) -> Result<RawConfig> {
+        RawConfig::from_file(&dir.join(CONFIG_FILE))
+    }
+
+    /// Reads any JSON object; errors as in [`RawConfig::from_dir`].
+    pub fn from_file(path: &Path) -> Result<RawConfig> {
+        let text = files::read_to_string(path)?;
+        let problem = match serde_json::from_str(&text) {
+            Ok(Value::Object(keys)) => return Ok(RawConfig { path: path.to_owned(), keys }),
+            Ok(other) => format!("expected a JSON object {{...}}, found {}", shown(&other)),
+            Err(e) => format!("not valid JSON: {e}"),
+        };
+        Err(Error::Config { path: path.to_owned(), problem })
+    }
+
+    /// A configuration that was made rather than read; `path` stands in error messages.
+    pub fn new(path: &Path, keys: Map<String, Value>) -> RawConfig {
+        RawConfig { path: path.to_owned(), keys }
+    }
+
+    /// The file that error messages name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All keys, in the order of the file.
+    pub fn keys(&self) -> &Map<String, Value> {
+        &self.keys
+    }
+
+    /// Adds or replaces a key.
+    pub fn set(&mut self, key: &str, value: impl Into<Value>) {
+        self.keys.insert(key.to_owned(), value.into());
+    }
+
+    /// Writes all keys to `config.json` in `dir`, indented by two.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let mut text = format!("{:#}", Value::Object(self.keys.clone()));
+        text.push('\n');
+        files::write_bytes(&dir.join(CONFIG_FILE), text.as_bytes())
+    }
+
+    /// The value of a key as it stands; `None` when absent or `null`.
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key).filter(|v| !v.is_null())
+    }
+
+    /// A whole number of at least 0.
+    pub fn usize(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key, "a whole number of at least 0", |v| v.as_u64().and_then(|n| n.try_into().ok()))
+    }
+
+    /// A token id.
+    pub fn token(&self, key: &str) -> Result<Option<u32>> {
+        self.get(key, "a token id (a whole number below 2^32)", |v| v.as_u64().and_then(|n| n.try_into().ok()))
+    }
+
+    /// A finite number.
+    pub fn f64(&self, key: &str) -> Result<Option<f64>> {
+        self.get(key, "a finite number", |v| v.as_f64().filter(|x| x.is_finite()))
+    }
+
+    /// `true` or `false`.
+    pub fn bool(&self, key: &str) -> Result<Option<bool>> {
+        self.get(key, "true or false", Value::as_bool)
+    }
+
+    /// A string.
+    pub fn str(&self, key: &str) -> Result<Option<&str>> {
+        self.get(key, "a string", Value::as_str)
+    }
+
+    /// [`RawConfig::usize`] of the first of several names of one key that is there.
+    pub fn usize_of(&self, names: &[&str]) -> Result<Option<usize>> {
+        for name in names {
+            if let Some(n) = self.usize(name)? {
+                return Ok(Some(n));
+            }
+        }
+        Ok(None)
+    }
+
+    /// An error about `key` of this file.
+    pub fn error(&self, key: &str, problem: impl std::fmt::Display) -> Error {
+        Error::Config { path: self.path.clone(), problem: format!("key {key:?}: {problem}") }
+    }
+
+    /// The architecture that `model_type` names.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], listing what there is; [`Error::Config`] when the key is missing.
+    pub fn architecture(&self) -> Result<Architecture> {
+        const NAMES: [&str; 1] = ["gpt2"];
+        match self.str("model_type")? {
+            Some("gpt2") => Ok(Architecture::Gpt2),
+            Some(other) => Err(Error::Unsupported {
+                path: self.path.clone(),
+                what: "the architecture",
+                found: other.to_owned(),
+                supported: &NAMES,
+            }),
+            None => Err(self.error("model_type", format_args!("missing; set it to one of {}", NAMES.join(", ")))),
+        }
+    }
+
+    /// The activation function that `key` names, if it is there.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], listing what there is.
+    pub fn activation(&self, key: &str) -> Result<Option<Activation>> {
+        let Some(name) = self.str(key)? else { return Ok(None) };
+        match name {
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Some(Activation::GeluTanh)),
+            "gelu" => Ok(Some(Activation::Gelu)),
+            "relu" => Ok(Some(Activation::Relu)),
+            "silu" | "swish" => Ok(Some(Activation::Silu)),
+            other => Err(Error::Unsupported {
+                path: self.path.clone(),
+                what: "the activation",
+                found: other.to_owned(),
+                supported: &["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish"],
+            }),
+        }
+    }
+
+    fn get<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(v) = self.value(key) else { return Ok(None) };
+        match read(v) {
+            Some(x) => Ok(Some(x)),
+            None => Err(self.error(key, format_args!("expected {expected}, found {}", shown(v)))),
+        }
+    }
+}
+
+/// The architectures there are: `model_type` in a configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Architecture {
+    /// `gpt2`: [`Gpt2Config`].
+    Gpt2,
+}
+
+/// The function between the two projections of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `gelu_new`, `gelu_pytorch_tanh`, `gelu_fast`: x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
+    GeluTanh,
+    /// `gelu`: x · Φ(x), with the exact error function.
+    Gelu,
+    /// `relu`: max(x, 0).
+    Relu,
+    /// `silu`, `swish`: x · σ(x).
+    Silu,
+}
+
+impl Activation {
+    /// The name that Transformers knows it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activation::GeluTanh => "gelu_new",
+            Activation::Gelu => "gelu",
+            Activation::Relu => "relu",
+            Activation::Silu => "silu",
+        }
+    }
+}
+
+/// A value for a message: short ones as they are, long ones by their beginning.
+fn shown(v: &Value) -> String {
+    const LONGEST: usize = 60;
+    let text = v.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}

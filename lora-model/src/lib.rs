@@ -1,0 +1,8 @@
+//! model
+
+pub mod config;
+mod error;
+pub mod files;
+pub mod tokenizer;
+
+pub use error::{Error, Result};

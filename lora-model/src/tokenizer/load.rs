@@ -1,0 +1,186 @@
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use serde_json::Value;
+use tokenizers::{
+    AddedToken,
+    models::bpe::{BPE, Merges, Vocab},
+    pre_tokenizers::byte_level::ByteLevel,
+};
+
+use super::{END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, Tokenizer};
+use crate::{Error, Result, config::RawConfig, files};
+
+pub(super) fn from_dir(dir: &Path) -> Result<Tokenizer> {
+    let json = dir.join(TOKENIZER_FILE);
+    let (vocab, merges) = (dir.join("vocab.json"), dir.join("merges.txt"));
+    let (path, inner) = if json.is_file() {
+        (json.clone(), from_json(&json)?)
+    } else if vocab.is_file() && merges.is_file() {
+        let mut inner = from_vocab_and_merges(&vocab, &merges)?;
+        add_tokens(&mut inner, &dir.join("added_tokens.json"))?;
+        (vocab, inner)
+    } else {
+        let problem = format!(
+            "no tokenizer here; looked for {TOKENIZER_FILE}, and for vocab.json with merges.txt: copy them from the \
+             model that the weights come from"
+        );
+        return Err(Error::Tokenizer { path: dir.to_owned(), problem });
+    };
+    let end = end_of_text(dir, &inner)?;
+    Tokenizer::new(inner, path, end)
+}
+
+/// A byte-level BPE with GPT-2's way of cutting text into words.
+pub(super) fn byte_level(model: BPE) -> tokenizers::Tokenizer {
+    let mut inner = tokenizers::Tokenizer::new(model);
+    inner.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
+    inner.with_post_processor(Some(ByteLevel::default().trim_offsets(false)));
+    inner.with_decoder(Some(ByteLevel::default()));
+    inner
+}
+
+fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
+    let text = files::read_to_string(path)?;
+    check_prefix(path, &text)?;
+    text.parse().map_err(|e: tokenizers::Error| bad(path, format!("not a tokenizer file: {e}")))
+}
+
+/// Refuses a `continuing_subword_prefix` that a merge's second half does not begin with: the library would cut that
+/// half at a byte that need not exist.
+fn check_prefix(path: &Path, text: &str) -> Result<()> {
+    #[derive(Deserialize)]
+    struct File {
+        model: Model,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        continuing_subword_prefix: Option<String>,
+    }
+    let prefix = match serde_json::from_str::<File>(text) {
+        Ok(File { model: Model { continuing_subword_prefix: Some(prefix) } }) if !prefix.is_empty() => prefix,
+        // Anything else that may be wrong with the file is told by the library.
+        _ => return Ok(()),
+    };
+    let file: Value = serde_json::from_str(text).map_err(|e| bad(path, format!("not valid JSON: {e}")))?;
+    for merge in file["model"]["merges"].as_array().into_iter().flatten() {
+        let second = match merge {
+            Value::String(s) => s.split(' ').nth(1),
+            pair => pair[1].as_str(),
+        };
+        if !second.is_some_and(|s| s.starts_with(&prefix)) {
+            return Err(bad(path, format!("merge {merge} does not continue with the prefix {prefix:?}")));
+        }
+    }
+    Ok(())
+}
+
+fn from_vocab_and_merges(vocab_file: &Path, merges_file: &Path) -> Result<tokenizers::Tokenizer> {
+    let vocab = read_vocab(vocab_file)?;
+    let merges = read_merges(merges_file, &vocab)?;
+    let missing = ByteLevel::alphabet().into_iter().filter(|c| !vocab.contains_key(&c.to_string())).count();
+    if missing > 0 {
+        tracing::warn!("{}: {missing} of 256 bytes have no token; text with them loses them", vocab_file.display());
+    }
+    let end = vocab.contains_key(END_OF_TEXT);
+    let model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .build()
+        .map_err(|e| bad(merges_file, e.to_string()))?;
+    let mut inner = byte_level(model);
+    if end {
+        inner.add_special_tokens(&[AddedToken::from(END_OF_TEXT, true)]);
+    }
+    Ok(inner)
+}
+
+fn read_vocab(path: &Path) -> Result<Vocab> {
+    let raw = RawConfig::from_file(path).map_err(|e| match e {
+        Error::Config { path, problem } => Error::Tokenizer { path, problem },
+        e => e,
+    })?;
+    let mut seen = HashSet::new();
+    let mut vocab = Vocab::with_capacity(raw.keys().len());
+    for (token, id) in raw.keys() {
+        let Some(n) = id.as_u64().and_then(|n| u32::try_from(n).ok()) else {
+            return Err(bad(path, format!("token {token:?} has the id {id}; ids are whole numbers below 2^32")));
+        };
+        if !seen.insert(n) {
+            return Err(bad(path, format!("id {n} is given twice, the second time to token {token:?}")));
+        }
+        vocab.insert(token.clone(), n);
+    }
+    if vocab.is_empty() { Err(bad(path, "the vocabulary is empty".to_owned())) } else { Ok(vocab) }
+}
+
+fn read_merges(path: &Path, vocab: &Vocab) -> Result<Merges> {
+    let text = files::read_to_string(path)?;
+    let mut merges = Merges::new();
+    for (i, line) in text.lines().enumerate() {
+        if line.is_empty() || (i == 0 && line.starts_with("#version")) {
+            continue;
+        }
+        let Some((a, b)) = line.split_once(' ').filter(|(a, b)| !a.is_empty() && !b.is_empty() && !b.contains(' '))
+        else {
+            return Err(bad(path, format!("line {}: expected two tokens and one space, found {line:?}", i + 1)));
+        };
+        if let Some(t) = [a, b, &format!("{a}{b}")].into_iter().find(|t| !vocab.contains_key(*t)) {
+            return Err(bad(path, format!("line {}: token {t:?} is not in vocab.json", i + 1)));
+        }
+        merges.push((a.to_owned(), b.to_owned()));
+    }
+    Ok(merges)
+}
+
+/// `added_tokens.json`, where it exists: tokens beyond the vocabulary, each with the id it must get.
+fn add_tokens(inner: &mut tokenizers::Tokenizer, path: &Path) -> Result<()> {
+    if !path.is_file() {
+        return Ok(());
+    }
+    let raw = RawConfig::from_file(path)?;
+    let mut tokens: Vec<(&String, &Value)> = raw.keys().iter().collect();
+    tokens.sort_by_key(|(_, id)| id.as_u64());
+    for (token, id) in tokens {
+        inner.add_special_tokens(&[AddedToken::from(token.as_str(), true)]);
+        let got = inner.token_to_id(token);
+        if got.map(u64::from) != id.as_u64() {
+            return Err(bad(path, format!("token {token:?} has the id {id}, but the next free one is {got:?}")));
+        }
+    }
+    Ok(())
+}
+
+fn end_of_text(dir: &Path, inner: &tokenizers::Tokenizer) -> Result<Option<u32>> {
+    if let Some(id) = inner.token_to_id(END_OF_TEXT) {
+        return Ok(Some(id));
+    }
+    let config = dir.join(TOKENIZER_CONFIG);
+    if config.is_file() {
+        let raw = RawConfig::from_file(&config)?;
+        let token = match raw.value("eos_token") {
+            Some(Value::Object(token)) => token.get("content").and_then(Value::as_str),
+            Some(token) => token.as_str(),
+            None => None,
+        };
+        if let Some(id) = token.and_then(|t| inner.token_to_id(t)) {
+            return Ok(Some(id));
+        }
+    }
+    if !dir.join(crate::config::CONFIG_FILE).is_file() {
+        return Ok(None);
+    }
+    let raw = RawConfig::from_dir(dir)?;
+    let id = match raw.value("eos_token_id") {
+        Some(Value::Array(ids)) => ids.first().and_then(Value::as_u64),
+        Some(id) => id.as_u64(),
+        None => None,
+    };
+    Ok(id.and_then(|id| u32::try_from(id).ok()).filter(|&id| inner.id_to_token(id).is_some()))
+}
+
+fn bad(path: &Path, problem: String) -> Error {
+    Error::Tokenizer { path: PathBuf::from(path), problem }
+}

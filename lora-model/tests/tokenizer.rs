@@ -1,0 +1,262 @@
+//! Tokenizer files read, trained and written; every damaged one refused by name.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use lora_model::tokenizer::{END_OF_TEXT, Tokenizer};
+
+/// Texts that go wrong easily: spaces at both ends, runs of newlines, contractions, many-byte and combining characters,
+/// emoji of several code points, control characters, special tokens inside a text, and what is no word in any language.
+const TRICKY: [&str; 17] = [
+    "",
+    " ",
+    "   leading and trailing   ",
+    "Hello, world! It's 2024; we'll see, they've been, I'M, you'D.",
+    "tabs\tand\nnewlines\n\n\nand\r\nreturns\n",
+    "\n\n  \n x",
+    "naïve café, Ærøskøbing, ЖЁЛТЫЙ, ελληνικά",
+    "日本語のテキスト 한국어 中文",
+    "عربى עברית हिन्दी",
+    "🙂 👩‍👩‍👧‍👦 🇩🇪 👍🏽",
+    "e\u{301} vs \u{e9}; \u{200b}zero\u{a0}width\u{feff}",
+    "name[The Eagle], eatType[coffee shop], priceRange[£20-25]",
+    "1234567890 3.14159 1e-5 0xFF",
+    "a<|endoftext|>b <|endoftext|>",
+    "<|endoftext",
+    "\u{0}\u{1}\u{7f}\u{fffd}",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+];
+
+/// GPT-2's own tokenizer, from the folder of test data that lies beside the workspace or that `LORA_DATA` names.
+fn gpt2_folder() -> Option<PathBuf> {
+    let data = std::env::var_os("LORA_DATA").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"),
+        PathBuf::from,
+    );
+    let folder = data.join("gpt2-tokenizer");
+    if folder.join("tokenizer.json").is_file() {
+        return Some(folder);
+    }
+    eprintln!("skipped: no {}; set LORA_DATA to a folder with gpt2-tokenizer", folder.display());
+    None
+}
+
+fn trained(vocab_size: usize) -> Tokenizer {
+    let texts = (0..200).map(|i| format!("{} the name of the {i}th place, says it's nice\n", TRICKY[i % TRICKY.len()]));
+    Tokenizer::train_bpe(texts, vocab_size).unwrap()
+}
+
+fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let mut stream = tokenizer.decode_stream(false);
+    let mut text = String::new();
+    for &id in ids {
+        let piece = stream.push(id).unwrap();
+        assert!(!piece.contains('\u{fffd}') || tokenizer.decode(ids, false).unwrap().contains('\u{fffd}'));
+        text += &piece;
+    }
+    text + &stream.finish().unwrap()
+}
+
+#[test]
+fn gpt2_from_one_file_and_from_two_is_the_same_tokenizer() {
+    let Some(folder) = gpt2_folder() else { return };
+    let json = Tokenizer::from_dir(&folder).unwrap();
+    let two = tempfile::tempdir().unwrap();
+    for name in ["vocab.json", "merges.txt"] {
+        fs::copy(folder.join(name), two.path().join(name)).unwrap();
+    }
+    let pair = Tokenizer::from_dir(two.path()).unwrap();
+    for t in [&json, &pair] {
+        assert_eq!(t.vocab_size(), 50257);
+        assert_eq!(t.end_of_text().unwrap(), 50256);
+        assert_eq!(t.token_id("Ġthe"), Some(262));
+        // Radford et al.'s encoder gives these.
+        assert_eq!(t.encode("Hello world").unwrap(), [15496, 995]);
+        assert_eq!(t.encode(" It's 🙂\n\nx").unwrap(), [632, 338, 32485, 198, 198, 87]);
+        assert_eq!(t.encode("a<|endoftext|>b").unwrap(), [64, 50256, 65]);
+        assert_eq!(t.decode(&[64, 50256, 65], true).unwrap(), "ab");
+    }
+    for text in TRICKY {
+        let ids = json.encode(text).unwrap();
+        assert_eq!(pair.encode(text).unwrap(), ids, "{text:?}");
+        assert_eq!(json.decode(&ids, false).unwrap(), text);
+        assert_eq!(pair.decode(&ids, false).unwrap(), text);
+        assert_eq!(streamed(&pair, &ids), text);
+    }
+}
+
+#[test]
+fn a_trained_tokenizer_is_the_same_every_time_and_gives_every_text_back() {
+    let a = trained(400);
+    assert_eq!(a.vocab_size(), 400);
+    let dir = tempfile::tempdir().unwrap();
+    a.save(dir.path()).unwrap();
+    let saved = fs::read(dir.path().join("tokenizer.json")).unwrap();
+    for _ in 0..3 {
+        let again = tempfile::tempdir().unwrap();
+        trained(400).save(again.path()).unwrap();
+        assert!(fs::read(again.path().join("tokenizer.json")).unwrap() == saved);
+    }
+    let back = Tokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!(back.end_of_text().unwrap(), a.end_of_text().unwrap());
+    assert_eq!(back.vocab_size(), 400);
+    for text in TRICKY {
+        let ids = a.encode(text).unwrap();
+        assert_eq!(back.encode(text).unwrap(), ids, "{text:?}");
+        assert_eq!(a.decode(&ids, false).unwrap(), text);
+        assert_eq!(streamed(&a, &ids), text);
+    }
+    // It has learnt something, and byte pairs of nothing but the given texts.
+    assert!(a.encode(" the name of the").unwrap().len() <= 4);
+}
+
+#[test]
+fn a_long_text_and_its_lines_learn_and_encode_alike() {
+    let lines: Vec<String> = (0..20_000).map(|i| format!("{i} {}\n", TRICKY[i % 13])).collect();
+    let text = lines.concat();
+    assert!(text.len() > 10 << 16);
+    let whole = Tokenizer::train_bpe([&text].into_iter(), 500).unwrap();
+    let halves = Tokenizer::train_bpe([&text].into_iter(), 500).unwrap();
+    let ids = whole.encode(&text).unwrap();
+    assert_eq!(ids, halves.encode(&text).unwrap());
+    assert_eq!(whole.decode(&ids, false).unwrap(), text);
+}
+
+#[test]
+fn a_stream_gives_whole_characters_only() {
+    let bytes = Tokenizer::train_bpe(["x"].into_iter(), 257).unwrap();
+    let ids = bytes.encode("a🙂é").unwrap();
+    assert_eq!(ids.len(), 7);
+    let mut stream = bytes.decode_stream(true);
+    let pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    assert_eq!(pieces, ["a", "", "", "", "🙂", "", "é"]);
+    assert_eq!(stream.finish().unwrap(), "");
+    // Bytes that never become a character are given out as such, and do not hold the stream back for good.
+    let (start, end) = (ids[1], bytes.end_of_text().unwrap());
+    let mut text = String::new();
+    for id in [start, start, start, end, start, start, ids[0], end] {
+        text += &stream.push(id).unwrap();
+    }
+    assert!(text.ends_with('a') && text.starts_with('\u{fffd}'), "{text:?}");
+    assert_eq!(stream.push(start).unwrap(), "");
+    assert_eq!(stream.finish().unwrap(), "\u{fffd}");
+    assert!(stream.push(257).is_err());
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let t = trained(300);
+    for (result, wanted) in [
+        (t.decode(&[1, 300], false).map(drop), "token 300 is not in the vocabulary of 300"),
+        (t.decode(&[u32::MAX], true).map(drop), "4294967295"),
+        (Tokenizer::train_bpe(["a"].into_iter(), 256).map(drop), "257"),
+        (Tokenizer::train_bpe(["a"].into_iter(), 0).map(drop), "too small"),
+        (Tokenizer::train_bpe(std::iter::empty::<&str>(), 300).map(drop), "no text"),
+        (Tokenizer::train_bpe(["", ""].into_iter(), 300).map(drop), "no text"),
+    ] {
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains(wanted), "{text}");
+    }
+    assert_eq!(Tokenizer::train_bpe(["ab ab"].into_iter(), 5000).unwrap().vocab_size(), 258);
+}
+
+#[test]
+fn damaged_tokenizers_are_refused_by_name() {
+    let merges = ("merges.txt", "#version: 0.2\na b\n");
+    let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
+    let bpe = |model: &str| format!(r#"{{"version": "1.0", "added_tokens": [], "model": {model}}}"#);
+    let cases: [(&[(&str, &str)], &[&str]); 16] = [
+        (&[], &["no tokenizer here", "tokenizer.json", "merges.txt"]),
+        (&[vocab], &["no tokenizer here"]),
+        (&[("tokenizer.json", "")], &["tokenizer.json"]),
+        (&[("tokenizer.json", "{\"model\": ")], &["tokenizer.json"]),
+        (&[("tokenizer.json", "[]")], &["tokenizer.json"]),
+        (&[("tokenizer.json", &bpe("{}"))], &["tokenizer.json"]),
+        (
+            &[("tokenizer.json", &bpe(r#"{"type": "BPE", "vocab": {"a": 0, "ab": 1}, "merges": ["a b"]}"#))],
+            &["tokenizer.json", "not a tokenizer file"],
+        ),
+        (
+            &[(
+                "tokenizer.json",
+                &bpe(r#"{"type": "BPE", "continuing_subword_prefix": "@@@@",
+                         "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": ["a é"]}"#),
+            )],
+            &["tokenizer.json", "prefix"],
+        ),
+        (&[("vocab.json", "{}"), merges], &["vocab.json", "empty"]),
+        (&[("vocab.json", r#"{"a": -1}"#), merges], &["vocab.json", "\"a\"", "-1"]),
+        (&[("vocab.json", r#"{"a": 0, "b": 0}"#), merges], &["vocab.json", "id 0", "\"b\""]),
+        (&[("vocab.json", "[1]"), merges], &["vocab.json", "JSON object"]),
+        (&[vocab, ("merges.txt", "#version: 0.2\na b c\n")], &["merges.txt", "line 2"]),
+        (&[vocab, ("merges.txt", "a b\na c\n")], &["merges.txt", "line 2", "\"c\""]),
+        (&[vocab, ("merges.txt", "b a\n")], &["merges.txt", "line 1", "\"ba\""]),
+        (&[vocab, merges, ("added_tokens.json", r#"{"<x>": 9}"#)], &["added_tokens.json", "<x>", "9"]),
+    ];
+    for (files, wanted) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let text = Tokenizer::from_dir(dir.path()).expect_err(&format!("{files:?}")).to_string();
+        for part in wanted {
+            assert!(text.contains(part), "{files:?}: {text} lacks {part:?}");
+        }
+    }
+}
+
+#[test]
+fn the_end_of_a_text_is_found_where_it_is_told() {
+    let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
+    let merges = ("merges.txt", "a b\n");
+    let cases: [(&[(&str, &str)], Option<u32>); 8] = [
+        (&[], None),
+        (&[("tokenizer_config.json", r#"{"eos_token": "b"}"#)], Some(1)),
+        (&[("tokenizer_config.json", r#"{"eos_token": {"content": "ab"}}"#)], Some(2)),
+        (&[("tokenizer_config.json", r#"{"eos_token": "z"}"#)], None),
+        (&[("config.json", r#"{"eos_token_id": 2}"#)], Some(2)),
+        (&[("config.json", r#"{"eos_token_id": [1, 2]}"#)], Some(1)),
+        (&[("config.json", r#"{"eos_token_id": 3}"#)], None),
+        (&[("added_tokens.json", r#"{"<|endoftext|>": 3}"#), ("config.json", r#"{"eos_token_id": 2}"#)], Some(3)),
+    ];
+    for (files, wanted) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files.iter().chain([&vocab, &merges]) {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let t = Tokenizer::from_dir(dir.path()).unwrap();
+        match wanted {
+            Some(id) => assert_eq!(t.end_of_text().unwrap(), id, "{files:?}"),
+            None => assert!(t.end_of_text().unwrap_err().to_string().contains(END_OF_TEXT), "{files:?}"),
+        }
+    }
+}
+
+#[test]
+fn truncation_and_padding_of_the_file_are_ignored() {
+    let dir = tempfile::tempdir().unwrap();
+    let t = trained(300);
+    t.save(dir.path()).unwrap();
+    let path = dir.path().join("tokenizer.json");
+    let mut file: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    file["truncation"] =
+        serde_json::json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
+    fs::write(&path, file.to_string()).unwrap();
+    let text = "a text of far more than three tokens";
+    assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().encode(text).unwrap(), t.encode(text).unwrap());
+}
+
+#[test]
+fn all_files_of_a_tokenizer_are_copied() {
+    let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    trained(300).save(from.path()).unwrap();
+    fs::write(from.path().join("generation_config.json"), "{}").unwrap();
+    fs::write(from.path().join("model.safetensors"), "not a tokenizer").unwrap();
+    Tokenizer::copy_files(from.path(), to.path()).unwrap();
+    let mut names: Vec<_> =
+        fs::read_dir(to.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]);
+}

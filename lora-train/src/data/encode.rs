@@ -1,0 +1,249 @@
+//! Examples to token sequences.
+
+use rayon::prelude::*;
+
+use super::error::start_of;
+use super::{Content, Corpus, Error, Example, Format, Result};
+
+/// What goes wrong inside a tokenizer.
+pub type EncodeError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What data needs to know of a tokenizer and its model.
+pub trait Encode: Sync {
+    /// The tokens of `text`, without any special tokens added.
+    ///
+    /// # Errors
+    /// Whatever the tokenizer reports.
+    fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError>;
+
+    /// The token that ends a text, and that separates a prompt from its completion.
+    fn end_of_text(&self) -> u32;
+
+    /// How many tokens the *model* knows: the rows of its embedding.
+    fn vocab_size(&self) -> usize;
+}
+
+/// One training sequence: position `i` is trained to predict `tokens[i + 1]` where `i + 1 >= targets_from`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequence {
+    /// At least two tokens.
+    pub tokens: Vec<u32>,
+    /// Index of the first token that is a target: at least 1 and less than the number of tokens.
+    pub targets_from: usize,
+}
+
+/// The sequences of one or more files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dataset {
+    /// At least one sequence, in the order of the files.
+    pub sequences: Vec<Sequence>,
+    /// How many examples were longer than the maximum length, and so lost their end.
+    pub cut: usize,
+    /// How many of those had no target left and were dropped.
+    pub dropped: usize,
+}
+
+impl Dataset {
+    /// How many tokens are predicted in one pass over the data.
+    pub fn targets(&self) -> usize {
+        self.sequences.iter().map(|s| s.tokens.len() - s.targets_from).sum()
+    }
+
+    /// Length of the longest sequence, in tokens.
+    pub fn longest(&self) -> usize {
+        self.sequences.iter().map(|s| s.tokens.len()).max().unwrap_or(0)
+    }
+}
+
+/// Encodes files, one after the other, in parallel and in order.
+///
+/// - A pair (E2E, and JSONL with `prompt` and `completion`) becomes `BPE(prompt) ⧺ [end] ⧺ BPE(" " + completion) ⧺ [end]`,
+///   both sides trimmed, with the loss on the completion and its end token only. This is the form of the LoRA paper's
+///   E2E experiments.
+/// - JSONL `text` becomes `BPE(text) ⧺ [end]`, with the loss on every token from the second on.
+/// - [`Format::Text`] files make one stream, `BPE(file) ⧺ [end]` for each, which is cut into sequences of `max_length`
+///   tokens. Neighbours share one token, the last of one being the first of the next, so every token of the stream but
+///   the first is predicted exactly once; nothing is lost, and nothing counts as cut. These sequences come after those
+///   of files in other formats.
+///
+/// Pairs and JSONL texts longer than `max_length` tokens lose their end; what then has no target left is dropped. Both
+/// are counted in the result and named in one warning.
+///
+/// # Errors
+/// A `max_length` under 2, no corpus, a tokenizer that fails or that gives tokens outside the vocabulary, and data of
+/// which nothing is left.
+pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Result<Dataset> {
+    if max_length < 2 {
+        return Err(Error::MaxLength { max_length });
+    }
+    let Some(first) = corpora.first() else { return Err(Error::NoData) };
+    let (end, vocab_size) = (encoder.end_of_text(), encoder.vocab_size());
+    if end as usize >= vocab_size {
+        return Err(Error::EndOfText { token: end, vocab_size });
+    }
+
+    let (mut data, mut examples) = (Dataset { sequences: Vec::new(), cut: 0, dropped: 0 }, 0);
+    let mut stream = Vec::new();
+    for corpus in corpora {
+        examples += corpus.examples.len();
+        if corpus.format == Format::Text {
+            for example in &corpus.examples {
+                stream.extend(document(corpus, example, encoder)?);
+                stream.push(end);
+            }
+        } else {
+            let encoded: Vec<Result<Sequence>> =
+                corpus.examples.par_iter().map(|example| sequence(corpus, example, encoder)).collect();
+            for sequence in encoded {
+                data.push_cut(sequence?, max_length);
+            }
+        }
+    }
+    data.push_stream(&stream, max_length);
+
+    if data.sequences.is_empty() {
+        return Err(Error::NothingLeft { path: first.path.clone(), examples, max_length });
+    }
+    if data.cut > 0 {
+        tracing::warn!(
+            "{} of {examples} examples are longer than {max_length} tokens and were cut there{}",
+            data.cut,
+            match data.dropped {
+                0 => String::new(),
+                n => format!("; {n} of them were dropped, because the prompt alone is that long"),
+            }
+        );
+    }
+    Ok(data)
+}
+
+/// The tokens that ask for a completion of `prompt`, as training put them: `BPE(trimmed prompt) ⧺ [end]`.
+///
+/// # Errors
+/// A tokenizer that fails.
+pub fn encode_prompt(prompt: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {
+    let tokens = encoder.encode(prompt.trim());
+    let mut tokens = tokens.map_err(|source| Error::Prompt { start: start_of(prompt), source })?;
+    tokens.push(encoder.end_of_text());
+    Ok(tokens)
+}
+
+impl Dataset {
+    fn push_cut(&mut self, mut sequence: Sequence, max_length: usize) {
+        if sequence.tokens.len() > max_length {
+            self.cut += 1;
+            sequence.tokens.truncate(max_length);
+            sequence.tokens.shrink_to_fit();
+        }
+        if sequence.targets_from < sequence.tokens.len() {
+            self.sequences.push(sequence);
+        } else {
+            self.dropped += 1;
+        }
+    }
+
+    fn push_stream(&mut self, stream: &[u32], max_length: usize) {
+        for start in (0..stream.len().saturating_sub(1)).step_by(max_length - 1) {
+            let end = stream.len().min(start + max_length);
+            self.sequences.push(Sequence { tokens: stream[start..end].to_vec(), targets_from: 1 });
+        }
+    }
+}
+
+fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Sequence> {
+    let end = encoder.end_of_text();
+    let encode = |text: &str| tokens(corpus, example.line, text, encoder);
+    Ok(match &example.content {
+        Content::Pair { prompt, completion } => {
+            let mut tokens = encode(prompt.trim())?;
+            tokens.push(end);
+            let targets_from = tokens.len();
+            tokens.extend(encode(&format!(" {}", completion.trim()))?);
+            tokens.push(end);
+            Sequence { tokens, targets_from }
+        }
+        Content::Text(text) => {
+            let mut tokens = encode(text)?;
+            tokens.push(end);
+            Sequence { tokens, targets_from: 1 }
+        }
+    })
+}
+
+fn tokens(corpus: &Corpus, line: usize, text: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {
+    let path = || corpus.path.clone();
+    let tokens = encoder.encode(text).map_err(|source| Error::Tokenizer { path: path(), line, source })?;
+    let vocab_size = encoder.vocab_size();
+    match tokens.iter().find(|&&t| t as usize >= vocab_size) {
+        Some(&token) => Err(Error::OutsideVocabulary { path: path(), line, token, vocab_size }),
+        None => Ok(tokens),
+    }
+}
+
+/// The tokens of a whole file, piece by piece, so that the tokenizer works on all cores and never holds its books on
+/// the whole file at once.
+fn document(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Vec<u32>> {
+    let (Content::Text(text) | Content::Pair { completion: text, .. }) = &example.content;
+    let pieces = pieces(text, PIECE);
+    let encoded: Vec<Result<Vec<u32>>> =
+        pieces.par_iter().map(|&(line, piece)| tokens(corpus, example.line + line, piece, encoder)).collect();
+    let mut all = Vec::new();
+    for (result, (line, piece)) in encoded.into_iter().zip(&pieces) {
+        match result {
+            Ok(tokens) => all.extend(tokens),
+            Err(error) => return Err(narrow(corpus, example.line + line, piece, encoder).unwrap_or(error)),
+        }
+    }
+    Ok(all)
+}
+
+/// The first single line of a faulty piece that shows the fault too.
+fn narrow(corpus: &Corpus, line: usize, piece: &str, encoder: &dyn Encode) -> Option<Error> {
+    piece.split('\n').enumerate().find_map(|(i, text)| tokens(corpus, line + i, text, encoder).err())
+}
+
+/// Bytes of a piece, at least.
+const PIECE: usize = 1 << 20;
+
+/// Cuts `text` before newlines that a non-space follows, in pieces of at least `size` bytes; each with the number of
+/// newlines before it.
+///
+/// A byte-level BPE as GPT-2's gives the same tokens for the pieces as for the whole: its pre-tokenizer takes the last
+/// white space before a word apart (`\s+(?!\S)|\s+`), so a word boundary lies there anyway. Tokenizers that mark the
+/// start of a text may differ by that mark once a piece.
+fn pieces(text: &str, size: usize) -> Vec<(usize, &str)> {
+    let (mut pieces, mut rest, mut line) = (Vec::new(), text, 0);
+    while rest.len() > size {
+        let bytes = rest.as_bytes();
+        let cut = (size.max(1)..bytes.len() - 1)
+            .find(|&i| bytes[i] == b'\n' && rest[i + 1..].starts_with(|c: char| !c.is_whitespace()));
+        let Some(cut) = cut else { break };
+        let (piece, after) = rest.split_at(cut);
+        pieces.push((line, piece));
+        line += piece.bytes().filter(|&b| b == b'\n').count();
+        rest = after;
+    }
+    pieces.push((line, rest));
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pieces;
+
+    #[test]
+    fn pieces_join_to_the_text_and_start_before_a_word() {
+        let text = "a b\n\nc\n  d\ne é\n\n\nf\n";
+        for size in 0..text.len() + 2 {
+            let cut = pieces(text, size);
+            assert_eq!(cut.iter().map(|p| p.1).collect::<String>(), text, "size {size}");
+            for (line, piece) in &cut[1..] {
+                assert!(piece.starts_with('\n') && !piece[1..].starts_with(char::is_whitespace), "{size}: {piece:?}");
+                let before =
+                    text.len() - cut.iter().rev().take_while(|p| p.0 >= *line).map(|p| p.1.len()).sum::<usize>();
+                assert_eq!(*line, text[..before].matches('\n').count(), "{size}: {piece:?}");
+            }
+        }
+        assert_eq!(pieces(text, 1).len(), 4);
+    }
+}

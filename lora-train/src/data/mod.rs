@@ -1,0 +1,114 @@
+//! From text files to batches of tokens.
+//!
+//! ```text
+//! file ──read──▶ Corpus of Examples ──encode──▶ Dataset of Sequences ──Sampler──▶ micro-batches of one optimiser step
+//! ```
+//!
+//! - [`read`] parses one file in one of three [`Format`]s and knows nothing of tokens.
+//! - [`encode`] turns examples into token [`Sequence`]s with whatever implements [`Encode`], and cuts them at a length.
+//! - [`Sampler`] is a pure function from the number of an optimiser step to the sequences of that step, so a run is
+//!   resumed from its step number alone.
+//! - [`Batch`] is one flat run of tokens with boundaries: no padding anywhere.
+//!
+//! Every step is deterministic: the same files, settings and seed give the same batches for any number of threads.
+
+mod batch;
+mod encode;
+mod error;
+mod read;
+mod sampler;
+
+use std::{fmt, path::Path, path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+pub use batch::Batch;
+pub use encode::{Dataset, Encode, EncodeError, Sequence, encode, encode_prompt};
+pub use error::{Error, Result};
+pub use read::read;
+pub use sampler::{Position, Sampler};
+
+/// How a data file is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// One example a line: `context||reference`, split at the first `||`, both sides trimmed.
+    E2e,
+    /// One JSON object a line with `prompt` and `completion`, or with `text`; a file may hold both kinds. Other keys
+    /// are ignored.
+    Jsonl,
+    /// The whole file is one document for pretraining.
+    Text,
+}
+
+impl Format {
+    /// Every format, in the order of the documentation.
+    pub const ALL: [Format; 3] = [Format::E2e, Format::Jsonl, Format::Text];
+
+    /// The format that a file is read in when none is asked for: [`Format::Jsonl`] for `.jsonl` and `.json` (in any
+    /// case), otherwise [`Format::E2e`].
+    pub fn of_path(path: &Path) -> Format {
+        match path.extension().and_then(|e| e.to_str()) {
+            Some(e) if e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("json") => Format::Jsonl,
+            _ => Format::E2e,
+        }
+    }
+
+    /// The name on the command line and in configuration files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::E2e => "e2e",
+            Format::Jsonl => "jsonl",
+            Format::Text => "text",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Format> {
+        let found = Format::ALL.into_iter().find(|f| f.name() == name);
+        found.ok_or_else(|| Error::UnknownFormat { name: name.to_owned() })
+    }
+}
+
+/// What one file held.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Corpus {
+    /// The file, for messages about its lines.
+    pub path: PathBuf,
+    /// The format it was read in.
+    pub format: Format,
+    /// At least one example, in the order of the file.
+    pub examples: Vec<Example>,
+}
+
+/// One example and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Line of the file, counted from 1.
+    pub line: usize,
+    /// Its text.
+    pub content: Content,
+}
+
+/// The text of an [`Example`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// A prompt and what should follow it: the loss is on the completion alone. Both are trimmed.
+    Pair {
+        /// What is given; may be empty.
+        prompt: String,
+        /// What is to be learned; never empty.
+        completion: String,
+    },
+    /// Text that is learned from its first token to its last.
+    Text(String),
+}

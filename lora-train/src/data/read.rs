@@ -1,0 +1,116 @@
+//! Files to examples.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::error::start_of;
+use super::{Content, Corpus, Error, Example, Format, Result};
+
+/// Reads a file.
+///
+/// A byte-order mark and CRLF line ends are accepted, blank lines are skipped. Nothing of a faulty file is used: the
+/// first fault is an error that names its line.
+///
+/// # Errors
+/// A missing, non-UTF-8 or empty file; in E2E a line without `||` or without a reference; in JSONL a line that is not
+/// JSON, or not an object with the strings `prompt` and `completion` or the string `text` (both at once are an error
+/// too, since only one could be meant), or with a blank completion or text.
+pub fn read(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
+    let path = path.as_ref();
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    let text = utf8(path, bytes)?;
+    // A mark in the middle of a file is a character like any other; only at its start does it say "UTF-8".
+    let body = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    if body.trim().is_empty() {
+        return Err(Error::Empty { path: path.to_owned(), bytes: text.len() });
+    }
+    let examples = match format {
+        Format::Text => vec![Example { line: 1, content: Content::Text(body.replace("\r\n", "\n")) }],
+        Format::E2e => by_line(body, |line, text| e2e(path, line, text))?,
+        Format::Jsonl => {
+            let array = body.trim_start().starts_with('[');
+            by_line(body, |line, text| jsonl(path, line, text, array))?
+        }
+    };
+    Ok(Corpus { path: path.to_owned(), format, examples })
+}
+
+fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
+        let offset = e.utf8_error().valid_up_to();
+        let line = 1 + e.as_bytes()[..offset].iter().filter(|&&b| b == b'\n').count();
+        Error::NotUtf8 { path: path.to_owned(), line, offset, byte: e.as_bytes()[offset] }
+    })
+}
+
+fn by_line(text: &str, parse: impl Fn(usize, &str) -> Result<Content>) -> Result<Vec<Example>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    lines.map(|(i, text)| Ok(Example { line: i + 1, content: parse(i + 1, text)? })).collect()
+}
+
+fn e2e(path: &Path, line: usize, text: &str) -> Result<Content> {
+    let Some((prompt, completion)) = text.split_once("||") else {
+        return Err(Error::NoSeparator { path: path.to_owned(), line, start: start_of(text) });
+    };
+    pair(path, line, text, prompt, completion, "reference")
+}
+
+fn pair(path: &Path, line: usize, text: &str, prompt: &str, completion: &str, part: &'static str) -> Result<Content> {
+    if completion.trim().is_empty() {
+        return Err(empty_target(path, line, part, text));
+    }
+    Ok(Content::Pair { prompt: prompt.trim().to_owned(), completion: completion.trim().to_owned() })
+}
+
+fn empty_target(path: &Path, line: usize, part: &'static str, text: &str) -> Error {
+    Error::EmptyTarget { path: path.to_owned(), line, part, start: start_of(text) }
+}
+
+fn jsonl(path: &Path, line: usize, text: &str, array: bool) -> Result<Content> {
+    let value: Value = serde_json::from_str(text).map_err(|e| Error::Json {
+        path: path.to_owned(),
+        line,
+        column: e.column(),
+        message: without_position(&e.to_string()),
+        array,
+    })?;
+    let not = |found: String| Error::NotAnExample { path: path.to_owned(), line, found };
+    let Value::Object(object) = value else {
+        return Err(not(format!("found {} in place of an object", kind(&value))));
+    };
+    let string = |key: &str| match object.get(key) {
+        None => Ok(None),
+        Some(Value::String(s)) => Ok(Some(s.as_str())),
+        Some(other) => Err(not(format!("\"{key}\" is {} in place of a string", kind(other)))),
+    };
+    match (string("prompt")?, string("completion")?, string("text")?) {
+        (Some(prompt), Some(completion), None) => pair(path, line, text, prompt, completion, "completion"),
+        (None, None, Some(t)) if t.trim().is_empty() => Err(empty_target(path, line, "text", text)),
+        (None, None, Some(t)) => Ok(Content::Text(t.to_owned())),
+        (None, None, None) if object.is_empty() => Err(not("the object is empty".into())),
+        (_, _, Some(_)) => {
+            Err(not("both \"text\" and parts of a prompt/completion pair are there; which is meant?".into()))
+        }
+        _ => {
+            let keys: Vec<String> = object.keys().take(8).map(|k| format!("\"{}\"", start_of(k))).collect();
+            Err(not(format!("found only the keys {}", keys.join(", "))))
+        }
+    }
+}
+
+/// Each line is parsed alone, so the parser's own "at line 1 column 7" would mislead; file and line stand in front.
+fn without_position(message: &str) -> String {
+    message.rsplit_once(" at line ").map_or(message, |(what, _)| what).to_owned()
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a truth value",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,104 @@
+//! Which sequences belong to which optimiser step.
+
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Batch, Dataset, Error, Result};
+
+/// The order of the data: from the number of an optimiser step to its sequences.
+///
+/// As in Hugging Face's trainer, `batch_size` is the micro-batch and a step takes `batch_size · grad_accum` sequences;
+/// the last step of an epoch takes what is left (PyTorch's `DataLoader` without `drop_last`). An epoch of `n` sequences
+/// has `⌈n / (batch_size · grad_accum)⌉` steps.
+///
+/// The sequences of a step depend on the data's size, the seed and the step alone. So the step number is the whole
+/// state: nothing else needs saving to resume. And `(batch_size, grad_accum)` of (8, 1), (4, 2) and (1, 8) walk through
+/// the same steps.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    sequences: usize,
+    batch_size: usize,
+    per_step: usize,
+    seed: Option<u64>,
+    /// The order of one epoch, kept because neighbouring steps share it.
+    order: Option<(u64, Vec<usize>)>,
+}
+
+/// Where in the data a step starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Position {
+    /// Full passes over the data before this step.
+    pub epoch: u64,
+    /// Sequences of this pass before this step.
+    pub index: usize,
+}
+
+impl Sampler {
+    /// An order over `sequences` sequences, shuffled anew each epoch from `seed`, or for `None` that of the file.
+    ///
+    /// # Errors
+    /// No sequences; a batch size or a number of micro-batches of zero, or a product that overflows.
+    pub fn new(sequences: usize, batch_size: usize, grad_accum: usize, seed: Option<u64>) -> Result<Sampler> {
+        if sequences == 0 {
+            return Err(Error::NoData);
+        }
+        match batch_size.checked_mul(grad_accum) {
+            None | Some(0) => Err(Error::BatchSize { batch_size, grad_accum }),
+            Some(per_step) => Ok(Sampler { sequences, batch_size, per_step, seed, order: None }),
+        }
+    }
+
+    /// Optimiser steps in one pass over the data.
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.sequences.div_ceil(self.per_step) as u64
+    }
+
+    /// Where step `step`, counted from 0, starts.
+    pub fn position(&self, step: u64) -> Position {
+        let per_epoch = self.steps_per_epoch();
+        Position { epoch: step / per_epoch, index: (step % per_epoch) as usize * self.per_step }
+    }
+
+    /// The indices of the sequences of step `step`, counted from 0.
+    pub fn indices(&mut self, step: u64) -> &[usize] {
+        let Position { epoch, index } = self.position(step);
+        if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
+            self.order = Some((epoch, order(self.sequences, self.seed, epoch)));
+        }
+        let (_, order) = self.order.as_ref().expect("set above");
+        &order[index..self.sequences.min(index.saturating_add(self.per_step))]
+    }
+
+    /// The micro-batches of step `step`: `batch_size` sequences each, the last perhaps fewer. `data` is what the
+    /// sampler was made for.
+    ///
+    /// # Panics
+    /// If `data` has fewer sequences than the sampler was made for.
+    pub fn batches(&mut self, step: u64, data: &Dataset) -> Vec<Batch> {
+        let batch_size = self.batch_size;
+        let mut row_offset = 0;
+        let micro = self.indices(step).chunks(batch_size);
+        micro
+            .map(|indices| {
+                let batch = Batch::new(indices.iter().map(|&i| &data.sequences[i]), row_offset);
+                row_offset += batch.rows();
+                batch
+            })
+            .collect()
+    }
+}
+
+/// The order of one epoch: a permutation of `0..sequences`. The generator's key is the seed under a name of its own, so
+/// that the seed can serve elsewhere too, and each epoch is a stream of that key.
+fn order(sequences: usize, seed: Option<u64>, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sequences).collect();
+    if let Some(seed) = seed {
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        key[8..18].copy_from_slice(b"data order");
+        let mut rng = ChaCha8Rng::from_seed(key);
+        rng.set_stream(epoch);
+        order.shuffle(&mut rng);
+    }
+    order
+}

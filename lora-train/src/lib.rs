@@ -1,0 +1,5 @@
+//! train
+
+pub mod data;
+pub mod demo_data;
+pub mod schedule;
