@@ -11,6 +11,8 @@ pub struct Worst {
     pub error: f64,
     /// Where: parameter, element, both derivatives.
     pub place: String,
+    /// The largest |difference| of all: where every derivative is about 0, agreement says nothing.
+    pub largest: f64,
 }
 
 /// Compares the tape's gradient of ⟨c, f(θ)⟩ with central differences, for every element of every parameter θ, where c is
@@ -48,9 +50,10 @@ pub fn gradcheck(params: &Params, f: impl Fn(&mut Tape) -> Result<Var>) -> Resul
             };
             let difference = (at(values[i] + h)? - at(values[i] - h)?) / (2.0 * h);
             let error = (grad[i] - difference).abs() / difference.abs().max(1.0);
+            worst.largest = worst.largest.max(difference.abs());
             if error > worst.error || error.is_nan() {
-                let place = format!("{}[{i}]: tape {}, difference {difference}", params.name(id), grad[i]);
-                worst = Worst { error, place };
+                worst.place = format!("{}[{i}]: tape {}, difference {difference}", params.name(id), grad[i]);
+                worst.error = error;
             }
         }
     }

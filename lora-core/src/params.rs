@@ -84,14 +84,14 @@ impl ParamsBuilder {
         self.len
     }
 
-    /// Takes the memory and fills it in. Each parameter draws from a stream of its own, so that it begins the same way
-    /// whatever else trains.
+    /// Takes the memory and fills it in. Each parameter draws from a stream of its own, chosen by its name, so that it
+    /// begins the same way whatever else trains.
     pub fn build(self, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
         let mut flat = Buffer::empty(device, dtype, self.len)?;
-        for (i, (e, init)) in self.entries.iter().zip(&self.inits).enumerate() {
+        for (e, init) in self.entries.iter().zip(&self.inits) {
             let len: usize = e.shape.iter().product();
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(i as u64);
+            rng.set_stream(fnv1a(&e.name));
             let mut draw =
                 |f: &mut dyn FnMut(&mut ChaCha8Rng) -> f64| -> Vec<f64> { (0..len).map(|_| f(&mut rng)).collect() };
             let values = match init {
@@ -116,6 +116,11 @@ impl ParamsBuilder {
         }
         Ok(Params { entries: self.entries.into(), flat: Arc::new(flat) })
     }
+}
+
+/// The 64-bit FNV-1a hash (Fowler, Noll and Vo), which will be the same in every version: seeds depend on it.
+fn fnv1a(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// All trainable parameters, in one flat buffer, so that clipping, AdamW and an all-reduce are one call each. Cloning
@@ -216,36 +221,48 @@ impl Params {
 pub struct Grads {
     entries: Arc<[Entry]>,
     flat: Buffer,
-    written: Vec<bool>,
+    state: Vec<State>,
+}
+
+/// What stands in the memory of one gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Something of an earlier step, or nothing yet: never read.
+    Stale,
+    /// Zeros, since all gradients were asked for and nobody had written this one.
+    Zero,
+    /// What backward wrote.
+    Written,
 }
 
 impl Grads {
     /// Room for the gradients of `params`.
     pub fn new(params: &Params) -> Result<Grads> {
         let flat = Buffer::zeros(&params.device(), params.dtype(), params.count())?;
-        Ok(Grads { entries: params.entries.clone(), flat, written: vec![false; params.entries.len()] })
+        Ok(Grads { entries: params.entries.clone(), flat, state: vec![State::Stale; params.entries.len()] })
     }
 
     /// Forgets all gradients: the next step begins.
     pub fn reset(&mut self) {
-        self.written.fill(false);
+        self.state.fill(State::Stale);
     }
 
     /// Parameters that no backward has written since the last reset. Their gradient is zero; a method whose parameters
     /// stay here has them in the wrong place.
     pub fn unwritten(&self) -> Vec<&str> {
-        self.entries.iter().zip(&self.written).filter(|(_, w)| !**w).map(|(e, _)| e.name.as_str()).collect()
+        let unwritten = self.entries.iter().zip(&self.state).filter(|(_, s)| **s != State::Written);
+        unwritten.map(|(e, _)| e.name.as_str()).collect()
     }
 
     /// All gradients as one row; what nobody wrote is zero.
     pub fn flat_mut(&mut self) -> Result<MatMut<'_>> {
         for i in 0..self.entries.len() {
-            if !self.written[i] {
+            if self.state[i] == State::Stale {
                 let (offset, len) = self.place(i);
                 let zeros = Buffer::zeros(&self.flat.device(), self.flat.dtype(), len)?;
                 let zeros = lora_kernels::Mat::new(&zeros, 0, 1, len);
-                lora_kernels::axpby(0.0, zeros, 0.0, MatMut::new(&mut self.flat, offset, 1, len))?;
-                self.written[i] = true;
+                lora_kernels::axpby(1.0, zeros, 0.0, MatMut::new(&mut self.flat, offset, 1, len))?;
+                self.state[i] = State::Zero;
             }
         }
         let len = self.flat.len();
@@ -254,7 +271,7 @@ impl Grads {
 
     /// One gradient, copied; `None` when nobody wrote it.
     pub fn get(&self, id: ParamId) -> Result<Option<Tensor>> {
-        if !self.written[id.0] {
+        if self.state[id.0] != State::Written {
             return Ok(None);
         }
         let (offset, len) = self.place(id.0);
@@ -266,12 +283,36 @@ impl Grads {
         let e = &self.entries[id.0];
         let cols = e.shape.last().copied().unwrap_or(1);
         let rows = e.shape.iter().rev().skip(1).product();
-        let beta = if std::mem::replace(&mut self.written[id.0], true) { 1.0 } else { 0.0 };
+        let before = std::mem::replace(&mut self.state[id.0], State::Written);
+        let beta = if before == State::Stale { 0.0 } else { 1.0 };
         Acc { to: MatMut::new(&mut self.flat, e.offset, rows, cols), beta }
     }
 
     fn place(&self, i: usize) -> (usize, usize) {
         let e = &self.entries[i];
         (e.offset, e.shape.iter().product())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_copied_once_per_holder_and_else_written_in_place() {
+        let mut b = ParamsBuilder::new();
+        b.add("w", &[2, 3], Init::Ones);
+        let mut p = b.build(&Device::Cpu, DType::F32, 0).unwrap();
+        let place = |p: &mut Params| {
+            p.flat_mut().unwrap();
+            Arc::as_ptr(&p.flat)
+        };
+        let first = place(&mut p);
+        assert_eq!(place(&mut p), first);
+        let tape = crate::Tape::new(&p);
+        let second = place(&mut p);
+        assert_ne!(second, first);
+        drop(tape);
+        assert_eq!(place(&mut p), second);
     }
 }

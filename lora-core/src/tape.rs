@@ -37,6 +37,11 @@ impl Var {
         self.value
     }
 
+    /// The place for the gradient of this value; a constant has none.
+    pub fn slot(&self) -> Option<Slot> {
+        self.slot
+    }
+
     /// Whether a gradient flows to this value.
     pub fn is_tracked(&self) -> bool {
         self.slot.is_some()
@@ -57,27 +62,20 @@ pub struct Noise {
 
 type Back = Box<dyn FnOnce(Tensor, &mut Backward) -> Result<()>>;
 
-struct Step {
-    out: Slot,
-    /// The step changed its input in place and kept its slot: the gradient goes on to earlier steps too.
-    in_place: bool,
-    back: Back,
-}
-
 /// Records the operations of one forward pass, as far as something trainable lies below them.
 pub struct Tape {
     params: Params,
     recording: bool,
     noise: Option<Noise>,
     sites: u32,
-    nodes: usize,
-    steps: Vec<Step>,
+    /// Step i makes the value of node i.
+    steps: Vec<Back>,
 }
 
 impl Tape {
     /// A tape on which `params` are variables. Without [`Tape::with_noise`] nothing is dropped out.
     pub fn new(params: &Params) -> Tape {
-        Tape { params: params.clone(), recording: true, noise: None, sites: 0, nodes: 0, steps: Vec::new() }
+        Tape { params: params.clone(), recording: true, noise: None, sites: 0, steps: Vec::new() }
     }
 
     /// A tape that records nothing: evaluation and generation.
@@ -126,12 +124,12 @@ impl Tape {
         if !tracked {
             return Var { value, slot: None };
         }
-        let out = self.fresh();
-        self.steps.push(Step { out, in_place: false, back: Box::new(back) });
-        Var { value, slot: Some(out) }
+        self.steps.push(Box::new(back));
+        Var { value, slot: Some(Slot::Node(self.steps.len() - 1)) }
     }
 
-    /// As [`Tape::record`], for an operation y ← y + f(…) that wrote onto `y`: dy flows on to what y was before, and to f.
+    /// As [`Tape::record`], for an operation y ← y + f(…) that wrote onto `y`: dy flows on to what y was before (`slot`),
+    /// and to f. What y was keeps its own place: another holder of it must not send its gradient through f.
     pub fn record_onto(
         &mut self,
         value: Tensor,
@@ -139,26 +137,15 @@ impl Tape {
         tracked: bool,
         back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'static,
     ) -> Var {
-        // Nothing is added to a parameter itself: its slot takes gradients, not steps.
-        let in_place = matches!(slot, Some(Slot::Node(_)));
         if !tracked {
             return Var { value, slot };
         }
-        let out = if in_place { slot.expect("checked") } else { self.fresh() };
-        let through = if in_place { None } else { slot };
-        let back = Box::new(move |dy: Tensor, g: &mut Backward| {
-            if let Some(s) = through {
+        self.record(value, true, move |dy, g| {
+            if let Some(s) = slot {
                 g.pass(s, dy.clone())?;
             }
             back(dy, g)
-        });
-        self.steps.push(Step { out, in_place, back });
-        Var { value, slot: Some(out) }
-    }
-
-    fn fresh(&mut self) -> Slot {
-        self.nodes += 1;
-        Slot::Node(self.nodes - 1)
+        })
     }
 
     /// Adds ∂loss/∂p to the gradient of every parameter p. `loss` holds one element.
@@ -175,18 +162,14 @@ impl Tape {
     /// Adds ∂⟨dy, y⟩/∂p to the gradient of every parameter p: the vector-Jacobian product.
     pub fn backward_from(self, y: Var, dy: Tensor, grads: &mut Grads) -> Result<()> {
         assert_eq!(y.value.shape(), dy.shape(), "the gradient has the shape of its value");
-        let mut g = Backward { nodes: vec![None; self.nodes], grads };
+        let mut g = Backward { nodes: vec![None; self.steps.len()], grads };
         let Some(slot) = y.slot else { return Ok(()) };
         drop(y.value);
         g.pass(slot, dy)?;
-        for step in self.steps.into_iter().rev() {
-            let Slot::Node(out) = step.out else { unreachable!("steps write nodes") };
+        for (node, back) in self.steps.into_iter().enumerate().rev() {
             // A value that nothing used has no gradient: its step is skipped, and so is all below it.
-            let Some(dy) = g.nodes[out].take() else { continue };
-            if step.in_place {
-                g.nodes[out] = Some(dy.clone());
-            }
-            (step.back)(dy, &mut g)?;
+            let Some(dy) = g.nodes[node].take() else { continue };
+            back(dy, &mut g)?;
         }
         Ok(())
     }
@@ -258,13 +241,6 @@ impl Backward<'_> {
 
     /// Puts back what [`Backward::open`] took out.
     pub fn close(&mut self, open: Open) -> Result<()> {
-        match open.slot {
-            Slot::Node(n) => self.nodes[n] = Some(open.value),
-            Slot::Param(id) => {
-                let acc = self.grads.acc(id);
-                axpby(1.0, open.value.mat(), acc.beta, acc.to)?;
-            }
-        }
-        Ok(())
+        self.pass(open.slot, open.value)
     }
 }

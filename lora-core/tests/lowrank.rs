@@ -404,7 +404,7 @@ fn every_error_is_provoked_and_explains_itself() {
         (truncate(ones(0, 3).view(), 1).err(), "Rank", "shape [0, 3]: it holds nothing"),
         (svd_of(&good).unwrap().truncate::<f64>(2).err(), "Rank", "only rank 1"),
         (new(with([1, 2], nan), ones(4, 2), 1.0).err(), "NonFinite", "A is NaN at [1, 2]"),
-        (new(ones(3, 4), with([1, 0], -inf), 1.0).err(), "NonFinite", "B is -inf at [1, 0]"),
+        (new(ones(2, 4), with([1, 0], -inf).reversed_axes(), 1.0).err(), "NonFinite", "B is -inf at [0, 1]"),
         (merged(with([1, 0], nan), Layout::OutIn), "NonFinite", "W₀ is NaN at [1, 0]"),
         (merge(with([0, 2], inf).t(), &good, Layout::InOut).err(), "NonFinite", "W₀ is inf at [2, 0]"),
         (merge(f32_max.view(), &large, Layout::OutIn).err(), "NonFinite", "W₀ + ΔW is inf at [0, 0]"),

@@ -215,3 +215,115 @@ fn tanh_slope<T: Real>(x: T) -> T {
     let (s, rest) = sigmoid(x + x);
     T::of(4.0) * s * rest
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, testing::*};
+
+    const KINDS: [Activation; 5] =
+        [Activation::GeluTanh, Activation::GeluErf, Activation::Relu, Activation::Silu, Activation::Tanh];
+
+    fn exact(kind: Activation, x: f64) -> f64 {
+        match kind {
+            Activation::GeluTanh => {
+                0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+            }
+            Activation::GeluErf => 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())),
+            Activation::Relu => x.max(0.0),
+            Activation::Silu => x / (1.0 + (-x).exp()),
+            Activation::Tanh => x.tanh(),
+        }
+    }
+
+    /// Random numbers, and some far out.
+    fn inputs(n: usize) -> Vec<f64> {
+        let mut x = random(1, n, 6.0);
+        for (x, far) in x.iter_mut().skip(1).zip([0.0, 20.0, -20.0, 100.0, -100.0, 1e4, -1e4]) {
+            *x = far;
+        }
+        x
+    }
+
+    fn slope(kind: Activation, dtype: DType, x: &[f64], dy: &[f64], pad: usize, beta: f64) -> Vec<f64> {
+        let (px, pdy) = (Padded::new(dtype, 1, x.len(), pad, x), Padded::new(dtype, 1, x.len(), pad, dy));
+        let mut dx = Padded::target(dtype, 1, x.len(), pad, beta, x);
+        activation_backward(kind, px.mat(), pdy.mat(), dx.acc(beta)).unwrap();
+        dx.get()
+    }
+
+    #[test]
+    fn equal_their_formulas() {
+        for kind in KINDS {
+            for (rows, cols) in [(0, 3), (1, 1), (3, 7), (8, 31), (5, 33), (129, 768), (1, 100_001)] {
+                let x = inputs(rows * cols);
+                let want: Vec<f64> = x.iter().map(|&x| exact(kind, x)).collect();
+                for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 2)] {
+                    let (px, mut y) = (Padded::new(dtype, rows, cols, pad, &x), Padded::poison(dtype, rows, cols, pad));
+                    activation(kind, px.mat(), y.mat_mut()).unwrap();
+                    close(kind.hf_name(), &y.get(), &want, tol(dtype, 1e-6));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn slopes_are_those_of_finite_differences_in_both_precisions() {
+        // Without 0, where relu has no slope.
+        let x: Vec<f64> = inputs(129).into_iter().filter(|x| x.abs() > 1e-3).collect();
+        let dy = random(2, x.len(), 1.0);
+        for kind in KINDS {
+            let want: Vec<f64> =
+                x.iter().zip(&dy).map(|(&x, dy)| dy * (exact(kind, x + 1e-5) - exact(kind, x - 1e-5)) / 2e-5).collect();
+            for beta in [0.0, 1.0] {
+                let double = slope(kind, DType::F64, &x, &dy, 0, beta);
+                close(kind.hf_name(), &double, &accumulated(&want, beta, &x), 1e-8);
+                close(kind.hf_name(), &slope(kind, DType::F32, &x, &dy, 3, beta), &double, 2e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn the_gate_and_its_gradients() {
+        for n in [1, 7, 33, 768, 40_001] {
+            let (gate, up, dy) = (inputs(n), random(3, n, 2.0), random(4, n, 1.0));
+            let map = |f: &dyn Fn(usize) -> f64| (0..n).map(f).collect::<Vec<_>>();
+            let silu = |i: usize| exact(Activation::Silu, gate[i]);
+            for (dtype, pad) in [(DType::F32, 3), (DType::F64, 0)] {
+                let of = |x: &[f64]| Padded::new(dtype, 1, n, pad, x);
+                let (pg, pu, pdy, mut y) = (of(&gate), of(&up), of(&dy), Padded::poison(dtype, 1, n, pad));
+                silu_gate(pg.mat(), pu.mat(), y.mat_mut()).unwrap();
+                close("y", &y.get(), &map(&|i| silu(i) * up[i]), tol(dtype, 1e-6));
+                for beta in [0.0, 1.0] {
+                    let target = || Padded::target(dtype, 1, n, pad, beta, &up);
+                    let (mut dg, mut du) = (target(), target());
+                    silu_gate_backward(pg.mat(), pu.mat(), pdy.mat(), Some(dg.acc(beta)), None).unwrap();
+                    silu_gate_backward(pg.mat(), pu.mat(), pdy.mat(), None, Some(du.acc(beta))).unwrap();
+                    close("dup", &du.get(), &accumulated(&map(&|i| dy[i] * silu(i)), beta, &up), tol(dtype, 1e-6));
+                    let slopes = slope(Activation::Silu, DType::F64, &gate, &vec![1.0; n], 0, 0.0);
+                    let want = map(&|i| dy[i] * up[i] * slopes[i]);
+                    close("dgate", &dg.get(), &accumulated(&want, beta, &up), tol(dtype, 2e-6));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nan_goes_through_and_names_return() {
+        for kind in KINDS {
+            let x = Padded::new(DType::F32, 1, 1, 0, &[f64::NAN]);
+            let mut y = Padded::new(DType::F32, 1, 1, 0, &[0.0]);
+            activation(kind, x.mat(), y.mat_mut()).unwrap();
+            assert!(y.get()[0].is_nan(), "{kind:?} hides NaN");
+            assert_eq!(Activation::from_hf(kind.hf_name()), Some(kind));
+        }
+        assert_eq!(Activation::from_hf("gelu_pytorch_tanh"), Some(Activation::GeluTanh));
+        assert_eq!(Activation::from_hf("mish"), None);
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        let x = inputs(100_001);
+        same_bits("slope", || slope(Activation::GeluTanh, DType::F32, &x, &x, 0, 1.0));
+    }
+}

@@ -45,7 +45,7 @@ pub fn dropout(d: &Dropout, x: Mat, y: Acc) -> Result<()> {
         let (mask, beta) = (d.mask::<T>(), T::of(beta));
         let (x, rows) = (x.host::<T>(), (ELEMENTS / y.cols().max(1)).max(1));
         y.host::<T>().row_chunks(rows).into_par_iter().enumerate().for_each(|(i, mut y)| {
-            simd(|| {
+            simd(#[inline(always)] || {
                 for r in 0..y.rows {
                     let row = i * rows + r;
                     let index = d.row_offset.wrapping_add(row as u32);

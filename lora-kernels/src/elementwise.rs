@@ -9,6 +9,8 @@ use crate::{
 const TILE: usize = 64 << 10;
 /// Columns of one task of [`sum_rows`]: their running sums stay in the first-level cache.
 const TILE_COLS: usize = 512;
+/// Rows that [`sum_rows`] adds up before they join a longer sum.
+const SHORT: usize = 64;
 
 /// `y = α·x + β·y`, element by element. With β = 0 the old contents of y are not read: a scaled copy.
 ///
@@ -73,15 +75,23 @@ pub fn sum_rows(dy: Mat, db: Acc) -> Result<()> {
             acc.fill(T::ZERO);
             let n = acc.len();
             simd(#[inline(always)] || {
-                let quads = dy.rows - dy.rows % 4;
-                for r in (0..quads).step_by(4) {
-                    let x: [&[T]; 4] = std::array::from_fn(|k| &dy.row(r + k)[..n]);
-                    for j in 0..n {
-                        acc[j] += (x[0][j] + x[1][j]) + (x[2][j] + x[3][j]);
+                // Short sums first: a long one in f32 loses digits.
+                let mut short = [T::ZERO; TILE_COLS];
+                let short = &mut short[..n];
+                for first in (0..dy.rows).step_by(SHORT) {
+                    let end = (first + SHORT).min(dy.rows);
+                    let quads = end - (end - first) % 4;
+                    short.fill(T::ZERO);
+                    for r in (first..quads).step_by(4) {
+                        let x: [&[T]; 4] = std::array::from_fn(#[inline(always)] |k| &dy.row(r + k)[..n]);
+                        for j in 0..n {
+                            short[j] += (x[0][j] + x[1][j]) + (x[2][j] + x[3][j]);
+                        }
                     }
-                }
-                for r in quads..dy.rows {
-                    add(acc, dy.row(r));
+                    for r in quads..end {
+                        add(short, dy.row(r));
+                    }
+                    add(acc, short);
                 }
             });
         });
@@ -112,4 +122,69 @@ pub(crate) fn add_up<T: Real>(partial: &HostMut<T>, to: Acc) {
             }
         },
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, testing::*};
+
+    const SHAPES: [(usize, usize); 8] = [(0, 3), (1, 1), (3, 7), (8, 31), (33, 8), (129, 768), (2, 40_000), (5000, 8)];
+
+    #[test]
+    fn axpby_equals_its_formula() {
+        for (rows, cols) in SHAPES {
+            let (x, old) = (random(1, rows * cols, 2.0), random(2, rows * cols, 2.0));
+            for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 0), (DType::F64, 2)] {
+                for (alpha, beta) in [(1.0, 0.0), (0.5, 0.0), (1.0, 1.0), (-2.0, 0.25)] {
+                    let (px, mut y) =
+                        (Padded::new(dtype, rows, cols, pad, &x), Padded::target(dtype, rows, cols, pad, beta, &old));
+                    axpby(alpha, px.mat(), beta, y.mat_mut()).unwrap();
+                    let want: Vec<f64> = x.iter().map(|x| alpha * x).collect();
+                    close("axpby", &y.get(), &accumulated(&want, beta, &old), tol(dtype, 2e-7));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn biases_go_on_rows_and_come_off_as_sums() {
+        for (rows, cols) in SHAPES {
+            let (y, bias) = (random(3, rows * cols, 1.0), random(4, cols, 1.0));
+            let want: Vec<f64> = y.iter().enumerate().map(|(i, y)| y + bias[i % cols]).collect();
+            let mut sums = vec![0.0; cols];
+            y.iter().enumerate().for_each(|(i, y)| sums[i % cols] += y);
+            for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 2)] {
+                let (mut py, pb) = (Padded::new(dtype, rows, cols, pad, &y), Padded::new(dtype, 1, cols, 0, &bias));
+                for beta in [0.0, 1.0, 0.5] {
+                    let mut db = Padded::target(dtype, 1, cols, pad, beta, &bias);
+                    sum_rows(py.mat(), db.acc(beta)).unwrap();
+                    // The terms are of both signs: the error goes with their number, not with the sum.
+                    let tolerance = tol(dtype, 2e-7) * (rows as f64).sqrt().max(1.0);
+                    close("sum_rows", &db.get(), &accumulated(&sums, beta, &bias), tolerance);
+                }
+                add_bias(pb.mat(), py.mat_mut()).unwrap();
+                close("add_bias", &py.get(), &want, tol(dtype, 1e-7));
+            }
+        }
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        for (rows, cols) in SHAPES {
+            let dy = Padded::new(DType::F32, rows, cols, 1, &random(5, rows * cols, 1.0));
+            same_bits("sum_rows", || {
+                let mut db = Padded::poison(DType::F32, 1, cols, 0);
+                sum_rows(dy.mat(), db.acc(0.0)).unwrap();
+                db.get()
+            });
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "axpby: all matrices are 2×2")]
+    fn another_shape_is_refused() {
+        let (x, mut y) = (Padded::poison(DType::F32, 2, 3, 0), Padded::poison(DType::F32, 2, 2, 0));
+        axpby(1.0, x.mat(), 0.0, y.mat_mut()).unwrap();
+    }
 }

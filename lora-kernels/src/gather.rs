@@ -85,3 +85,66 @@ fn checked<'a>(kernel: &str, ids: Mat<'a>, rows: usize) -> &'a [u32] {
     }
     ids
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, testing::*};
+    use rand::{RngExt, SeedableRng};
+
+    /// (rows of the table, columns, number of ids)
+    const SHAPES: [(usize, usize, usize); 7] =
+        [(1, 1, 1), (5, 7, 0), (3, 8, 33), (100, 31, 7), (257, 768, 400), (5000, 33, 129), (0, 3, 0)];
+
+    fn numbers(rows: usize, n: usize) -> Vec<u32> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(9);
+        // Half of them from the first few rows, so that rows repeat.
+        (0..n).map(|i| rng.random_range(0..if i % 2 == 0 { rows } else { rows.min(3) }) as u32).collect()
+    }
+
+    #[test]
+    fn rows_are_taken_and_given_back() {
+        for (rows, d, n) in SHAPES {
+            let (table, old, dy) = (random(1, rows * d, 1.0), random(2, n * d, 1.0), random(3, n * d, 1.0));
+            let row = numbers(rows, n);
+            let taken: Vec<f64> = row.iter().flat_map(|&i| &table[i as usize * d..][..d]).copied().collect();
+            let mut given = vec![0.0; rows * d];
+            for (i, &r) in row.iter().enumerate() {
+                (0..d).for_each(|j| given[r as usize * d + j] += dy[i * d + j]);
+            }
+            let id_buf = ids(&row);
+            let id = Mat::new(&id_buf, 0, 1, n);
+            for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 2)] {
+                for beta in [0.0, 1.0, 0.5] {
+                    let source = Padded::new(dtype, rows, d, pad, &table);
+                    let mut y = Padded::target(dtype, n, d, pad, beta, &old);
+                    gather(source.mat(), id, y.acc(beta)).unwrap();
+                    close("gather", &y.get(), &accumulated(&taken, beta, &old), tol(dtype, 1e-7));
+
+                    let source = Padded::new(dtype, n, d, pad, &dy);
+                    let mut to = Padded::target(dtype, rows, d, pad, beta, &table);
+                    scatter(source.mat(), id, to.acc(beta)).unwrap();
+                    close("scatter", &to.get(), &accumulated(&given, beta, &table), tol(dtype, 2e-6));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        let (row, dy) = (ids(&numbers(500, 3000)), Padded::new(DType::F32, 3000, 129, 0, &random(4, 3000 * 129, 1.0)));
+        same_bits("scatter", || {
+            let mut to = Padded::poison(DType::F32, 500, 129, 0);
+            scatter(dy.mat(), Mat::new(&row, 0, 1, 3000), to.acc(0.0)).unwrap();
+            to.get()
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "gather: id 3 at 1 of a table of 3 rows")]
+    fn an_id_outside_the_table_is_refused() {
+        let (table, mut y, id) =
+            (Padded::poison(DType::F32, 3, 2, 0), Padded::poison(DType::F32, 2, 2, 0), ids(&[2, 3]));
+        gather(table.mat(), Mat::new(&id, 0, 1, 2), y.acc(0.0)).unwrap();
+    }
+}

@@ -35,8 +35,8 @@ mod mat;
 mod norm;
 mod pool;
 mod real;
-mod rope;
 mod reduce;
+mod rope;
 #[cfg(test)]
 mod testing;
 

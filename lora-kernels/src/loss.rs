@@ -134,12 +134,22 @@ fn row_gradient<T: Real>(z: &mut [T], target: usize, smoothing: f64, scale: f64)
     let (mut total, mut shifted) = (0.0, 0.0);
     for z in z.chunks_mut(BLOCK) {
         if smoothing != 0.0 {
-            shifted += sum(z, #[inline(always)] |z| z - m).f64();
+            shifted += sum(
+                [&*z],
+                #[inline(always)]
+                |[z]| z - m,
+            )
+            .f64();
         }
         for z in z.iter_mut() {
             *z = (*z - m).exp();
         }
-        total += sum(z, #[inline(always)] |e| e).f64();
+        total += sum(
+            [&*z],
+            #[inline(always)]
+            |[e]| e,
+        )
+        .f64();
     }
     let (k, uniform) = (T::of(scale / total), T::of(-scale * smoothing / z.len() as f64));
     for z in z.iter_mut() {
@@ -156,13 +166,180 @@ fn row_loss<T: Real>(z: &[T], target: usize, smoothing: f64) -> f64 {
     let mut exps = [T::ZERO; BLOCK];
     for part in z.chunks(BLOCK) {
         if smoothing != 0.0 {
-            shifted += sum(part, #[inline(always)] |z| z - m).f64();
+            shifted += sum(
+                [part],
+                #[inline(always)]
+                |[z]| z - m,
+            )
+            .f64();
         }
         let exps = &mut exps[..part.len()];
         for (e, &z) in exps.iter_mut().zip(part) {
             *e = (z - m).exp();
         }
-        total += sum(exps, #[inline(always)] |e| e).f64();
+        total += sum(
+            [&*exps],
+            #[inline(always)]
+            |[e]| e,
+        )
+        .f64();
     }
     loss(total, (z[target] - m).f64(), shifted, z.len(), smoothing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, testing::*};
+
+    fn classes(n: usize, v: usize) -> Vec<u32> {
+        (0..n).map(|i| ((i * 7919 + v / 2) % v) as u32).collect()
+    }
+
+    /// Losses and gradients by plain loops in f64.
+    fn oracle(z: &[f64], v: usize, targets: &[u32], smoothing: f64, scale: f64) -> (Vec<f64>, Vec<f64>) {
+        let mut grads = Vec::new();
+        let losses = z.chunks(v).zip(targets).map(|(z, &t)| {
+            let m = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = m + z.iter().map(|z| (z - m).exp()).sum::<f64>().ln();
+            grads.extend(z.iter().enumerate().map(|(j, z)| {
+                let hot = if j == t as usize { 1.0 - smoothing } else { 0.0 };
+                scale * ((z - lse).exp() - hot - smoothing / v as f64)
+            }));
+            lse - (1.0 - smoothing) * z[t as usize] - smoothing * z.iter().sum::<f64>() / v as f64
+        });
+        (losses.collect(), grads)
+    }
+
+    #[test]
+    fn losses_and_gradients_equal_their_formulas() {
+        // Random rows, then extreme ones: far apart, all equal and large, all zero.
+        type Row = fn(usize, usize) -> Vec<f64>;
+        let rows: [(&str, Row); 5] = [
+            ("random", |n, v| random(1, n * v, 5.0)),
+            ("far apart", |n, v| random(2, n * v, 1e4)),
+            ("equal", |n, v| vec![1e4; n * v]),
+            ("low", |n, v| vec![-1e4; n * v]),
+            ("zero", |n, v| vec![0.0; n * v]),
+        ];
+        for (what, z) in rows {
+            for (n, v) in [(0, 3), (1, 1), (3, 7), (5, 8), (2, 31), (40, 1033), (3, 50_257)] {
+                for smoothing in [0.0, 0.1] {
+                    let (z, t) = (z(n, v), classes(n, v));
+                    let (losses, grads) = oracle(&z, v, &t, smoothing, 0.5);
+                    let t = ids(&t);
+                    let t = Mat::new(&t, 0, 1, n);
+                    for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 2)] {
+                        let mut pz = Padded::new(dtype, n, v, pad, &z);
+                        let mut pl = Padded::poison(dtype, n, 1, pad);
+                        // ln Σ is the difference of numbers of the size of the logits: in f64 that costs digits.
+                        let tolerance = tol(dtype, 1e-6).max(1e-11);
+                        nll(pz.mat(), t, smoothing, pl.mat_mut()).unwrap();
+                        close(&format!("nll of {what} {n}×{v}"), &pl.get(), &losses, tolerance);
+                        pl = Padded::poison(dtype, n, 1, pad);
+                        cross_entropy(pz.mat_mut(), t, smoothing, 0.5, pl.mat_mut()).unwrap();
+                        close(&format!("loss of {what} {n}×{v}"), &pl.get(), &losses, tolerance);
+                        close(&format!("gradient of {what} {n}×{v}"), &pz.get(), &grads, tolerance);
+                        // Closer than `close` looks, where probabilities are small.
+                        let scaled = |g: &[f64]| g.iter().map(|g| g * v as f64).collect::<Vec<_>>();
+                        if what == "random" && v > 1000 {
+                            close("relative", &scaled(&pz.get()), &scaled(&grads), tolerance * 2.0);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let (n, v) = (3, 9);
+        let (z, t) = (random(3, n * v, 3.0), ids(&classes(n, v)));
+        let t = Mat::new(&t, 0, 1, n);
+        let total = |z: &[f64]| {
+            let (z, mut l) = (Padded::new(DType::F64, n, v, 0, z), Padded::poison(DType::F64, n, 1, 0));
+            nll(z.mat(), t, 0.1, l.mat_mut()).unwrap();
+            0.25 * l.get().iter().sum::<f64>()
+        };
+        let (mut g, mut l) = (Padded::new(DType::F64, n, v, 0, &z), Padded::poison(DType::F64, n, 1, 0));
+        cross_entropy(g.mat_mut(), t, 0.1, 0.25, l.mat_mut()).unwrap();
+        close("dz", &g.get(), &slopes(&z, total), 1e-8);
+    }
+
+    #[test]
+    fn nan_logits_give_a_nan_loss() {
+        let t = ids(&[0]);
+        let mut l = Padded::new(DType::F32, 1, 1, 0, &[0.0]);
+        let z = Padded::new(DType::F32, 1, 3, 0, &[1.0, f64::NAN, 2.0]);
+        nll(z.mat(), Mat::new(&t, 0, 1, 1), 0.0, l.mat_mut()).unwrap();
+        assert!(l.get()[0].is_nan(), "NaN logits must not look like a loss");
+    }
+
+    #[test]
+    #[should_panic(expected = "nll: target 3 of row 0 is none of 3 classes")]
+    fn a_target_that_is_no_class_is_refused() {
+        let (t, z, mut l) = (ids(&[3]), Padded::poison(DType::F32, 1, 3, 0), Padded::poison(DType::F32, 1, 1, 0));
+        nll(z.mat(), Mat::new(&t, 0, 1, 1), 0.0, l.mat_mut()).unwrap();
+    }
+
+    /// losses, dx and dw of the head; dw as w is stored.
+    fn head(dtype: DType, (n, d, v): (usize, usize, usize), stored: bool, beta: f64, ask: [bool; 2]) -> [Vec<f64>; 3] {
+        let (x, w, old) = (random(4, n * d, 1.0), random(5, v * d, 1.0), random(6, (n + v) * d, 1.0));
+        let (r, c) = if stored { (v, d) } else { (d, v) };
+        let (px, pw) = (Padded::new(dtype, n, d, 3, &x), Padded::new(dtype, r, c, 2, &w));
+        let mut l = Padded::poison(dtype, n, 1, 0);
+        let mut dx = Padded::target(dtype, n, d, 1, beta, &old[..n * d]);
+        let mut dw = Padded::target(dtype, r, c, 1, beta, &old[n * d..]);
+        let t = ids(&classes(n, v));
+        let (to_x, to_w) = (ask[0].then(|| dx.acc(beta)), ask[1].then(|| dw.acc(beta)));
+        let (t, w) = (Mat::new(&t, 0, 1, n), pw.mat().t_if(stored));
+        loss_head(px.mat(), w, t, 0.1, 0.5, l.mat_mut(), to_x, to_w).unwrap();
+        [l.get(), dx.get(), dw.get()]
+    }
+
+    /// The same from whole logits, by plain loops.
+    fn head_oracle((n, d, v): (usize, usize, usize), stored: bool, beta: f64) -> [Vec<f64>; 3] {
+        let (x, w, old) = (random(4, n * d, 1.0), random(5, v * d, 1.0), random(6, (n + v) * d, 1.0));
+        let at = |j: usize, k: usize| if stored { j * d + k } else { k * v + j };
+        let z: Vec<f64> = (0..n * v).map(|i| (0..d).map(|k| x[i / v * d + k] * w[at(i % v, k)]).sum()).collect();
+        let (losses, dz) = oracle(&z, v, &classes(n, v), 0.1, 0.5);
+        let (mut dx, mut dw) = (vec![0.0; n * d], vec![0.0; v * d]);
+        for (i, g) in dz.iter().enumerate() {
+            for k in 0..d {
+                dx[i / v * d + k] += g * w[at(i % v, k)];
+                dw[at(i % v, k)] += g * x[i / v * d + k];
+            }
+        }
+        [losses, accumulated(&dx, beta, &old[..n * d]), accumulated(&dw, beta, &old[n * d..])]
+    }
+
+    #[test]
+    fn the_head_equals_its_formulas() {
+        // The last two take several chunks in f32 and f64, and in f64 alone.
+        for shape in [(0, 3, 5), (1, 1, 1), (7, 8, 33), (33, 31, 129), (170, 3, 50_257), (9, 2, 600_000)] {
+            for stored in [true, false] {
+                for beta in [0.0, 1.0] {
+                    let want = head_oracle(shape, stored, beta);
+                    for dtype in FLOATS {
+                        let got = head(dtype, shape, stored, beta, [true; 2]);
+                        for k in 0..3 {
+                            close(&format!("output {k} of {shape:?}"), &got[k], &want[k], tol(dtype, 3e-6));
+                        }
+                        if shape.2 < 1000 {
+                            let alone = head(dtype, shape, stored, beta, [true, false]);
+                            assert_eq!(alone[1], got[1], "dx without dw");
+                            assert_eq!(head(dtype, shape, stored, beta, [false, true])[2], got[2], "dw without dx");
+                            let none = head(dtype, shape, stored, beta, [false; 2]);
+                            close("losses alone", &none[0], &got[0], tol(dtype, 1e-6));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        same_bits("head", || head(DType::F32, (170, 8, 50_257), true, 1.0, [true; 2]).concat());
+    }
 }

@@ -3,7 +3,7 @@ use crate::{
     elementwise::add_up,
     mat::HostMut,
     real::{Real, dispatch, simd},
-    reduce::{put, rows_per_task, run, sum, sums},
+    reduce::{put, rows_per_task, run, sum},
 };
 
 /// Layer normalisation (Ba et al. 2016, arXiv:1607.06450; PyTorch's `layer_norm`), row by row over n columns:
@@ -31,10 +31,10 @@ pub fn layer_norm(x: Mat, gamma: Mat, beta: Mat, eps: f64, y: MatMut, stats: Mat
         run(tasks, |i, (mut y, mut stats)| simd(#[inline(always)] || {
             for r in 0..y.rows {
                 let (x, y) = (&x.row(i * step + r)[..n], &mut y.row_mut(r)[..n]);
-                let mean = sum(x, #[inline(always)] |x| x) * inv_n;
-                let [d, d2] = sums([x], #[inline(always)] |[x]| [x - mean, (x - mean) * (x - mean)]);
-                let d = d * inv_n;
-                let rstd = T::ONE / ((d2 * inv_n - d * d).max(T::ZERO) + eps).sqrt();
+                let mean = sum([x], #[inline(always)] |[x]| x) * inv_n;
+                let d = sum([x], #[inline(always)] |[x]| x - mean) * inv_n;
+                let var = sum([x], #[inline(always)] |[x]| ((x - mean) - d) * ((x - mean) - d)) * inv_n;
+                let rstd = T::ONE / Real::sqrt(var + eps);
                 let (gamma, beta) = (&gamma[..n], &beta[..n]);
                 for j in 0..n {
                     y[j] = (((x[j] - mean) - d) * rstd).mul_add(gamma[j], beta[j]);
@@ -75,20 +75,18 @@ pub fn layer_norm_backward(
             let (x, dy, gamma) = (&x.row(r)[..n], &dy.row(r)[..n], &gamma[..n]);
             let (mean, rstd) = (stats.row(r)[0], stats.row(r)[1]);
             // What the stored mean, rounded to the type, is off.
-            let mut d = T::ZERO;
+            let d = if dx.is_some() || dgamma.is_some() {
+                sum([x], #[inline(always)] |[x]| x - mean) * inv_n
+            } else {
+                T::ZERO
+            };
             if let Some(dx) = dx {
-                let [c, g, gc] = sums([x, dy, gamma], #[inline(always)] |[x, dy, gamma]| {
-                    let (c, g) = (x - mean, dy * gamma);
-                    [c, g, g * c]
-                });
-                d = c * inv_n;
-                let (g, gx) = (g * inv_n, (gc - d * g) * inv_n * rstd);
-                let k = gx * rstd;
+                let g = sum([dy, gamma], #[inline(always)] |[dy, gamma]| dy * gamma) * inv_n;
+                let gx = sum([x, dy, gamma], #[inline(always)] |[x, dy, gamma]| dy * gamma * ((x - mean) - d));
+                let k = gx * inv_n * rstd * rstd;
                 put(&mut dx[..n], beta, #[inline(always)] |j| {
                     (dy[j] * gamma[j] - g - ((x[j] - mean) - d) * k) * rstd
                 });
-            } else if dgamma.is_some() {
-                d = sum(x, #[inline(always)] |x| x - mean) * inv_n;
             }
             if let Some(to) = dgamma {
                 put(&mut to[..n], T::ONE, #[inline(always)] |j| dy[j] * (((x[j] - mean) - d) * rstd));
@@ -118,7 +116,7 @@ pub fn rms_norm(x: Mat, gamma: Mat, eps: f64, y: MatMut, stats: MatMut) -> Resul
         run(tasks, |i, (mut y, mut stats)| simd(#[inline(always)] || {
             for r in 0..y.rows {
                 let (x, y, gamma) = (&x.row(i * step + r)[..n], &mut y.row_mut(r)[..n], &gamma[..n]);
-                let scale = T::ONE / (sum(x, #[inline(always)] |x| x * x) * inv_n + eps).sqrt();
+                let scale = T::ONE / Real::sqrt(sum([x], #[inline(always)] |[x]| x * x) * inv_n + eps);
                 for j in 0..n {
                     y[j] = x[j] * scale * gamma[j];
                 }
@@ -134,14 +132,7 @@ pub fn rms_norm(x: Mat, gamma: Mat, eps: f64, y: MatMut, stats: MatMut) -> Resul
 ///
 /// # Panics
 /// When the shapes or types differ.
-pub fn rms_norm_backward(
-    x: Mat,
-    gamma: Mat,
-    stats: Mat,
-    dy: Mat,
-    dx: Option<Acc>,
-    dgamma: Option<Acc>,
-) -> Result<()> {
+pub fn rms_norm_backward(x: Mat, gamma: Mat, stats: Mat, dy: Mat, dx: Option<Acc>, dgamma: Option<Acc>) -> Result<()> {
     let (rows, n) = (x.rows(), x.cols());
     assert_eq!((dy.rows(), dy.cols()), (rows, n), "rms_norm_backward: x and dy have one shape");
     assert_eq!((gamma.rows(), gamma.cols()), (1, n), "rms_norm_backward: one γ per column");
@@ -153,7 +144,7 @@ pub fn rms_norm_backward(
         outputs.fill::<T>(#[inline(always)] |r, beta, dx, [dgamma, _]| {
             let (x, dy, gamma, s) = (&x.row(r)[..n], &dy.row(r)[..n], &gamma[..n], stats.row(r)[0]);
             if let Some(dx) = dx {
-                let [gx] = sums([x, dy, gamma], #[inline(always)] |[x, dy, gamma]| [dy * gamma * x]);
+                let gx = sum([x, dy, gamma], #[inline(always)] |[x, dy, gamma]| dy * gamma * x);
                 // Taken in this order nothing leaves the range of f32 before the result does.
                 let k = gx * s * inv_n * s;
                 put(&mut dx[..n], beta, #[inline(always)] |j| (dy[j] * gamma[j] - x[j] * k) * s);
@@ -191,8 +182,9 @@ impl<'a> Outputs<'a> {
     /// Calls `f(row, β of dx, its row of dx, sums)` for every row.
     fn fill<T: Real>(self, f: impl Fn(usize, T, Option<&mut [T]>, [Option<&mut [T]>; 2]) + Sync) -> Result<()> {
         let Outputs { rows, cols, dx, sums } = self;
-        // The running sums are written once per chunk and read once more at the end: at least 16 rows keep that cheap.
-        let step = rows_per_task(cols).max(16);
+        // At least 16 rows, because each chunk's sums are written and read once more; not many, because a long sum in
+        // f32 loses digits.
+        let step = rows_per_task(cols).clamp(16, 256);
         let chunks = rows.div_ceil(step);
         let beta = T::of(dx.as_ref().map_or(0.0, |dx| dx.beta));
         let mut dx = dx.map(|dx| dx.to.host::<T>().row_chunks(step).into_iter());
@@ -235,5 +227,157 @@ impl<'a> Outputs<'a> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, testing::*};
+
+    /// Which norm a test runs.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Kind {
+        Layer,
+        Rms,
+    }
+    use Kind::{Layer, Rms};
+
+    const EPS: f64 = 1e-5;
+
+    /// Inputs of one test. An RMS norm ignores β.
+    struct Case {
+        rows: usize,
+        n: usize,
+        x: Vec<f64>,
+        gamma: Vec<f64>,
+        beta: Vec<f64>,
+        dy: Vec<f64>,
+    }
+
+    fn case(rows: usize, n: usize, mean: f32, scale: f32) -> Case {
+        let x = random(1, rows * n, scale).iter().map(|v| f64::from(*v as f32 + mean)).collect();
+        Case { rows, n, x, gamma: random(2, n, 2.0), beta: random(3, n, 1.0), dy: random(4, rows * n, 1.0) }
+    }
+
+    /// y by plain loops in f64.
+    fn oracle(kind: Kind, c: &Case) -> Vec<f64> {
+        let n = c.n as f64;
+        let row = |x: &[f64]| -> Vec<f64> {
+            let mean = if kind == Layer { x.iter().sum::<f64>() / n } else { 0.0 };
+            let scale = (x.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / n + EPS).sqrt();
+            let shift = |j: usize| if kind == Layer { c.beta[j] } else { 0.0 };
+            x.iter().enumerate().map(|(j, x)| (x - mean) / scale * c.gamma[j] + shift(j)).collect()
+        };
+        c.x.chunks(c.n.max(1)).flat_map(row).collect()
+    }
+
+    /// y and the statistics.
+    fn forward(kind: Kind, c: &Case, dtype: DType, pad: usize) -> (Padded, Padded) {
+        let width = if kind == Layer { 2 } else { 1 };
+        let (x, gamma, beta) = (
+            Padded::new(dtype, c.rows, c.n, pad, &c.x),
+            Padded::new(dtype, 1, c.n, 0, &c.gamma),
+            Padded::new(dtype, 1, c.n, 0, &c.beta),
+        );
+        let (mut y, mut stats) = (Padded::poison(dtype, c.rows, c.n, pad), Padded::poison(dtype, c.rows, width, pad));
+        match kind {
+            Layer => layer_norm(x.mat(), gamma.mat(), beta.mat(), EPS, y.mat_mut(), stats.mat_mut()).unwrap(),
+            Rms => rms_norm(x.mat(), gamma.mat(), EPS, y.mat_mut(), stats.mat_mut()).unwrap(),
+        }
+        (y, stats)
+    }
+
+    /// dx, dγ, dβ: those that are asked for, added to β times something.
+    fn backward(kind: Kind, c: &Case, dtype: DType, pad: usize, beta: f64, ask: [bool; 3]) -> [Vec<f64>; 3] {
+        let stats = forward(kind, c, dtype, 0).1;
+        let (x, gamma, dy) = (
+            Padded::new(dtype, c.rows, c.n, pad, &c.x),
+            Padded::new(dtype, 1, c.n, 0, &c.gamma),
+            Padded::new(dtype, c.rows, c.n, pad, &c.dy),
+        );
+        let mut dx = Padded::target(dtype, c.rows, c.n, pad, beta, &c.x);
+        let mut dgamma = Padded::target(dtype, 1, c.n, pad, beta, &c.gamma);
+        let mut dbeta = Padded::target(dtype, 1, c.n, pad, beta, &c.beta);
+        let (x, gamma, stats, dy) = (x.mat(), gamma.mat(), stats.mat(), dy.mat());
+        let (to_x, to_gamma) = (ask[0].then(|| dx.acc(beta)), ask[1].then(|| dgamma.acc(beta)));
+        match kind {
+            Layer => {
+                let to_beta = ask[2].then(|| dbeta.acc(beta));
+                layer_norm_backward(x, gamma, stats, dy, to_x, to_gamma, to_beta).unwrap();
+            }
+            Rms => rms_norm_backward(x, gamma, stats, dy, to_x, to_gamma).unwrap(),
+        }
+        [dx.get(), dgamma.get(), dbeta.get()]
+    }
+
+    #[test]
+    fn equal_their_formulas() {
+        for kind in [Layer, Rms] {
+            for (rows, mean, scale) in [(1, 0.0, 1.0), (45, 0.5, 3.0), (3, 1000.0, 1.0), (2, 0.0, 1e4), (2, 7.0, 0.0)] {
+                for n in SIZES {
+                    let c = case(rows, n, mean, scale + f32::MIN_POSITIVE);
+                    let want = oracle(kind, &c);
+                    for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 2)] {
+                        let what = format!("{kind:?} {rows}×{n}, mean {mean}, {dtype:?}");
+                        close(&what, &forward(kind, &c, dtype, pad).0.get(), &want, tol(dtype, 1e-6).max(1e-10));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        for kind in [Layer, Rms] {
+            for (rows, n) in [(1, 1), (3, 7), (18, 8), (2, 33)] {
+                let c = case(rows, n, 0.5, 1.0);
+                let loss = |x: &[f64], gamma: &[f64], beta: &[f64]| {
+                    let (x, gamma, beta) = (x.to_vec(), gamma.to_vec(), beta.to_vec());
+                    dot(&forward(kind, &Case { x, gamma, beta, dy: vec![], ..c }, DType::F64, 0).0.get(), &c.dy)
+                };
+                let want = [
+                    slopes(&c.x, |x| loss(x, &c.gamma, &c.beta)),
+                    slopes(&c.gamma, |g| loss(&c.x, g, &c.beta)),
+                    slopes(&c.beta, |b| loss(&c.x, &c.gamma, b)),
+                ];
+                for beta in [0.0, 1.0] {
+                    let got = backward(kind, &c, DType::F64, 1, beta, [true; 3]);
+                    let names = if kind == Layer { &["dx", "dγ", "dβ"][..] } else { &["dx", "dγ"] };
+                    for ((what, got), (want, old)) in
+                        names.iter().zip(&got).zip(want.iter().zip([&c.x, &c.gamma, &c.beta]))
+                    {
+                        close(&format!("{kind:?} {what}"), got, &accumulated(want, beta, old), 1e-7);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn single_precision_follows_double_and_each_output_stands_alone() {
+        for kind in [Layer, Rms] {
+            for (rows, n, mean) in [(129, 768, 0.1), (100, 31, 0.0), (3, 1100, 1000.0), (0, 8, 0.0)] {
+                let c = case(rows, n, mean, 1.0);
+                for beta in [0.0, 1.0] {
+                    let want = backward(kind, &c, DType::F64, 0, beta, [true; 3]);
+                    let all = backward(kind, &c, DType::F32, 3, beta, [true; 3]);
+                    for k in 0..if kind == Layer { 3 } else { 2 } {
+                        close(&format!("{kind:?} {rows}×{n} output {k}"), &all[k], &want[k], 5e-6);
+                        let alone = backward(kind, &c, DType::F32, 3, beta, std::array::from_fn(|i| i == k));
+                        close("alone", &alone[k], &all[k], 1e-6);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        let c = case(300, 129, 0.5, 1.0);
+        for kind in [Layer, Rms] {
+            same_bits("forward", || forward(kind, &c, DType::F32, 0).0.get());
+            same_bits("backward", || backward(kind, &c, DType::F32, 0, 1.0, [true; 3]).concat());
+        }
     }
 }

@@ -50,8 +50,7 @@ pub(crate) fn each<T: Real, const N: usize, const M: usize>(
     }
     let (rows, cols) = (ys[0].rows, ys[0].cols);
     let row_step = if rows == 1 { 1 } else { rows_per_task(cols) };
-    let (row_bounds, col_bounds) =
-        (bounds(rows, row_step), bounds(cols, if rows == 1 { GRAIN } else { cols.max(1) }));
+    let (row_bounds, col_bounds) = (bounds(rows, row_step), bounds(cols, if rows == 1 { GRAIN } else { cols.max(1) }));
     let mut parts = ys.map(|y| y.grid(&row_bounds, &col_bounds).into_iter());
     let mut tasks = Vec::new();
     for r in row_bounds.windows(2) {
@@ -96,65 +95,41 @@ pub(crate) fn put<T: Real>(to: &mut [T], beta: T, f: impl Fn(usize) -> T) {
     }
 }
 
-/// The sums of the components of `f` over matching elements of `xs`.
+/// The sum of `f` over matching elements of `xs`, in [`LANES`] sums that are then added in pairs.
 #[inline(always)]
-pub(crate) fn sums<T: Real, const N: usize, const K: usize>(
-    xs: [&[T]; N],
-    f: impl Fn([T; N]) -> [T; K],
-) -> [T; K] {
+pub(crate) fn sum<T: Real, const N: usize>(xs: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
     let n = xs[0].len();
     let parts = xs.map(
         #[inline(always)]
         |x| x[..n].as_chunks::<LANES>(),
     );
-    let mut acc = [[T::ZERO; LANES]; K];
+    let mut acc = [T::ZERO; LANES];
     for c in 0..n / LANES {
         let x = parts.map(
             #[inline(always)]
             |p| &p.0[c],
         );
         for l in 0..LANES {
-            let v = f(x.map(
+            acc[l] += f(x.map(
                 #[inline(always)]
                 |x| x[l],
             ));
-            for k in 0..K {
-                acc[k][l] += v[k];
-            }
         }
     }
-    for l in 0..n % LANES {
-        let v = f(parts.map(
+    for (l, acc) in acc.iter_mut().enumerate().take(n % LANES) {
+        *acc += f(parts.map(
             #[inline(always)]
             |p| p.1[l],
         ));
-        for k in 0..K {
-            acc[k][l] += v[k];
-        }
     }
-    acc.map(
-        #[inline(always)]
-        |mut lanes| {
-            let mut width = LANES / 2;
-            while width > 0 {
-                for l in 0..width {
-                    lanes[l] += lanes[l + width];
-                }
-                width /= 2;
-            }
-            lanes[0]
-        },
-    )
-}
-
-/// The sum of f over the elements of `x`.
-#[inline(always)]
-pub(crate) fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T) -> T {
-    sums(
-        [x],
-        #[inline(always)]
-        |[x]| [f(x)],
-    )[0]
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            acc[l] += acc[l + width];
+        }
+        width /= 2;
+    }
+    acc[0]
 }
 
 /// The largest element; −∞ of none.

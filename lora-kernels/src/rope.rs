@@ -32,7 +32,7 @@ pub fn rope(x: Mat, positions: Mat, cos: Mat, sin: Mat, head_dim: usize, inverse
         let sign = if inverse { -T::ONE } else { T::ONE };
         let rows = (ELEMENTS / y.cols().max(1)).max(1);
         y.host::<T>().row_chunks(rows).into_par_iter().enumerate().for_each(|(i, mut y)| {
-            simd(|| {
+            simd(#[inline(always)] || {
                 for r in 0..y.rows {
                     let t = i * rows + r;
                     let p = positions[t] as usize;

@@ -40,11 +40,7 @@ impl Padded {
 
     /// The destination of a test of β: NaN for 0, the given numbers else.
     pub(crate) fn target(dtype: DType, rows: usize, cols: usize, pad: usize, beta: f64, old: &[f64]) -> Padded {
-        if beta == 0.0 {
-            Padded::poison(dtype, rows, cols, pad)
-        } else {
-            Padded::new(dtype, rows, cols, pad, old)
-        }
+        if beta == 0.0 { Padded::poison(dtype, rows, cols, pad) } else { Padded::new(dtype, rows, cols, pad, old) }
     }
 
     pub(crate) fn mat(&self) -> Mat<'_> {

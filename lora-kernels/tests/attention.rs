@@ -139,9 +139,7 @@ fn forward_equals_plain_loops() {
         let seqs = Sequences::new(&lengths);
         let qkv = random(&mut rng, seqs.tokens() * width(&cfg));
         let (want, want_lse) = oracle(&cfg, &seqs, &qkv);
-        for (name, qkv, tolerance) in
-            [("f64", buffer(&qkv, |v| v), 1e-13), ("f32", buffer(&qkv, |v| v as f32), 2e-6)]
-        {
+        for (name, qkv, tolerance) in [("f64", buffer(&qkv, |v| v), 1e-13), ("f32", buffer(&qkv, |v| v as f32), 2e-6)] {
             let (out, lse) = forward(&cfg, &seqs, &qkv);
             let (e, el) = (relative(&values(&out), &want), relative(&values(&lse), &want_lse));
             assert!(e < tolerance && el < tolerance, "{name} {cfg:?} {lengths:?}: {e:.1e}, lse {el:.1e}");
@@ -219,8 +217,7 @@ fn same_bits_for_any_number_of_threads() {
     let mut rng = ChaCha8Rng::seed_from_u64(4);
     let lengths = [70, 1, 300, 128, 9];
     let seqs = Sequences::new(&lengths);
-    let cfg =
-        Attention { heads: 4, kv_heads: 2, head_dim: 64, scale: 0.125, causal: true, dropout: Some(DROPOUT) };
+    let cfg = Attention { heads: 4, kv_heads: 2, head_dim: 64, scale: 0.125, causal: true, dropout: Some(DROPOUT) };
     let qkv = buffer(&random(&mut rng, seqs.tokens() * width(&cfg)), |v| v as f32);
     let dout = buffer(&random(&mut rng, seqs.tokens() * 256), |v| v as f32);
     let with = |threads| {

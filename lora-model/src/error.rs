@@ -54,6 +54,18 @@ pub enum Error {
         /// The file that was found instead of safetensors.
         file: PathBuf,
     },
+    /// An adapter's tensors in a format that runs code when it is read.
+    #[error(
+        "{} is not a safetensors file, and the .bin format is not read because loading it can run code; convert it once \
+         in Python: import torch; from safetensors.torch import save_file; \
+         t = torch.load(\"adapter_model.bin\", map_location=\"cpu\", weights_only=True); \
+         save_file({{k: v.contiguous() for k, v in t.items()}}, \"adapter_model.safetensors\", metadata={{\"format\": \"pt\"}})",
+        file.display()
+    )]
+    PickledAdapter {
+        /// The file that was found instead of safetensors.
+        file: PathBuf,
+    },
     /// A safetensors file, or the index of a sharded one, is damaged.
     #[error("{}: {problem}", file.display())]
     Weights {
@@ -105,9 +117,30 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A token id that the model's embedding does not have.
+    #[error("token {token} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another model")]
+    Token {
+        /// The id.
+        token: u32,
+        /// Number of tokens in the vocabulary.
+        vocab_size: usize,
+    },
+    /// A sequence longer than the model's positions.
+    #[error(
+        "a sequence of {length} tokens is longer than the model's {max_positions} positions; shorten it (--max-length)"
+    )]
+    TooLong {
+        /// Tokens of the sequence.
+        length: usize,
+        /// The most that the model can place.
+        max_positions: usize,
+    },
     /// A device or a kernel failed.
     #[error(transparent)]
     Kernel(#[from] lora_kernels::Error),
+    /// Tensors or an adaptation method failed.
+    #[error(transparent)]
+    Core(#[from] lora_core::Error),
 }
 
 impl Error {

@@ -2,9 +2,10 @@
 
 use std::{fs, path::Path};
 
+use lora_kernels::Activation;
 use lora_model::{
     Error,
-    config::{Activation, Architecture, Gpt2Config, RawConfig},
+    config::{Architecture, Gpt2Config, RawConfig},
 };
 use serde_json::{Value, json};
 
@@ -59,10 +60,19 @@ fn other_names_of_the_same_keys_are_understood() {
     for (keys, read) in [
         (json!({"n_ctx": 77}), Gpt2Config { n_positions: 77, ..Gpt2Config::small() }),
         (json!({"n_ctx": 77, "n_positions": 88}), Gpt2Config { n_positions: 88, ..Gpt2Config::small() }),
-        (json!({"hidden_size": 144, "num_hidden_layers": 3}), Gpt2Config { n_embd: 144, n_layer: 3, ..Gpt2Config::small() }),
+        (
+            json!({"hidden_size": 144, "num_hidden_layers": 3}),
+            Gpt2Config { n_embd: 144, n_layer: 3, ..Gpt2Config::small() },
+        ),
         (json!({"activation_function": "gelu_pytorch_tanh"}), Gpt2Config::small()),
-        (json!({"activation_function": "swish"}), Gpt2Config { activation_function: Activation::Silu, ..Gpt2Config::small() }),
-        (json!({"activation_function": "gelu"}), Gpt2Config { activation_function: Activation::Gelu, ..Gpt2Config::small() }),
+        (
+            json!({"activation_function": "swish"}),
+            Gpt2Config { activation_function: Activation::Silu, ..Gpt2Config::small() },
+        ),
+        (
+            json!({"activation_function": "gelu"}),
+            Gpt2Config { activation_function: Activation::GeluErf, ..Gpt2Config::small() },
+        ),
         (json!({"n_inner": null, "eos_token_id": [7, 8]}), Gpt2Config { eos_token_id: Some(7), ..Gpt2Config::small() }),
         (json!({"eos_token_id": null}), Gpt2Config { eos_token_id: None, ..Gpt2Config::small() }),
     ] {

@@ -31,10 +31,8 @@ const TRICKY: [&str; 17] = [
 
 /// GPT-2's own tokenizer, from the folder of test data that lies beside the workspace or that `LORA_DATA` names.
 fn gpt2_folder() -> Option<PathBuf> {
-    let data = std::env::var_os("LORA_DATA").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"),
-        PathBuf::from,
-    );
+    let data = std::env::var_os("LORA_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from);
     let folder = data.join("gpt2-tokenizer");
     if folder.join("tokenizer.json").is_file() {
         return Some(folder);

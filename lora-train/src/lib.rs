@@ -1,5 +1,22 @@
-//! train
+//! Fine-tuning from a program of your own: data, optimisation, checkpoints. The `lora` command is this crate's binary.
+//!
+//! - [`data`] reads files and makes batches without padding.
+//! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss.
+//! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 
+mod config;
+mod checkpoint;
 pub mod data;
 pub mod demo_data;
+mod error;
+pub mod hub;
+mod log;
+mod run;
 pub mod schedule;
+mod trainer;
+
+pub use config::TrainConfig;
+pub use error::{Error, Result};
+pub use log::Log;
+pub use run::{Observer, RunInfo, Summary, save_result, train};
+pub use trainer::{Encoder, Evaluation, Step, Trainer, evaluate, load_data};

@@ -182,11 +182,10 @@ fn sequences() {
 }
 
 #[test]
-fn a_long_text_is_encoded_as_a_whole() {
+fn a_stream_loses_nothing() {
     let words = ["tea ", "and\n", "plum\n\n", " cake.\n"];
-    let book: String = (0..600_000).map(|i: usize| words[(i * i / 7) % 4]).collect();
-    assert!(book.len() > 2 << 20);
-    let data = data::encode(&[corpus(Format::Text, vec![text(1, &book)])], &BYTES, 1000).unwrap();
+    let book: String = (0..6000).map(|i: usize| words[(i * i / 7) % 4]).collect();
+    let data = data::encode(&[corpus(Format::Text, vec![text(1, &book)])], &BYTES, 100).unwrap();
     let mut stream = vec![data.sequences[0].tokens[0]];
     stream.extend(data.sequences.iter().flat_map(|s| &s.tokens[s.targets_from..]));
     assert!(stream == tokens(&format!("{book}#")));
@@ -196,13 +195,13 @@ fn a_long_text_is_encoded_as_a_whole() {
 fn encoding_that_is_refused() {
     use Format::*;
     let small = |vocab_size| Bytes { vocab_size };
-    let book = format!("{}\nplain\nbad \u{0}\nend", "word\n".repeat(300_000));
+    let book = format!("{}\nplain\nbad \u{0}\nend", "word\n".repeat(300));
     let table: &[(Format, Vec<Example>, Bytes, usize, &str)] = &[
         (E2e, vec![pair(1, "a", "b")], BYTES, 1, "at least 2 tokens"),
         (E2e, vec![pair(1, "a", "b")], small(256), 9, "end-of-text token 256 is outside the model's vocabulary of 256"),
         (E2e, vec![pair(1, "a", "b"), pair(7, "a", "\u{0}")], BYTES, 9, "file:7: the tokenizer failed: a NUL"),
         (E2e, vec![pair(1, "abc", "b"), pair(4, "ab", "d")], BYTES, 3, "none of the 2 examples"),
-        (Text, vec![text(1, &book)], BYTES, 9, "file:300003: the tokenizer failed"),
+        (Text, vec![text(1, &book)], BYTES, 9, "file:303: the tokenizer failed"),
     ];
     for (format, examples, encoder, max_length, part) in table {
         let error = data::encode(&[corpus(*format, examples.clone())], encoder, *max_length).unwrap_err().to_string();

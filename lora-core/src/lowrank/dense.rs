@@ -68,11 +68,7 @@ pub(super) fn thin_svd(m: ArrayView2<'_, f64>) -> Result<(Array2<f64>, Array1<f6
         return Ok((Array2::zeros((rows, 0)), Array1::zeros(0), Array2::zeros((cols, 0))));
     }
     let svd = lend(&m).thin_svd().map_err(|_| Error::Svd { rows, cols })?;
-    let sigma: Array1<f64> = svd.S().column_vector().iter().copied().collect();
-    if !sigma.iter().all(|s| s.is_finite()) {
-        return Err(Error::Svd { rows, cols });
-    }
-    Ok((own(svd.U()), sigma, own(svd.V())))
+    Ok((own(svd.U()), svd.S().column_vector().iter().copied().collect(), own(svd.V())))
 }
 
 /// m = Q·R, thin: Q [m, k] with orthonormal columns, R [k, n] upper triangular, k = min(m, n).

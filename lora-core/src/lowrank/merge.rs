@@ -70,8 +70,8 @@ impl<'a, T> Merged<'a, T> {
 /// W = W₀ + s·B·A for a W₀ stored [out, in], W₀ + s·(B·A)ᵀ for one stored [in, out] (section 4.1).
 ///
 /// Takes O(out·r·in) time and, beyond W, scratch memory of one block of rows. Product and sum are made in f64 and
-/// rounded once: an f32 weight is within half a unit in the last place of the exact sum, but for the 2⁻²⁹ of a unit
-/// that f64 itself may be off; an f64 weight is within (r + 2)·2⁻⁵²·(|W₀| + |s|·|B|·|A|).
+/// rounded once, so W is off by at most half a unit in its last place and, from f64 itself, (r + 2)·2⁻⁵² of
+/// |W₀| + |s|·|B|·|A|: an f32 weight is the f32 nearest to the exact sum, all but always.
 ///
 /// # Errors
 /// [`Error::Shape`] if ΔW does not have W₀'s shape, [`Error::NonFinite`] if W₀ holds NaN or an infinity or the sum

@@ -12,7 +12,7 @@ use ndarray::{Array1, Array2, ArrayView2, Axis, s};
 pub struct Svd {
     /// U, [m, k]: the left singular directions, one per column.
     pub u: Array2<f64>,
-    /// σ, [k]: the singular values, descending.
+    /// σ, \[k\]: the singular values, descending.
     pub sigma: Array1<f64>,
     /// V, [n, k]: the right singular directions, one per column.
     pub v: Array2<f64>,
@@ -30,8 +30,12 @@ pub struct Truncated<T> {
 
 /// The thin SVD of `m` [m, n], with k = min(m, n), in O(m·n·k).
 ///
+/// Squares are taken on the way, so f64 elements far outside 10^±150 are beyond it: larger ones are refused, smaller
+/// ones lose their digits. Every finite f32 is well inside.
+///
 /// # Errors
-/// [`Error::NonFinite`] for a NaN or an infinity, [`Error::Svd`] if f64 overflows.
+/// [`Error::NonFinite`](super::Error::NonFinite) for a NaN or an infinity, [`Error::Svd`](super::Error::Svd) if f64
+/// overflows.
 pub fn svd<T: Real>(m: ArrayView2<'_, T>) -> Result<Svd> {
     check_finite("the matrix", m)?;
     let (u, sigma, v) = thin_svd(widen(m).view())?;
@@ -43,7 +47,7 @@ pub fn svd<T: Real>(m: ArrayView2<'_, T>) -> Result<Svd> {
 /// B = Q_B·R_B and Aᵀ = Q_A·R_A; the small s·R_B·R_Aᵀ [r, r] = U'·diag(σ)·V'ᵀ gives U = Q_B·U' and V = Q_A·V'.
 ///
 /// # Errors
-/// [`Error::Svd`] if f64 overflows.
+/// [`Error::Svd`](super::Error::Svd) if f64 overflows.
 pub fn svd_of<T: Real>(adapter: &LowRank<T>) -> Result<Svd> {
     let (qb, rb) = thin_qr(widen(adapter.b()).view());
     let (qa, ra) = thin_qr(widen(adapter.a().t()).view());
@@ -59,7 +63,7 @@ pub fn svd_of<T: Real>(adapter: &LowRank<T>) -> Result<Svd> {
 /// `delta.t()`. To lower the rank of an adapter, `svd_of(&adapter)?.truncate(rank)` is far cheaper.
 ///
 /// # Errors
-/// [`Error::Rank`] if `rank` is 0 or above min(out, in), and those of [`svd`].
+/// [`Error::Rank`](super::Error::Rank) if `rank` is 0 or above min(out, in), and those of [`svd`].
 pub fn truncate<T: Real>(delta: ArrayView2<'_, T>, rank: usize) -> Result<Truncated<T>> {
     let (rows, cols) = delta.dim();
     check_rank(rank, rows.min(cols), (rows, cols))?;
@@ -70,7 +74,8 @@ impl Svd {
     /// The nearest adapter of rank `rank`.
     ///
     /// # Errors
-    /// [`Error::Rank`] if `rank` is 0 or above k, [`Error::NonFinite`] if a factor overflows `T`.
+    /// [`Error::Rank`](super::Error::Rank) if `rank` is 0 or above k, [`Error::NonFinite`](super::Error::NonFinite) if a
+    /// factor overflows `T`.
     pub fn truncate<T: Real>(&self, rank: usize) -> Result<Truncated<T>> {
         check_rank(rank, self.sigma.len(), (self.u.nrows(), self.v.nrows()))?;
         // √σ on both sides keeps A and B equally large, as the factors of training are not.

@@ -110,7 +110,9 @@ impl Adapted {
         let tensors: HashMap<&str, &Tensor> = base.tensors().collect();
         for site in &self.sites {
             let name = format!("{site}.weight");
-            let w = tensors.get(name.as_str()).ok_or_else(|| Error::Missing { name: name.clone() })?;
+            // A method may train the very weight that it adapts.
+            let w = changed.get(&name).or_else(|| tensors.get(name.as_str()).copied());
+            let w = w.ok_or_else(|| Error::Missing { name: name.clone() })?;
             let merged = self.adapters[site].merge(&self.params, w)?;
             let merged = merged.ok_or_else(|| Error::Structure {
                 name: name.clone(),

@@ -225,10 +225,17 @@ impl Adapter for Update {
     }
 
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Option<Tensor>> {
-        let (a, b) = self.pair(params)?;
-        let update = LowRank::new(a, b, self.scale)?;
-        let w = array(w)?;
-        let merged = lowrank::merge(w.view(), &update, self.layout)?.into_weight();
+        let mut merged = array(w)?;
+        // Term by term: the ranks of all parts together may exceed what the matrix itself could have.
+        for Term { a, b, cols } in &self.terms {
+            let update = LowRank::new(array(&params.tensor(*a))?, array(&params.tensor(*b))?, self.scale)?;
+            let mut part = match self.layout {
+                Layout::OutIn => merged.slice_mut(ndarray::s![cols.clone(), ..]),
+                Layout::InOut => merged.slice_mut(ndarray::s![.., cols.clone()]),
+            };
+            let sum = lowrank::merge(part.view(), &update, self.layout)?.into_weight();
+            part.assign(&sum);
+        }
         Ok(Some(tensor(params, &merged)?))
     }
 

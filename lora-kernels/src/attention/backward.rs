@@ -120,26 +120,29 @@ impl<'a, T: Real> Task<'a, T> {
         gemm::serial(cfg.scale, q, k.t(), 0.0, HostMut::from_slice(p, m, n));
         gemm::serial(1.0, dout, v.t(), 0.0, HostMut::from_slice(ds, m, n));
         let dropout = self.mask.zip(cfg.dropout.as_ref());
-        simd(|| {
-            for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
-                let seen = if cfg.causal { (queries.start + i + 1).saturating_sub(keys.start).min(n) } else { n };
-                p[seen..].fill(T::ZERO);
-                ds[seen..].fill(T::ZERO);
-                let (p, ds) = (&mut p[..seen], &mut ds[..seen]);
-                let (lse, d) = (saved.lse.row(token + i)[head], rows::dot(dout.row(i), out.row(i)));
-                match dropout {
-                    None => softmax_backward(p, ds, lse, d),
-                    Some((mask, dropout)) => {
-                        let row = dropout.row_offset.wrapping_add((token + i) as u32);
-                        let mut factors = [T::ZERO; CHUNK];
-                        for (c, (p, ds)) in p.chunks_mut(CHUNK).zip(ds.chunks_mut(CHUNK)).enumerate() {
-                            mask.chunk(keys.start + c * CHUNK, row, head_site(dropout, head), &mut factors);
-                            dropped_softmax_backward(p, ds, &factors, lse, d);
+        simd(
+            #[inline(always)]
+            || {
+                for (i, (p, ds)) in p.chunks_exact_mut(n).zip(ds.chunks_exact_mut(n)).enumerate() {
+                    let seen = if cfg.causal { (queries.start + i + 1).saturating_sub(keys.start).min(n) } else { n };
+                    p[seen..].fill(T::ZERO);
+                    ds[seen..].fill(T::ZERO);
+                    let (p, ds) = (&mut p[..seen], &mut ds[..seen]);
+                    let (lse, d) = (saved.lse.row(token + i)[head], rows::dot(dout.row(i), out.row(i)));
+                    match dropout {
+                        None => softmax_backward(p, ds, lse, d),
+                        Some((mask, dropout)) => {
+                            let row = dropout.row_offset.wrapping_add((token + i) as u32);
+                            let mut factors = [T::ZERO; CHUNK];
+                            for (c, (p, ds)) in p.chunks_mut(CHUNK).zip(ds.chunks_mut(CHUNK)).enumerate() {
+                                mask.chunk(keys.start + c * CHUNK, row, head_site(dropout, head), &mut factors);
+                                dropped_softmax_backward(p, ds, &factors, lse, d);
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
         let (p, ds) = (HostMat::from_slice(p, m, n), HostMat::from_slice(ds, m, n));
         let hd = 0..cfg.head_dim;
         gemm::serial(1.0, p.t(), dout, beta_v, self.dv.block_mut(keys.clone(), hd.clone()));

@@ -43,11 +43,14 @@ pub(super) fn run<T: Real>(
         let mut scratch = Buffer::empty(&Device::Cpu, T::DTYPE, tall * longest + 2 * gathered)?;
         let (p, copies) = scratch.host_mut().split_at_mut(tall * longest);
         if q.rows < GATHER {
-            simd(|| {
-                for j in 0..q.rows {
-                    attend(cfg.scale, q.row(j), k, v, &rows[..first + j + 1], p, out.row_mut(j));
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for j in 0..q.rows {
+                        attend(cfg.scale, q.row(j), k, v, &rows[..first + j + 1], p, out.row_mut(j));
+                    }
+                },
+            );
             return Ok(());
         }
         let (keys, values) = copies.split_at_mut(gathered);

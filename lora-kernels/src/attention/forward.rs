@@ -79,26 +79,32 @@ impl<T: Real> Block<'_, T> {
         gemm::serial(self.scale, self.q, k.t(), 0.0, HostMut::from_slice(p, m, n));
         // The division by the sum waits for the product with V: head_dim elements rather than all keys.
         let mut inverse = [T::ZERO; BLOCK];
-        simd(|| {
-            for (i, p) in p.chunks_exact_mut(n).enumerate() {
-                let (p, hidden) = p.split_at_mut(if self.causal { self.first + i + 1 } else { n });
-                hidden.fill(T::ZERO);
-                let max = rows::max(p);
-                let sum = rows::exp_sum(p, max);
-                inverse[i] = T::ONE / sum;
-                lse(i, max + sum.ln());
-                if let Some((mask, row, site)) = self.dropout {
-                    rows::drop(mask, row.wrapping_add(i as u32), site, p);
+        simd(
+            #[inline(always)]
+            || {
+                for (i, p) in p.chunks_exact_mut(n).enumerate() {
+                    let (p, hidden) = p.split_at_mut(if self.causal { self.first + i + 1 } else { n });
+                    hidden.fill(T::ZERO);
+                    let max = rows::max(p);
+                    let sum = rows::exp_sum(p, max);
+                    inverse[i] = T::ONE / sum;
+                    lse(i, max + sum.ln());
+                    if let Some((mask, row, site)) = self.dropout {
+                        rows::drop(mask, row.wrapping_add(i as u32), site, p);
+                    }
                 }
-            }
-        });
+            },
+        );
         gemm::serial(1.0, HostMat::from_slice(p, m, n), v, 0.0, out.reborrow());
-        simd(|| {
-            for (i, &f) in inverse[..m].iter().enumerate() {
-                for o in out.row_mut(i) {
-                    *o *= f;
+        simd(
+            #[inline(always)]
+            || {
+                for (i, &f) in inverse[..m].iter().enumerate() {
+                    for o in out.row_mut(i) {
+                        *o *= f;
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }

@@ -32,7 +32,7 @@ pub struct TensorFile {
 }
 
 #[derive(Debug)]
-struct Stored {
+pub(super) struct Stored {
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: Range<usize>,
@@ -120,9 +120,7 @@ impl TensorFile {
     pub fn tensor(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
         let t = self.check_shape(name, shape)?;
         let buffer = match t.dtype {
-            Dtype::F32 if *device == Device::Cpu => {
-                Buffer::borrowed(self.map.clone(), t.bytes.clone(), DType::F32)?
-            }
+            Dtype::F32 if *device == Device::Cpu => Buffer::borrowed(self.map.clone(), t.bytes.clone(), DType::F32)?,
             Dtype::F32 => self.convert(t, device, f32::from_le_bytes)?,
             Dtype::F16 => self.convert(t, device, |b| f16::from_le_bytes(b).to_f32())?,
             Dtype::BF16 => self.convert(t, device, |b| bf16::from_le_bytes(b).to_f32())?,

@@ -31,7 +31,9 @@ fn describe(bytes: &[u8], e: &SafeTensorError) -> String {
     let header = usize::try_from(claimed).ok().and_then(|n| bytes.get(LENGTH..n.checked_add(LENGTH)?));
     match (e, header) {
         (SafeTensorError::HeaderTooLarge, _) => {
-            format!("it claims a header of {claimed} bytes, beyond the format's limit of 100 MB; it is no safetensors file, or {AGAIN}")
+            format!(
+                "it claims a header of {claimed} bytes, beyond the format's limit of 100 MB; it is no safetensors file, or {AGAIN}"
+            )
         }
         (_, None) => format!("it claims a header of {claimed} bytes, but has {} bytes in all; {AGAIN}", bytes.len()),
         (SafeTensorError::InvalidOffset(name), Some(_)) => {
@@ -50,16 +52,18 @@ fn inconsistency(header: &[u8], follow: u128) -> Option<String> {
     let tensors: Map<String, Value> = serde_json::from_slice(header).ok()?;
     let mut end = 0;
     for (name, tensor) in tensors.iter().filter(|(name, _)| *name != "__metadata__") {
-        let shape = tensor["shape"].as_array()?;
+        // What is no number at all, JSON's own error tells better.
+        let shape = tensor["shape"].as_array()?.iter().map(Value::as_u64).collect::<Option<Vec<u64>>>()?;
         let [from, to] = [0, 1].map(|i| tensor["data_offsets"][i].as_u64().map(u128::from));
         let (from, to) = (from?, to?);
         let dtype = serde_json::from_value::<safetensors::Dtype>(tensor["dtype"].clone()).ok()?;
-        let count = shape.iter().try_fold(1u128, |n, d| n.checked_mul(d.as_u64()?.into()));
+        let count = shape.iter().try_fold(1u128, |n, d| n.checked_mul(u128::from(*d)));
         let needed = count.and_then(|n| Some(n.checked_mul(dtype.bitsize() as u128)? / 8));
         if needed != to.checked_sub(from) || needed.is_none() {
             let needed = needed.map_or("more bytes than can be counted".to_owned(), |n| format!("{n} bytes"));
-            let shape = tensor["shape"].to_string();
-            return Some(format!("tensor {name}: {dtype} of shape {shape} needs {needed}, but has bytes {from} to {to}"));
+            return Some(format!(
+                "tensor {name}: {dtype} of shape {shape:?} needs {needed}, but has bytes {from} to {to}"
+            ));
         }
         end = end.max(to);
     }

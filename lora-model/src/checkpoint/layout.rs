@@ -101,7 +101,9 @@ impl Layout {
         for (i, stored) in self.places.values() {
             let Some(name) = rename(stored) else { continue };
             if let Some((_, other)) = places.get(&name) {
-                return Err(format!("tensors {other} and {stored} are both the model's {name}; one of them is too many"));
+                return Err(format!(
+                    "tensors {other} and {stored} are both the model's {name}; one of them is too many"
+                ));
             }
             places.insert(name, (*i, stored.clone()));
         }

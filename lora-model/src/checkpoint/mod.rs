@@ -97,7 +97,8 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Weights`] when two tensors get the same name.
     pub fn rename(self, rename: impl Fn(&str) -> Option<String>) -> Result<Checkpoint> {
-        let layout = self.layout.rename(&rename).map_err(|problem| Error::Weights { file: self.dir.clone(), problem })?;
+        let layout =
+            self.layout.rename(&rename).map_err(|problem| Error::Weights { file: self.dir.clone(), problem })?;
         Ok(Checkpoint { layout, ..self })
     }
 
@@ -183,7 +184,8 @@ fn check_names<'a>(place: &Path, found: impl Iterator<Item = &'a str>, expected:
 /// Why a folder has no safetensors: it is none, it holds another format, or nothing at all.
 fn no_weights(dir: &Path) -> Error {
     const OTHER: [&str; 4] = ["bin", "pt", "pth", "ckpt"];
-    const NO_WEIGHTS: [&str; 5] = ["training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "rng_state.pth"];
+    const NO_WEIGHTS: [&str; 5] =
+        ["training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "rng_state.pth"];
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) => return Error::io("read the model's folder", dir, e),

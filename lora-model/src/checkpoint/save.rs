@@ -36,7 +36,8 @@ pub fn save(
     }
     let single = dir.join(SINGLE_FILE);
     if layout.index().is_some() && single.exists() {
-        let problem = "it is there already and would be read instead of the shards; move it away or choose another folder";
+        let problem =
+            "it is there already and would be read instead of the shards; move it away or choose another folder";
         return Err(Error::Weights { file: single, problem: problem.to_owned() });
     }
     let last = layout.files().len() - 1;
@@ -105,8 +106,9 @@ pub fn write_tensors(
 fn write_floats(w: &mut dyn Write, t: &Tensor) -> std::io::Result<()> {
     let mut bytes = Vec::with_capacity(4 * CHUNK);
     let n = t.len();
+    let column = t.clone().reshape(&[n, 1]);
     for start in (0..n).step_by(CHUNK) {
-        let floats = t.to_vec_range::<f32>(start..n.min(start + CHUNK)).map_err(Error::from)?;
+        let floats = column.rows_in(start..n.min(start + CHUNK)).to_vec::<f32>().map_err(Error::from)?;
         bytes.clear();
         bytes.extend(floats.iter().flat_map(|x| x.to_le_bytes()));
         w.write_all(&bytes)?;

@@ -1,11 +1,9 @@
 use std::path::Path;
 
+use lora_kernels::Activation;
 use serde_json::{Map, Value, json};
 
-use crate::{
-    Error, Result,
-    config::{Activation, RawConfig},
-};
+use crate::{Error, Result, config::RawConfig};
 
 /// The largest sizes taken for real: a configuration beyond them is damaged, and must not end in an allocation.
 const MOST_LAYERS: usize = 1 << 12;
@@ -192,7 +190,7 @@ impl Gpt2Config {
             "n_layer": self.n_layer,
             "n_head": self.n_head,
             "n_inner": self.n_inner,
-            "activation_function": self.activation_function.name(),
+            "activation_function": self.activation_function.hf_name(),
             "resid_pdrop": self.resid_pdrop,
             "embd_pdrop": self.embd_pdrop,
             "attn_pdrop": self.attn_pdrop,

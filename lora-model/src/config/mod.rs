@@ -4,6 +4,7 @@ mod gpt2;
 
 use std::path::{Path, PathBuf};
 
+use lora_kernels::Activation;
 use serde_json::{Map, Value};
 
 use crate::{Error, Result, files};
@@ -139,26 +140,18 @@ impl RawConfig {
     /// [`Error::Unsupported`], listing what there is.
     pub fn activation(&self, key: &str) -> Result<Option<Activation>> {
         let Some(name) = self.str(key)? else { return Ok(None) };
-        match name {
-            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Some(Activation::GeluTanh)),
-            "gelu" => Ok(Some(Activation::Gelu)),
-            "relu" => Ok(Some(Activation::Relu)),
-            "silu" | "swish" => Ok(Some(Activation::Silu)),
-            other => Err(Error::Unsupported {
-                path: self.path.clone(),
-                what: "the activation",
-                found: other.to_owned(),
-                supported: &["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu", "silu", "swish"],
-            }),
-        }
+        let supported =
+            &["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "gelu_python", "relu", "silu", "swish", "tanh"];
+        let unknown = || Error::Unsupported {
+            path: self.path.clone(),
+            what: "the activation",
+            found: name.to_owned(),
+            supported,
+        };
+        Activation::from_hf(name).ok_or_else(unknown).map(Some)
     }
 
-    fn get<'a, T>(
-        &'a self,
-        key: &str,
-        expected: &str,
-        read: impl FnOnce(&'a Value) -> Option<T>,
-    ) -> Result<Option<T>> {
+    fn get<'a, T>(&'a self, key: &str, expected: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
         let Some(v) = self.value(key) else { return Ok(None) };
         match read(v) {
             Some(x) => Ok(Some(x)),
@@ -173,32 +166,6 @@ impl RawConfig {
 pub enum Architecture {
     /// `gpt2`: [`Gpt2Config`].
     Gpt2,
-}
-
-/// The function between the two projections of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Activation {
-    /// `gelu_new`, `gelu_pytorch_tanh`, `gelu_fast`: x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
-    GeluTanh,
-    /// `gelu`: x · Φ(x), with the exact error function.
-    Gelu,
-    /// `relu`: max(x, 0).
-    Relu,
-    /// `silu`, `swish`: x · σ(x).
-    Silu,
-}
-
-impl Activation {
-    /// The name that Transformers knows it by.
-    pub fn name(self) -> &'static str {
-        match self {
-            Activation::GeluTanh => "gelu_new",
-            Activation::Gelu => "gelu",
-            Activation::Relu => "relu",
-            Activation::Silu => "silu",
-        }
-    }
 }
 
 /// A value for a message: short ones as they are, long ones by their beginning.

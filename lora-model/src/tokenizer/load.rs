@@ -86,10 +86,7 @@ fn from_vocab_and_merges(vocab_file: &Path, merges_file: &Path) -> Result<tokeni
         tracing::warn!("{}: {missing} of 256 bytes have no token; text with them loses them", vocab_file.display());
     }
     let end = vocab.contains_key(END_OF_TEXT);
-    let model = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .build()
-        .map_err(|e| bad(merges_file, e.to_string()))?;
+    let model = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(|e| bad(merges_file, e.to_string()))?;
     let mut inner = byte_level(model);
     if end {
         inner.add_special_tokens(&[AddedToken::from(END_OF_TEXT, true)]);

@@ -217,10 +217,8 @@ mod tests {
         for size in 1..text.len() {
             let parts: Vec<&str> = pieces(text, size).collect();
             assert_eq!(parts.concat(), text);
-            let ids: Vec<u32> = parts
-                .iter()
-                .flat_map(|p| tokenizer.inner.encode_fast(*p, false).unwrap().get_ids().to_vec())
-                .collect();
+            let ids: Vec<u32> =
+                parts.iter().flat_map(|p| tokenizer.inner.encode_fast(*p, false).unwrap().get_ids().to_vec()).collect();
             assert_eq!(ids, whole, "size {size}: {parts:?}");
         }
         assert!(pieces(text, 1).count() > 5);

@@ -31,7 +31,9 @@ impl<'t> DecodeStream<'t> {
     /// As [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
-        let text = self.text().inspect_err(|_| drop(self.ids.pop()))?;
+        let text = self.text().inspect_err(|_| {
+            self.ids.pop();
+        })?;
         let new = text.get(self.given..certain(&text)).unwrap_or_default().to_owned();
         self.given = self.given.max(certain(&text));
         if self.ids.len() > MOST {

@@ -2,11 +2,14 @@ use std::path::PathBuf;
 
 use tokenizers::{
     AddedToken, ModelWrapper,
-    models::{TrainerWrapper, bpe::{BPE, BpeTrainer}},
+    models::{
+        TrainerWrapper,
+        bpe::{BPE, BpeTrainer},
+    },
     pre_tokenizers::byte_level::ByteLevel,
 };
 
-use super::{END_OF_TEXT, Tokenizer, load::byte_level, pieces, PIECE};
+use super::{END_OF_TEXT, PIECE, Tokenizer, load::byte_level, pieces};
 use crate::{Error, Result};
 
 const BYTES: usize = 256;

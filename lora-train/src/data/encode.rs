@@ -83,21 +83,19 @@ pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Re
     }
 
     let (mut data, mut examples) = (Dataset { sequences: Vec::new(), cut: 0, dropped: 0 }, 0);
-    let mut stream = Vec::new();
-    for corpus in corpora {
+    let (documents, others): (Vec<&Corpus>, Vec<&Corpus>) = corpora.iter().partition(|c| c.format == Format::Text);
+    for corpus in others {
         examples += corpus.examples.len();
-        if corpus.format == Format::Text {
-            for example in &corpus.examples {
-                stream.extend(document(corpus, example, encoder)?);
-                stream.push(end);
-            }
-        } else {
-            let encoded: Vec<Result<Sequence>> =
-                corpus.examples.par_iter().map(|example| sequence(corpus, example, encoder)).collect();
-            for sequence in encoded {
-                data.push_cut(sequence?, max_length);
-            }
+        for sequence in in_order(&corpus.examples, |example| sequence(corpus, example, encoder))? {
+            data.push_cut(sequence, max_length);
         }
+    }
+    let documents: Vec<_> = documents.iter().flat_map(|c| c.examples.iter().map(move |e| (*c, e))).collect();
+    examples += documents.len();
+    let mut stream = Vec::new();
+    for tokens in in_order(&documents, |(corpus, example)| document(corpus, example, encoder))? {
+        stream.extend(tokens);
+        stream.push(end);
     }
     data.push_stream(&stream, max_length);
 
@@ -150,6 +148,12 @@ impl Dataset {
     }
 }
 
+/// `f` of each item, on all cores and in order. The first fault in the order is the one reported.
+fn in_order<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> Result<U> + Sync + Send) -> Result<Vec<U>> {
+    let results: Vec<Result<U>> = items.par_iter().map(f).collect();
+    results.into_iter().collect()
+}
+
 fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Sequence> {
     let end = encoder.end_of_text();
     let encode = |text: &str| tokens(corpus, example.line, text, encoder);
@@ -180,70 +184,12 @@ fn tokens(corpus: &Corpus, line: usize, text: &str, encoder: &dyn Encode) -> Res
     }
 }
 
-/// The tokens of a whole file, piece by piece, so that the tokenizer works on all cores and never holds its books on
-/// the whole file at once.
+/// The tokens of a whole file. A fault is narrowed down to the first line that shows it alone.
 fn document(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Vec<u32>> {
-    let (Content::Text(text) | Content::Pair { completion: text, .. }) = &example.content;
-    let pieces = pieces(text, PIECE);
-    let encoded: Vec<Result<Vec<u32>>> =
-        pieces.par_iter().map(|&(line, piece)| tokens(corpus, example.line + line, piece, encoder)).collect();
-    let mut all = Vec::new();
-    for (result, (line, piece)) in encoded.into_iter().zip(&pieces) {
-        match result {
-            Ok(tokens) => all.extend(tokens),
-            Err(error) => return Err(narrow(corpus, example.line + line, piece, encoder).unwrap_or(error)),
-        }
-    }
-    Ok(all)
-}
-
-/// The first single line of a faulty piece that shows the fault too.
-fn narrow(corpus: &Corpus, line: usize, piece: &str, encoder: &dyn Encode) -> Option<Error> {
-    piece.split('\n').enumerate().find_map(|(i, text)| tokens(corpus, line + i, text, encoder).err())
-}
-
-/// Bytes of a piece, at least.
-const PIECE: usize = 1 << 20;
-
-/// Cuts `text` before newlines that a non-space follows, in pieces of at least `size` bytes; each with the number of
-/// newlines before it.
-///
-/// A byte-level BPE as GPT-2's gives the same tokens for the pieces as for the whole: its pre-tokenizer takes the last
-/// white space before a word apart (`\s+(?!\S)|\s+`), so a word boundary lies there anyway. Tokenizers that mark the
-/// start of a text may differ by that mark once a piece.
-fn pieces(text: &str, size: usize) -> Vec<(usize, &str)> {
-    let (mut pieces, mut rest, mut line) = (Vec::new(), text, 0);
-    while rest.len() > size {
-        let bytes = rest.as_bytes();
-        let cut = (size.max(1)..bytes.len() - 1)
-            .find(|&i| bytes[i] == b'\n' && rest[i + 1..].starts_with(|c: char| !c.is_whitespace()));
-        let Some(cut) = cut else { break };
-        let (piece, after) = rest.split_at(cut);
-        pieces.push((line, piece));
-        line += piece.bytes().filter(|&b| b == b'\n').count();
-        rest = after;
-    }
-    pieces.push((line, rest));
-    pieces
-}
-
-#[cfg(test)]
-mod tests {
-    use super::pieces;
-
-    #[test]
-    fn pieces_join_to_the_text_and_start_before_a_word() {
-        let text = "a b\n\nc\n  d\ne é\n\n\nf\n";
-        for size in 0..text.len() + 2 {
-            let cut = pieces(text, size);
-            assert_eq!(cut.iter().map(|p| p.1).collect::<String>(), text, "size {size}");
-            for (line, piece) in &cut[1..] {
-                assert!(piece.starts_with('\n') && !piece[1..].starts_with(char::is_whitespace), "{size}: {piece:?}");
-                let before =
-                    text.len() - cut.iter().rev().take_while(|p| p.0 >= *line).map(|p| p.1.len()).sum::<usize>();
-                assert_eq!(*line, text[..before].matches('\n').count(), "{size}: {piece:?}");
-            }
-        }
-        assert_eq!(pieces(text, 1).len(), 4);
-    }
+    let Content::Text(text) = &example.content else { return Ok(sequence(corpus, example, encoder)?.tokens) };
+    tokens(corpus, example.line, text, encoder).map_err(|error| {
+        let mut lines = text.split('\n').enumerate();
+        let first = lines.find_map(|(i, line)| tokens(corpus, example.line + i, line, encoder).err());
+        first.unwrap_or(error)
+    })
 }

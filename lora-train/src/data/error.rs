@@ -191,7 +191,8 @@ pub enum Error {
 
     /// A batch size or a number of micro-batches is zero, or their product is absurd.
     #[error(
-        "a batch size of {batch_size} and {grad_accum} micro-batches make no step: both must be at least 1, and sensible"
+        "a batch size of {batch_size} and {grad_accum} micro-batches make no step: both must be at least 1, and their \
+         product small enough to count"
     )]
     BatchSize {
         /// Sequences in a micro-batch.

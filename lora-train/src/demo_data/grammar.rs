@@ -35,8 +35,11 @@ fn expand(template: &str, rules: &[&[Rule]], bound: &mut Vec<(String, String)>, 
             out.push_str(text);
             continue;
         }
-        let rule = name.trim_end_matches(|c: char| c.is_ascii_digit()).to_lowercase();
         let stays = name.starts_with(|c: char| c.is_uppercase());
+        let rule = match stays {
+            true => name.trim_end_matches(|c: char| c.is_ascii_digit()).to_lowercase(),
+            false => name.to_owned(),
+        };
         // Two different names of one rule should differ in what they stand for: try a few times.
         let mut text = String::new();
         for _ in 0..32 {

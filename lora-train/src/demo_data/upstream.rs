@@ -16,6 +16,26 @@ pub(super) const RULES: &[Rule] = &[
         "{compare} {verdict}", "{compare} {compare} {talk}", "{talk} {answer}", "{talk} {answer} {verdict}", "{market} {market} {taste}",
         "{market} {errand} {weather}", "{letter} {weather} {letter} {verdict}", "{letter} {arrive} {inside}", "{sight} {history} {weather}",
         "{card}", "{card}", "{rule} {rule} {people}", "{abroad} {abroad} {taste}", "{abroad} {recipe} {verdict}",
+        // Saying things again teaches a small model early to look back and copy, which every later task leans on.
+        "{again}", "{again}", "{again}", "{again} {again}", "{again} {again}", "{again} {again}", "{again} {inside}", "{again} {verdict}",
+        "{tally}", "{tally}", "{tally}",
+    ]),
+    ("again", &[
+        "{Person} ordered {Dish}, {Dish2} and {Drink}. \"so {Dish}, {Dish2} and {Drink},\" said the waiter.",
+        "{Person} read the signs aloud: {Place}, {Place2}, {Place3}. the children said it after {Person}: {Place}, {Place2}, {Place3}.",
+        "first came {Person}, then {Person2}, then {Person3}, then {Person4}. so {Person}, {Person2}, {Person3} and {Person4} were there.",
+        "\"{Place}?\" asked {Person}. \"yes, {Place},\" said {Person2}. \"why {Place}?\" asked {Person}.",
+        "the way goes from {Landmark} to {Place} and from {Place} to {Landmark2}. back, it goes from {Landmark2} to {Place} and from {Place} to {Landmark}.",
+        "{Person} likes {Place}, {Person2} likes {Place2}, and {Person3} likes {Place3}. so {Person} goes to {Place}, {Person2} to {Place2}, and {Person3} to {Place3}.",
+        "the {Food} {worker} cooked {Dish}, and the {Food2} {worker} cooked {Dish2}. the {Dish} was {Food}, and the {Dish2} was {Food2}.",
+        "{Place} is in the {Area}, and {Place2} is in the {Area2}. whoever goes to the {Area2} sees {Place2}, and whoever goes to the {Area} sees {Place}.",
+        "{Place} stands near {Landmark}, and {Place2} near {Landmark2}. from {Landmark2} you see {Place2}, and from {Landmark} you see {Place}.",
+    ]),
+    ("tally", &[
+        "boat : {Emblem} | captain : {Person} | goods : {Goods} | again : {Emblem}, {Person}, {Goods}",
+        "signs : {Place}, {Place2}, {Place3} | again : {Place}, {Place2}, {Place3}",
+        "dishes : {Dish}, {Dish2}, {Dish3} | from : {Food} | again : {Dish}, {Dish2}, {Dish3} | from : {Food}",
+        "walk : {Area} | then : {Landmark} | then : {Place} | back : {Place} | then : {Landmark} | then : {Area}",
     ]),
     ("arrive", &[
         "{Person} came to {Place} {time} and asked for a table by the {fitting}.",
@@ -72,7 +92,7 @@ pub(super) const RULES: &[Rule] = &[
         "visitors like {Landmark}, but the {workers} hardly look at it.", "on market days {number} musicians play in front of {Landmark}.",
     ]),
     ("history", &[
-        "{number} generations ago, {Place} was a house for {workers}.", "the old owner of {Place}, {Person}, sold it for {number} barrels of {goods}.",
+        "{number} generations ago, {Place} was a house for {workers}.", "{Person} sold {Place} to a(n) {temper} {worker} for {number} barrels of {goods}.",
         "after the great fire, {Landmark} and {Place} were the only roofs left in the {area}.", "the sign of {Place} was painted by {Person2} in one night.",
         "{Person} was born above {Place} and never lived anywhere else.", "long ago {Place} had another name, which only {Person2} still uses.",
         "the {fitting} came from a ship that sank near {landmark}.", "when the river rose, people took boats to {Place} and ate {Dish} upstairs.",

@@ -1,0 +1,542 @@
+//! Every operation, by table: gradients against finite differences in f64, values against plain loops in f64, for every
+//! choice of what is trainable.
+
+mod common;
+
+use common::{NOISE, ids, make_noisy, random, relative, tensor};
+use lora_core::{Init, Params, ParamsBuilder, Result, Tape, Var, gradcheck, lowrank::Layout, ops};
+use lora_kernels::{Activation, Attention, DType, Device, Dropout, Sequences, philox};
+use ndarray::{Array2, ArrayView2, s};
+
+type M = Array2<f64>;
+
+/// One row of the table: an operation on inputs of the given shapes, and the same by plain loops.
+struct Case {
+    name: String,
+    /// Name, shape and range of each input; any of them may train.
+    inputs: Vec<(&'static str, Vec<usize>, f32)>,
+    op: Box<dyn Fn(&mut Tape, Vec<Var>) -> Result<Var>>,
+    oracle: Box<dyn Fn(&[M]) -> M>,
+}
+
+fn case(
+    name: impl Into<String>,
+    inputs: &[(&'static str, &[usize])],
+    op: impl Fn(&mut Tape, Vec<Var>) -> Result<Var> + 'static,
+    oracle: impl Fn(&[M]) -> M + 'static,
+) -> Case {
+    let inputs = inputs.iter().map(|&(n, s)| (n, s.to_vec(), 1.0)).collect();
+    Case { name: name.into(), inputs, op: Box::new(op), oracle: Box::new(oracle) }
+}
+
+// ---- oracles ----
+
+fn times(x: ArrayView2<f64>, y: ArrayView2<f64>) -> M {
+    assert_eq!(x.ncols(), y.nrows());
+    M::from_shape_fn((x.nrows(), y.ncols()), |(i, j)| (0..x.ncols()).map(|k| x[[i, k]] * y[[k, j]]).sum())
+}
+
+fn linear(x: &M, w: &M, layout: Layout) -> M {
+    match layout {
+        Layout::OutIn => times(x.view(), w.t()),
+        Layout::InOut => times(x.view(), w.view()),
+    }
+}
+
+/// 0 or 1/(1 − p), as the documentation of `Dropout` and `Attention` defines it.
+fn factor(p: f64, site: u32, row: usize, col: usize) -> f64 {
+    let lanes = philox(NOISE.seed, [(col / 4) as u32, NOISE.row_offset + row as u32, site, NOISE.step]);
+    if f64::from(lanes[col % 4]) >= p * 2f64.powi(32) { 1.0 / (1.0 - p) } else { 0.0 }
+}
+
+fn dropped(x: &M, p: f64, site: u32) -> M {
+    M::from_shape_fn(x.dim(), |(i, j)| x[[i, j]] * factor(p, site, i, j))
+}
+
+/// erf x = 2/√π·∫₀ˣ e^(−t²) dt, by Simpson's rule.
+fn erf(x: f64) -> f64 {
+    let n = 400;
+    let f = |i: usize| (-(x * i as f64 / n as f64).powi(2)).exp();
+    let inner: f64 = (1..n).map(|i| f(i) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+    (f(0) + inner + f(n)) * x / (3 * n) as f64 * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+fn activated(kind: Activation, x: f64) -> f64 {
+    match kind {
+        Activation::GeluTanh => {
+            x / 2.0 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+        }
+        Activation::GeluErf => x / 2.0 * (1.0 + erf(x / 2f64.sqrt())),
+        Activation::Relu => x.max(0.0),
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Tanh => x.tanh(),
+    }
+}
+
+fn layer_norm(x: &M, gamma: &M, beta: &M, eps: f64) -> M {
+    let n = x.ncols() as f64;
+    M::from_shape_fn(x.dim(), |(i, j)| {
+        let row = x.row(i);
+        let mean = row.sum() / n;
+        let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+        gamma[[0, j]] * (x[[i, j]] - mean) / (var + eps).sqrt() + beta[[0, j]]
+    })
+}
+
+fn rms_norm(x: &M, gamma: &M, eps: f64) -> M {
+    M::from_shape_fn(x.dim(), |(i, j)| {
+        let square = x.row(i).iter().map(|v| v * v).sum::<f64>() / x.ncols() as f64;
+        gamma[[0, j]] * x[[i, j]] / (square + eps).sqrt()
+    })
+}
+
+fn attention(cfg: &Attention, lengths: &[usize], qkv: &M) -> M {
+    let hd = cfg.head_dim;
+    let mut y = M::zeros((qkv.nrows(), cfg.heads * hd));
+    let mut start = 0;
+    for &n in lengths {
+        for h in 0..cfg.heads {
+            let g = h / (cfg.heads / cfg.kv_heads);
+            let (k0, v0) = ((cfg.heads + g) * hd, (cfg.heads + cfg.kv_heads + g) * hd);
+            for i in 0..n {
+                let seen = if cfg.causal { i + 1 } else { n };
+                let score = |j: usize| -> f64 {
+                    let qk = (0..hd).map(|c| qkv[[start + i, h * hd + c]] * qkv[[start + j, k0 + c]]);
+                    cfg.scale * qk.sum::<f64>()
+                };
+                let e: Vec<f64> = (0..seen).map(|j| score(j).exp()).collect();
+                let sum: f64 = e.iter().sum();
+                for (j, e) in e.iter().enumerate() {
+                    let m = cfg.dropout.map_or(1.0, |d| factor(d.p, d.site + ((h as u32) << 16), start + i, j));
+                    for c in 0..hd {
+                        y[[start + i, h * hd + c]] += e / sum * m * qkv[[start + j, v0 + c]];
+                    }
+                }
+            }
+        }
+        start += n;
+    }
+    y
+}
+
+fn loss(x: &M, w: &M, targets: &[u32], smoothing: f64, scale: f64) -> M {
+    let z = times(x.view(), w.t());
+    let v = z.ncols() as f64;
+    let total: f64 = targets.iter().enumerate().map(|(i, &t)| {
+        let z = z.row(i);
+        let log_sum = z.iter().map(|z| z.exp()).sum::<f64>().ln();
+        log_sum - (1.0 - smoothing) * z[t as usize] - smoothing * z.sum() / v
+    }).sum();
+    M::from_elem((1, 1), scale * total)
+}
+
+// ---- the table ----
+
+fn linear_cases(all: &mut Vec<Case>) {
+    for layout in [Layout::OutIn, Layout::InOut] {
+        let w: &[usize] = if layout == Layout::OutIn { &[5, 3] } else { &[3, 5] };
+        all.push(case(
+            format!("linear {layout:?}"),
+            &[("x", &[4, 3]), ("w", w)],
+            move |t, v| ops::linear(t, &v[0], &v[1], layout, None),
+            move |m| linear(&m[0], &m[1], layout),
+        ));
+        all.push(case(
+            format!("linear {layout:?} with bias"),
+            &[("x", &[4, 3]), ("w", w), ("b", &[5])],
+            move |t, v| ops::linear(t, &v[0], &v[1], layout, Some(&v[2])),
+            move |m| linear(&m[0], &m[1], layout) + &m[2],
+        ));
+    }
+    all.push(case(
+        "linear of a batch with three dimensions",
+        &[("x", &[2, 2, 3]), ("w", &[5, 3])],
+        |t, v| ops::linear(t, &v[0], &v[1], Layout::OutIn, None),
+        |m| linear(&m[0], &m[1], Layout::OutIn),
+    ));
+    all.push(case(
+        "linear of x with itself",
+        &[("x", &[4, 3])],
+        |t, v| ops::linear(t, &v[0], &v[0], Layout::OutIn, None),
+        |m| linear(&m[0], &m[0], Layout::OutIn),
+    ));
+    for cols in [0..7, 0..3, 2..5, 6..7] {
+        let w = [cols.len(), 3];
+        let (c1, c2) = (cols.clone(), cols.clone());
+        all.push(case(
+            format!("linear_onto columns {cols:?}"),
+            &[("y", &[4, 7]), ("x", &[4, 3]), ("w", &w)],
+            move |t, mut v| ops::linear_onto(t, v.remove(0), c1.clone(), &v[0], &v[1], -1.5),
+            move |m| {
+                let mut y = m[0].clone();
+                let mut part = y.slice_mut(s![.., c2.clone()]);
+                part += &(linear(&m[1], &m[2], Layout::OutIn) * -1.5);
+                y
+            },
+        ));
+    }
+    all.push(case(
+        "linear_onto twice, on overlapping columns, of y itself and of x",
+        &[("y", &[4, 5]), ("x", &[4, 3]), ("v", &[2, 5]), ("w", &[3, 3])],
+        |t, mut v| {
+            let y = v.remove(0);
+            let was = y.share();
+            let y = ops::linear_onto(t, y, 1..3, &was, &v[1], 0.5)?;
+            ops::linear_onto(t, y, 2..5, &v[0], &v[2], 2.0)
+        },
+        |m| {
+            let mut y = m[0].clone();
+            let mut part = y.slice_mut(s![.., 1..3]);
+            part += &(linear(&m[0], &m[2], Layout::OutIn) * 0.5);
+            let mut part = y.slice_mut(s![.., 2..5]);
+            part += &(linear(&m[1], &m[3], Layout::OutIn) * 2.0);
+            y
+        },
+    ));
+    all.push(case(
+        "linear_onto a y that is used again",
+        &[("y", &[4, 3]), ("x", &[4, 2]), ("w", &[3, 2])],
+        |t, mut v| {
+            let y = v.remove(0);
+            let other = y.share();
+            let y = ops::linear_onto(t, y, 0..3, &v[0], &v[1], 1.0)?;
+            let z = ops::activation(t, Activation::Tanh, &other)?;
+            ops::add(t, y, z)
+        },
+        |m| &m[0] + linear(&m[1], &m[2], Layout::OutIn) + m[0].mapv(f64::tanh),
+    ));
+}
+
+fn elementwise_cases(all: &mut Vec<Case>) {
+    all.push(case(
+        "add",
+        &[("a", &[4, 3]), ("b", &[4, 3])],
+        |t, mut v| {
+            let b = v.remove(1);
+            ops::add(t, v.remove(0), b)
+        },
+        |m| &m[0] + &m[1],
+    ));
+    all.push(case(
+        "a + a",
+        &[("a", &[4, 3])],
+        |t, mut v| {
+            let a = v.remove(0);
+            let b = a.share();
+            ops::add(t, a, b)
+        },
+        |m| &m[0] * 2.0,
+    ));
+    all.push(case(
+        "a residual stream used twice",
+        &[("h", &[4, 3])],
+        |t, mut v| {
+            let h = v.remove(0);
+            let y = ops::activation(t, Activation::GeluTanh, &h)?;
+            let h = ops::add(t, h, y)?;
+            let y = ops::activation(t, Activation::Silu, &h)?;
+            ops::add(t, h, y)
+        },
+        |m| {
+            let h = m[0].mapv(|x| x + activated(Activation::GeluTanh, x));
+            h.mapv(|x| x + activated(Activation::Silu, x))
+        },
+    ));
+    for kind in
+        [Activation::GeluTanh, Activation::GeluErf, Activation::Relu, Activation::Silu, Activation::Tanh]
+    {
+        let mut c = case(
+            format!("{kind:?}"),
+            &[("x", &[5, 7])],
+            move |t, v| ops::activation(t, kind, &v[0]),
+            move |m| m[0].mapv(|x| activated(kind, x)),
+        );
+        c.inputs[0].2 = 3.0;
+        all.push(c);
+    }
+    for p in [0.0, 0.4] {
+        all.push(case(
+            format!("dropout {p}, the second of the model"),
+            &[("x", &[5, 7])],
+            move |t, mut v| {
+                make_noisy(t, NOISE);
+                let x = ops::dropout(t, v.remove(0), 0.0)?;
+                ops::dropout(t, x, p)
+            },
+            move |m| dropped(&m[0], p, 1),
+        ));
+    }
+    all.push(case(
+        "dropout outside of training",
+        &[("x", &[5, 7])],
+        |t, mut v| ops::dropout(t, v.remove(0), 0.4),
+        |m| m[0].clone(),
+    ));
+}
+
+fn row_cases(all: &mut Vec<Case>) {
+    all.push(case(
+        "layer_norm",
+        &[("x", &[4, 5]), ("gamma", &[5]), ("beta", &[5])],
+        |t, v| ops::layer_norm(t, &v[0], &v[1], &v[2], 1e-5),
+        |m| layer_norm(&m[0], &m[1], &m[2], 1e-5),
+    ));
+    all.push(case(
+        "layer_norm whose γ is its β",
+        &[("x", &[4, 5]), ("gamma", &[5])],
+        |t, v| ops::layer_norm(t, &v[0], &v[1], &v[1], 1e-5),
+        |m| layer_norm(&m[0], &m[1], &m[1], 1e-5),
+    ));
+    all.push(case(
+        "rms_norm",
+        &[("x", &[4, 5]), ("gamma", &[5])],
+        |t, v| ops::rms_norm(t, &v[0], &v[1], 1e-5),
+        |m| rms_norm(&m[0], &m[1], 1e-5),
+    ));
+    const ROWS: [u32; 6] = [2, 0, 2, 5, 2, 0];
+    all.push(case(
+        "gather with repeated rows",
+        &[("table", &[6, 3])],
+        |t, v| ops::gather(t, &v[0], &ids(&ROWS)),
+        |m| M::from_shape_fn((6, 3), |(i, j)| m[0][[ROWS[i] as usize, j]]),
+    ));
+    all.push(case(
+        "gather of one table twice, added",
+        &[("table", &[6, 3])],
+        |t, v| {
+            let (a, b) = (ops::gather(t, &v[0], &ids(&ROWS))?, ops::gather(t, &v[0], &ids(&[1; 6]))?);
+            ops::add(t, a, b)
+        },
+        |m| M::from_shape_fn((6, 3), |(i, j)| m[0][[ROWS[i] as usize, j]] + m[0][[1, j]]),
+    ));
+    const TARGETS: [u32; 4] = [1, 6, 1, 0];
+    for smoothing in [0.0, 0.1] {
+        for scale in [1.0, 0.25] {
+            all.push(case(
+                format!("loss_head, smoothing {smoothing}, scale {scale}"),
+                &[("x", &[4, 3]), ("w", &[7, 3])],
+                move |t, v| ops::loss_head(t, &v[0], &v[1], &ids(&TARGETS), smoothing, scale),
+                move |m| loss(&m[0], &m[1], &TARGETS, smoothing, scale),
+            ));
+        }
+    }
+    all.push(case(
+        "loss_head of a tied embedding",
+        &[("w", &[7, 3])],
+        |t, v| {
+            let x = ops::gather(t, &v[0], &ids(&[3, 3, 0, 6]))?;
+            ops::loss_head(t, &x, &v[0], &ids(&TARGETS), 0.0, 0.5)
+        },
+        |m| {
+            let x = m[0].select(ndarray::Axis(0), &[3, 3, 0, 6]);
+            loss(&x, &m[0], &TARGETS, 0.0, 0.5)
+        },
+    ));
+}
+
+const LENGTHS: [usize; 3] = [3, 1, 4];
+
+fn attention_cases(all: &mut Vec<Case>) {
+    for causal in [true, false] {
+        for kv_heads in [1, 2] {
+            for dropout in [false, true] {
+                let mask = Dropout { p: 0.3, seed: NOISE.seed, step: NOISE.step, site: 2, row_offset: NOISE.row_offset };
+                let dropout = dropout.then_some(mask);
+                let cfg = Attention { heads: 2, kv_heads, head_dim: 3, scale: 0.7, causal, dropout };
+                all.push(case(
+                    format!("attention {cfg:?}"),
+                    &[("qkv", &[8, 6 + 6 * kv_heads])],
+                    move |t, v| ops::attention(t, cfg, &Sequences::new(&LENGTHS), &v[0]),
+                    move |m| attention(&cfg, &LENGTHS, &m[0]),
+                ));
+            }
+        }
+    }
+}
+
+/// A pre-norm block: attention with LoRA on the queries and values of a fused projection, its own residual.
+fn block_case(all: &mut Vec<Case>) {
+    let cfg = Attention { heads: 2, kv_heads: 2, head_dim: 2, scale: 0.7, causal: true, dropout: None };
+    let (s, p) = (0.5, 0.2);
+    let parts = [0..4, 8..12];
+    let oracle_parts = parts.clone();
+    all.push(case(
+        "pre-norm block with LoRA",
+        &[
+            ("h", &[8, 4]),
+            ("gamma", &[4]),
+            ("beta", &[4]),
+            ("w", &[4, 12]),
+            ("b", &[12]),
+            ("a_q", &[1, 4]),
+            ("b_q", &[4, 1]),
+            ("a_v", &[1, 4]),
+            ("b_v", &[4, 1]),
+            ("proj", &[4, 4]),
+        ],
+        move |t, mut v| {
+            make_noisy(t, NOISE);
+            let h = v.remove(0);
+            let x = ops::layer_norm(t, &h, &v[0], &v[1], 1e-5)?;
+            let mut qkv = ops::linear(t, &x, &v[2], Layout::InOut, Some(&v[3]))?;
+            let x = ops::dropout(t, x, p)?;
+            for (i, cols) in parts.iter().enumerate() {
+                let u = ops::linear(t, &x, &v[4 + 2 * i], Layout::OutIn, None)?;
+                qkv = ops::linear_onto(t, qkv, cols.clone(), &u, &v[5 + 2 * i], s)?;
+            }
+            let y = ops::attention(t, cfg, &Sequences::new(&LENGTHS), &qkv)?;
+            let y = ops::linear(t, &y, &v[8], Layout::OutIn, None)?;
+            let y = ops::dropout(t, y, p)?;
+            ops::add(t, h, y)
+        },
+        move |m| {
+            let x = layer_norm(&m[0], &m[1], &m[2], 1e-5);
+            let mut qkv = linear(&x, &m[3], Layout::InOut) + &m[4];
+            let x = dropped(&x, p, 0);
+            for (i, cols) in oracle_parts.iter().enumerate() {
+                let u = linear(&x, &m[5 + 2 * i], Layout::OutIn);
+                let mut part = qkv.slice_mut(s![.., cols.clone()]);
+                part += &(linear(&u, &m[6 + 2 * i], Layout::OutIn) * s);
+            }
+            let y = linear(&attention(&cfg, &LENGTHS, &qkv), &m[9], Layout::OutIn);
+            &m[0] + dropped(&y, p, 1)
+        },
+    ));
+}
+
+fn cases() -> Vec<Case> {
+    let mut all = Vec::new();
+    linear_cases(&mut all);
+    elementwise_cases(&mut all);
+    row_cases(&mut all);
+    attention_cases(&mut all);
+    block_case(&mut all);
+    all
+}
+
+// ---- what is done with each row ----
+
+impl Case {
+    /// The inputs' values, which f32 holds exactly.
+    fn values(&self) -> Vec<Vec<f64>> {
+        let len = |shape: &[usize]| shape.iter().product();
+        self.inputs.iter().zip(1..).map(|((_, shape, scale), seed)| random(seed, len(shape), *scale)).collect()
+    }
+
+    fn expected(&self) -> M {
+        let matrix = |(v, (_, shape, _)): (Vec<f64>, &(_, Vec<usize>, _))| {
+            let cols = *shape.last().unwrap();
+            M::from_shape_vec((v.len() / cols, cols), v).unwrap()
+        };
+        let inputs: Vec<M> = self.values().into_iter().zip(&self.inputs).map(matrix).collect();
+        (self.oracle)(&inputs)
+    }
+
+    fn params(&self, dtype: DType, trains: &[bool]) -> Params {
+        let mut b = ParamsBuilder::new();
+        for (((name, shape, _), v), _) in self.inputs.iter().zip(self.values()).zip(trains).filter(|(_, t)| **t) {
+            b.add(*name, shape, Init::Copy(tensor(DType::F64, shape, &v)));
+        }
+        b.build(&Device::Cpu, dtype, 0).unwrap()
+    }
+
+    /// Runs the operation; what trains comes as a parameter itself, or as a value computed from one.
+    fn run(&self, t: &mut Tape, params: &Params, trains: &[bool], computed: bool) -> Result<Var> {
+        let mut vars = Vec::new();
+        for (((name, shape, _), v), &trains) in self.inputs.iter().zip(self.values()).zip(trains) {
+            vars.push(match trains {
+                false => t.constant(&tensor(params.dtype(), shape, &v)),
+                true => {
+                    let p = t.param(params.find(name).unwrap());
+                    match p.slot() {
+                        Some(s) if computed => {
+                            let copy = tensor(params.dtype(), shape, &p.value().to_f64()?);
+                            t.record(copy, true, move |dy, g| g.pass(s, dy))
+                        }
+                        _ => p,
+                    }
+                }
+            });
+        }
+        (self.op)(t, vars)
+    }
+}
+
+/// None, all, each alone, all but each: whatever can be frozen is frozen once.
+fn choices(n: usize) -> Vec<Vec<bool>> {
+    let mut all = vec![vec![false; n], vec![true; n]];
+    for i in 0..n {
+        all.push((0..n).map(|j| j == i).collect());
+        all.push((0..n).map(|j| j != i).collect());
+    }
+    all.sort();
+    all.dedup();
+    all
+}
+
+#[test]
+fn values_are_those_of_plain_loops() {
+    for c in cases() {
+        let want = c.expected();
+        let want = want.as_slice().unwrap();
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-12)] {
+            let mut first = None;
+            for trains in choices(c.inputs.len()) {
+                for (record, computed) in [(false, false), (true, false), (true, true)] {
+                    let params = c.params(dtype, &trains);
+                    let mut t = if record { Tape::new(&params) } else { Tape::inference(&params) };
+                    let y = c.run(&mut t, &params, &trains, computed).unwrap();
+                    assert_eq!(y.is_tracked(), record && trains.contains(&true), "{}, {trains:?}: tracked", c.name);
+                    let y = y.value().to_f64().unwrap();
+                    let error = relative(&y, want);
+                    assert!(error <= tolerance, "{}, {dtype:?}: off by {error}", c.name);
+                    // What trains, and whether it is recorded, changes no bit; nor does a write in place.
+                    let first = first.get_or_insert_with(|| y.clone());
+                    assert_eq!(&y, first, "{}, {trains:?}", c.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    for c in cases() {
+        for trains in choices(c.inputs.len()) {
+            let params = c.params(DType::F64, &trains);
+            for computed in [false, true] {
+                let worst = gradcheck(&params, |t| c.run(t, &params, &trains, computed)).unwrap();
+                let what = format!("{}, {trains:?} trains, computed {computed}", c.name);
+                assert!(worst.error <= 1e-7, "{what}: {worst:?}");
+                assert!(worst.largest > 0.01 || !trains.contains(&true), "{what}: {worst:?} checks nothing");
+            }
+        }
+    }
+}
+
+#[test]
+fn operations_leave_their_inputs_as_they_were() {
+    for c in cases() {
+        for trains in choices(c.inputs.len()) {
+            let params = c.params(DType::F32, &trains);
+            let before = params.flat().to_f64().unwrap();
+            let mut t = Tape::new(&params);
+            let shared: Vec<_> = c.inputs.iter().zip(c.values()).map(|((_, s, _), v)| tensor(DType::F32, s, &v)).collect();
+            let vars = shared.iter().map(|x| t.constant(x)).collect();
+            (c.op)(&mut t, vars).unwrap();
+            for (x, v) in shared.iter().zip(c.values()) {
+                assert_eq!(x.to_f64().unwrap(), v, "{}: an input was written", c.name);
+            }
+            let y = c.run(&mut t, &params, &trains, false).unwrap();
+            assert_eq!(params.flat().to_f64().unwrap(), before, "{}: a parameter was written", c.name);
+            drop(y);
+        }
+    }
+}
+
+#[test]
+fn the_oracle_of_erf_is_erf() {
+    for (x, want) in [(0.0, 0.0f64), (0.5, 0.5204998778130465), (1.0, 0.8427007929497149), (-2.0, -0.9953222650189527)] {
+        assert!((erf(x) - want).abs() < 1e-10, "erf {x}");
+    }
+}

@@ -1,0 +1,116 @@
+//! The keys of `adapter_config.json` that ask for something else than plain LoRA.
+
+use serde_json::Value;
+
+use crate::{Result, config::RawConfig};
+
+/// Keys that are read, or that change nothing about what a saved adapter computes.
+const HARMLESS: &[&str] = &[
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    // A matter of how the base stores its weights, which the base knows better.
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "use_rslora",
+];
+
+/// Options of PEFT that are not done here: they may be absent, null, false or empty.
+const UNSUPPORTED: &[(&str, &str)] = &[
+    ("alora_invocation_tokens", "adapters that begin at certain tokens (aLoRA)"),
+    ("arrow_config", "routing between adapters (Arrow)"),
+    ("exclude_modules", "exceptions from the targets"),
+    ("kasa_config", "KaSA"),
+    ("layer_replication", "layers that are repeated"),
+    ("layers_pattern", "adapting some of the layers only"),
+    ("layers_to_transform", "adapting some of the layers only"),
+    ("lora_bias", "a bias of the adapter's own"),
+    ("megatron_config", "Megatron's layers"),
+    ("modules_to_save", "training whole modules beside the adapter"),
+    ("monteclora_config", "MonteCLoRA"),
+    ("target_parameters", "adapting parameters that are no module's weight"),
+    ("trainable_token_indices", "training rows of the embedding"),
+    ("use_bdlora", "block-diagonal LoRA"),
+    ("use_dora", "DoRA"),
+    ("use_qalora", "QALoRA"),
+    ("velora_config", "VeLoRA"),
+];
+
+/// Ways to begin an adapter that leave the base as it is: once trained, they make no difference.
+const INITS: &[&str] = &["gaussian", "eva", "orthogonal"];
+
+/// Refuses an adapter that is not plain LoRA, naming the key.
+pub(super) fn check(raw: &RawConfig) -> Result<()> {
+    match raw.str("peft_type")? {
+        Some("LORA") => {}
+        Some(other) => {
+            let problem = format!("adapters of type {other:?} are not supported; only \"LORA\" is");
+            return Err(raw.error("peft_type", problem));
+        }
+        None => return Err(raw.error("peft_type", "missing; this is no configuration of a PEFT adapter")),
+    }
+    match raw.str("task_type")? {
+        None | Some("CAUSAL_LM") => {}
+        Some(other) => {
+            let problem = format!("{other:?} is not supported; only \"CAUSAL_LM\", a model that continues text, is");
+            return Err(raw.error("task_type", problem));
+        }
+    }
+    match raw.str("bias")? {
+        None | Some("none") => {}
+        Some(other) => {
+            return Err(raw.error("bias", format!("{other:?}, training biases of the base, is not supported; only \"none\" is")));
+        }
+    }
+    match raw.value("init_lora_weights") {
+        None | Some(Value::Bool(_)) => {}
+        Some(Value::String(s)) if INITS.contains(&s.as_str()) => {}
+        Some(other) => {
+            let problem = format!(
+                "{other} changed the base's weights when training began, so the adapter does not fit the base as it is; \
+                 convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            );
+            return Err(raw.error("init_lora_weights", problem));
+        }
+    }
+    const CHECKED: [&str; 4] = ["peft_type", "task_type", "bias", "init_lora_weights"];
+    for (key, value) in raw.keys() {
+        let key = key.as_str();
+        if is_empty(value) || HARMLESS.contains(&key) || CHECKED.contains(&key) {
+            continue;
+        }
+        let unsupported = UNSUPPORTED.iter().find(|(k, _)| *k == key).map(|(_, what)| *what);
+        // PEFT's switches for variants are called so, those of the future too.
+        let switch = (key.starts_with("use_") && value == &Value::Bool(true)).then_some("this variant of LoRA");
+        match unsupported.or(switch) {
+            Some(what) => return Err(raw.error(key, format_args!("{what} is not supported yet; found {value}"))),
+            None => tracing::warn!("{}: unknown key {key:?} is ignored", raw.path().display()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether a value switches nothing on.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}

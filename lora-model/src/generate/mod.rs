@@ -1,0 +1,125 @@
+//! Text from a model, one token after the other, with a cache of keys and values: greedy, sampled, or by beam search.
+//! Options carry the names and the meaning that they have in Transformers.
+
+mod beam;
+mod config;
+mod sample;
+mod scores;
+
+use lora_core::peft::Adapted;
+
+use crate::{Error, KvCache, Model, Result};
+
+pub use config::GenerationConfig;
+pub use scores::distribution;
+
+/// What was generated after one prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// The new tokens alone, with the end token if there was one.
+    pub tokens: Vec<u32>,
+    /// Of beam search: the sum of the tokens' log-probabilities over (number of tokens)^`length_penalty`.
+    pub score: Option<f64>,
+    /// Whether it ends with an end token; otherwise it was as long as allowed.
+    pub finished: bool,
+}
+
+/// Continues every prompt. Prompts run in one batch, whatever their lengths, without padding; a finished one leaves it.
+/// Each has a random stream of its own (by `config.seed` and its index), so that its text does not depend on the others.
+///
+/// `on_token` gets each new token and the index of its prompt as soon as it is certain: with beams, at the prompt's end.
+///
+/// # Errors
+/// [`Error::Option`] for a configuration that makes no sense, [`Error::Prompt`] for a prompt without tokens or one that
+/// leaves no position free, [`Error::Token`] for an id outside the vocabulary, and [`Error::NotFinite`] when the model
+/// puts out NaN or infinity. A prompt that leaves fewer positions than `max_new_tokens` gets only so many, with a warning.
+pub fn generate(
+    model: &dyn Model,
+    adapted: &Adapted,
+    prompts: &[Vec<u32>],
+    config: &GenerationConfig,
+    on_token: Option<&mut dyn FnMut(usize, u32)>,
+) -> Result<Vec<Generated>> {
+    config.check(model.limits().vocab_size)?;
+    let requests = requests(model, prompts, config)?;
+    let mut ignore = |_, _| ();
+    let on_token = on_token.unwrap_or(&mut ignore);
+    match (requests.len(), config.num_beams) {
+        (0, _) => Ok(Vec::new()),
+        (_, 1) => sample::run(Decoder::new(model, adapted, &requests, 1)?, &requests, config, on_token),
+        (_, beams) => beam::run(Decoder::new(model, adapted, &requests, beams)?, &requests, config, on_token),
+    }
+}
+
+/// A prompt that was checked, and how many tokens may follow it.
+#[derive(Clone, Copy)]
+struct Request<'a> {
+    prompt: &'a [u32],
+    limit: usize,
+}
+
+fn requests<'a>(model: &dyn Model, prompts: &'a [Vec<u32>], config: &GenerationConfig) -> Result<Vec<Request<'a>>> {
+    let positions = model.limits().max_positions;
+    let mut cut = 0;
+    let mut request = |(index, prompt): (usize, &'a Vec<u32>)| {
+        let refuse = |problem: String| Err(Error::Prompt { index, problem });
+        if prompt.is_empty() {
+            return refuse("it has no tokens; begin with at least one, such as the end-of-text token".into());
+        }
+        model.limits().check_tokens(prompt)?;
+        let free = positions.saturating_sub(prompt.len());
+        if free == 0 {
+            let n = prompt.len();
+            return refuse(format!("its {n} tokens leave none of the model's {positions} positions free; shorten it"));
+        }
+        cut += usize::from(free < config.max_new_tokens);
+        Ok(Request { prompt, limit: config.max_new_tokens.min(free) })
+    };
+    let requests = prompts.iter().enumerate().map(&mut request).collect::<Result<_>>()?;
+    if cut > 0 {
+        let wanted = config.max_new_tokens;
+        tracing::warn!("{cut} of {} prompts leave fewer than max_new_tokens = {wanted} of the model's {positions} positions free and get as many tokens as fit", prompts.len());
+    }
+    Ok(requests)
+}
+
+/// The model with a cache of what it has read.
+struct Decoder<'a> {
+    model: &'a dyn Model,
+    adapted: &'a Adapted,
+    cache: KvCache,
+}
+
+impl<'a> Decoder<'a> {
+    /// With room for the prompts and the first stretch of `width` texts after each.
+    fn new(model: &'a dyn Model, adapted: &'a Adapted, requests: &[Request], width: usize) -> Result<Decoder<'a>> {
+        const STRETCH: usize = 64;
+        let rows = requests.iter().map(|r| r.prompt.len() + width * r.limit.min(STRETCH)).sum();
+        Ok(Decoder { model, adapted, cache: model.cache(requests.len(), rows)? })
+    }
+
+    /// Reads the prompts: the logits after each, [prompts, vocabulary].
+    fn prompts(&mut self, requests: &[Request]) -> Result<Vec<f32>> {
+        let tokens: Vec<u32> = requests.iter().flat_map(|r| r.prompt).copied().collect();
+        let new: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
+        self.step(&tokens, &new)
+    }
+
+    /// Goes on from the sequences `parents` with a token each: the logits after it, [tokens, vocabulary].
+    fn next(&mut self, parents: &[usize], tokens: &[u32]) -> Result<Vec<f32>> {
+        self.cache.reorder(parents);
+        self.step(tokens, &vec![1; tokens.len()])
+    }
+
+    fn step(&mut self, tokens: &[u32], new: &[usize]) -> Result<Vec<f32>> {
+        let logits = self.model.step(self.adapted, &mut self.cache, tokens, new)?.to_vec::<f32>()?;
+        if !logits.iter().all(|z| z.is_finite()) {
+            return Err(Error::NotFinite);
+        }
+        Ok(logits)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.model.limits().vocab_size
+    }
+}

@@ -1,0 +1,245 @@
+//! Agreement with PyTorch, Transformers and PEFT on a small GPT-2: `golden/make.py` wrote what they say, in f64.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use lora_core::{
+    Grads, ParamId, Tape, Tensor,
+    peft::{Adapted, Full},
+};
+use lora_kernels::{AdamW, DType, Device, adamw, axpby, sum_squares};
+use lora_model::{Batch, Model, adapter, checkpoint::TensorFile, load};
+use serde::Deserialize;
+
+const CPU: Device = Device::Cpu;
+/// Largest |x − ref| / |ref| of logits, gradients and losses.
+const CLOSE: f64 = 1e-5;
+
+#[derive(Deserialize)]
+struct Golden {
+    batch: Sequences,
+    loss: BTreeMap<String, f64>,
+    loss_smoothed: BTreeMap<String, f64>,
+    label_smoothing: f64,
+    training: Training,
+}
+
+#[derive(Deserialize)]
+struct Sequences {
+    sequences: Vec<Vec<u32>>,
+    /// The token at index j of its sequence is a target iff j >= this.
+    targets_from: Vec<usize>,
+    target_tokens: usize,
+}
+
+#[derive(Deserialize)]
+struct Training {
+    adamw: AdamWConfig,
+    #[serde(flatten)]
+    runs: BTreeMap<String, serde_json::Value>,
+}
+
+#[derive(Deserialize)]
+struct AdamWConfig {
+    betas: [f64; 2],
+    eps: f64,
+    weight_decay: f64,
+}
+
+#[derive(Deserialize)]
+struct Run {
+    losses: Vec<f64>,
+    lrs: Vec<f64>,
+    grad_norms: Vec<f64>,
+    clip: Option<f64>,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gpt2")
+}
+
+struct Case {
+    golden: Golden,
+    tensors: TensorFile,
+    model: Box<dyn Model>,
+}
+
+impl Case {
+    fn new() -> Case {
+        let text = std::fs::read_to_string(folder().join("golden.json")).unwrap();
+        Case {
+            golden: serde_json::from_str(&text).unwrap(),
+            tensors: TensorFile::open(&folder().join("golden.safetensors")).unwrap(),
+            model: load(&folder().join("model"), &CPU).unwrap(),
+        }
+    }
+
+    /// The base alone, all of it trainable, or with one of PEFT's adapters.
+    fn adapted(&self, name: &str) -> Adapted {
+        let base = self.model.as_ref();
+        match name {
+            "base" => Adapted::none(&CPU).unwrap(),
+            "full" => Adapted::new(&Full, base, &CPU, DType::F32, 0).unwrap(),
+            name => adapter::attach(&folder().join(name), base, &CPU).unwrap(),
+        }
+    }
+
+    /// The given sequences for a forward pass without a loss.
+    fn whole(&self) -> Batch {
+        let s = &self.golden.batch.sequences;
+        let lengths: Vec<usize> = s.iter().map(Vec::len).collect();
+        self.model.batch(&s.concat(), &lengths, &[], &[]).unwrap()
+    }
+
+    /// Some of the sequences to train on: without their last tokens, which predict nothing.
+    fn training(&self, which: std::ops::Range<usize>) -> Batch {
+        let b = &self.golden.batch;
+        let (mut tokens, mut lengths, mut rows, mut ids) = (vec![], vec![], vec![], vec![]);
+        for (s, &from) in b.sequences[which.clone()].iter().zip(&b.targets_from[which]) {
+            rows.extend((from..s.len()).map(|j| (tokens.len() + j - 1) as u32));
+            ids.extend(&s[from..]);
+            tokens.extend(&s[..s.len() - 1]);
+            lengths.push(s.len() - 1);
+        }
+        self.model.batch(&tokens, &lengths, &rows, &ids).unwrap()
+    }
+
+    /// Loss and gradients over micro-batches of the given sequences.
+    fn backward(&self, adapted: &Adapted, micro: &[std::ops::Range<usize>], smoothing: f64, grads: &mut Grads) -> f64 {
+        let scale = 1.0 / self.golden.batch.target_tokens as f64;
+        let mut total = 0.0;
+        grads.reset();
+        for which in micro {
+            let mut t = Tape::new(&adapted.params);
+            let loss = self.model.loss(&mut t, adapted, &self.training(which.clone()), smoothing, scale).unwrap();
+            total += loss.value().to_f64().unwrap()[0];
+            t.backward(loss, grads).unwrap();
+        }
+        total
+    }
+
+    fn reference(&self, name: &str) -> Tensor {
+        let info = self.tensors.info(name).unwrap_or_else(|| panic!("no {name} in the golden file"));
+        self.tensors.tensor(name, &info.shape, &CPU).unwrap()
+    }
+}
+
+/// The name that PEFT, or the model's file, has for a parameter.
+fn stored_name(adapted: &Adapted, id: ParamId) -> String {
+    let name = adapted.params.name(id);
+    let lora = name.contains(".lora_");
+    format!("{}{name}", if lora { "base_model.model." } else { "" })
+}
+
+/// |x − ref| / |ref|.
+fn relative(x: &Tensor, reference: &Tensor) -> f64 {
+    assert_eq!(x.shape(), reference.shape());
+    let (x, r) = (x.to_f64().unwrap(), reference.to_f64().unwrap());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut x.iter().zip(&r).map(|(x, r)| x - r)) / norm(&mut r.iter().copied())
+}
+
+#[track_caller]
+fn within(what: &str, error: f64, most: f64) {
+    // Not `error > most`: a NaN is not within anything.
+    assert!(error <= most, "{what}: {error:.2e} is above {most:.0e}");
+    println!("{what}: {error:.2e}");
+}
+
+#[test]
+fn logits() {
+    let case = Case::new();
+    for name in ["base", "adapter", "adapter_all"] {
+        let logits = case.model.logits(&case.adapted(name), &case.whole()).unwrap();
+        within(name, relative(&logits, &case.reference(&format!("logits.{name}"))), CLOSE);
+    }
+}
+
+#[test]
+fn losses_and_every_gradient() {
+    let case = Case::new();
+    let smoothing = case.golden.label_smoothing;
+    for (name, label, smoothing, loss) in [
+        ("adapter", "adapter", 0.0, case.golden.loss["adapter"]),
+        ("adapter", "adapter_smoothed", smoothing, case.golden.loss_smoothed["adapter"]),
+        ("adapter_all", "adapter_all", 0.0, case.golden.loss["adapter_all"]),
+        ("full", "full", 0.0, case.golden.loss["base"]),
+    ] {
+        let adapted = case.adapted(name);
+        let mut grads = Grads::new(&adapted.params).unwrap();
+        let got = case.backward(&adapted, &[0..3], smoothing, &mut grads);
+        within(&format!("loss of {label}"), (got - loss).abs() / loss, CLOSE);
+        assert_eq!(grads.unwritten(), Vec::<&str>::new(), "{label}");
+        let mut worst = 0.0f64;
+        for id in adapted.params.ids() {
+            let key = format!("grad.{label}.{}", stored_name(&adapted, id));
+            let error = relative(&grads.get(id).unwrap().unwrap(), &case.reference(&key));
+            assert!(error <= CLOSE, "{key}: {error:.2e}");
+            worst = worst.max(error);
+        }
+        // And no gradient of PyTorch's is left out.
+        let stored = case.tensors.names().filter(|n| n.starts_with(&format!("grad.{label}."))).count();
+        assert_eq!(adapted.params.ids().len(), stored, "{label}");
+        println!("gradients of {label}: {worst:.2e}");
+    }
+}
+
+#[test]
+fn micro_batches_change_nothing() {
+    let case = Case::new();
+    for name in ["adapter", "adapter_all", "full"] {
+        let adapted = case.adapted(name);
+        let mut whole = Grads::new(&adapted.params).unwrap();
+        let mut split = Grads::new(&adapted.params).unwrap();
+        let loss = case.backward(&adapted, &[0..3], 0.0, &mut whole);
+        let again = case.backward(&adapted, &[0..2, 2..3], 0.0, &mut split);
+        within("loss", (again - loss).abs() / loss, 1e-6);
+        let mut worst = 0.0f64;
+        for id in adapted.params.ids() {
+            let [a, b] = [&split, &whole].map(|g| g.get(id).unwrap().unwrap());
+            worst = worst.max(relative(&a, &b));
+        }
+        within(name, worst, 1e-6);
+    }
+}
+
+/// Ten steps of AdamW, with clipping as PyTorch's `clip_grad_norm_` does it.
+#[test]
+fn ten_steps_of_training() {
+    let case = Case::new();
+    let AdamWConfig { betas, eps, weight_decay } = case.golden.training.adamw;
+    for (name, label) in [("adapter", "adapter"), ("adapter", "adapter_scheduled"), ("full", "full")] {
+        let run: Run = serde_json::from_value(case.golden.training.runs[label].clone()).unwrap();
+        assert_eq!(run.losses.len(), 10);
+        let mut adapted = case.adapted(name);
+        let n = adapted.params.count();
+        let mut grads = Grads::new(&adapted.params).unwrap();
+        let zeros = Tensor::zeros(&CPU, DType::F32, &[n]).unwrap();
+        let (mut m, mut v) = (zeros.clone(), zeros.clone());
+        let (mut worst_loss, mut worst_norm) = (0.0f64, 0.0f64);
+        for (i, ((loss, &lr), norm)) in run.losses.iter().zip(&run.lrs).zip(&run.grad_norms).enumerate() {
+            let got = case.backward(&adapted, &[0..3], 0.0, &mut grads);
+            let mut g = grads.flat_mut().unwrap();
+            let got_norm = sum_squares(g.as_mat()).unwrap().sqrt();
+            worst_loss = worst_loss.max((got - loss).abs() / loss);
+            worst_norm = worst_norm.max((got_norm - norm).abs() / norm);
+            if let Some(clip) = run.clip.map(|c| c / (got_norm + 1e-6)).filter(|c| *c < 1.0) {
+                axpby(0.0, zeros.mat(), clip, g.reborrow()).unwrap();
+            }
+            let cfg = AdamW { lr, beta1: betas[0], beta2: betas[1], eps, weight_decay, step: i as u64 + 1 };
+            let p = adapted.params.flat_mut().unwrap();
+            adamw(&cfg, p, g.as_mat(), m.make_mut().unwrap(), v.make_mut().unwrap()).unwrap();
+        }
+        within(&format!("losses of {label}"), worst_loss, CLOSE);
+        within(&format!("norms of {label}"), worst_norm, CLOSE);
+        if name == "full" {
+            continue; // the golden file leaves its parameters out
+        }
+        for id in adapted.params.ids() {
+            let key = format!("final.{label}.{}", stored_name(&adapted, id));
+            within(&key, relative(&adapted.params.tensor(id), &case.reference(&key)), 1e-4);
+        }
+    }
+}

@@ -1,0 +1,249 @@
+use std::path::{Path, PathBuf};
+
+use lora_core::peft;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, data::Format, schedule::Schedule};
+
+/// Everything that a training run depends on: the flags of `lora train`, the keys of its TOML file, and what a checkpoint
+/// remembers. Every field is a flag of the same name (`batch-size`), and has its default.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Folder of the base model (config.json, safetensors, tokenizer).
+    pub model: PathBuf,
+    /// Training data.
+    pub data: PathBuf,
+    /// Output folder.
+    pub out: PathBuf,
+    /// Validation data.
+    pub valid: Option<PathBuf>,
+    /// Layout of the data files; by their extension when absent.
+    pub format: Option<Format>,
+    /// A row of [`peft::METHODS`].
+    pub method: String,
+    /// Rank r of low-rank updates.
+    pub rank: usize,
+    /// α of the scale α/r.
+    pub alpha: f64,
+    /// Dropout on an adapter's input.
+    pub dropout: f64,
+    /// Scale by α/√r.
+    pub rslora: bool,
+    /// Modules to adapt.
+    pub targets: Vec<String>,
+    /// An adapter to start from.
+    pub init_adapter: Option<PathBuf>,
+    /// Passes over the data; not together with `steps`.
+    pub epochs: Option<f64>,
+    /// Optimiser steps; not together with `epochs`.
+    pub steps: Option<u64>,
+    /// Sequences of one optimiser step.
+    pub batch_size: usize,
+    /// Micro-batches that a step's batch is split into: less memory, the same result.
+    pub grad_accum: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// AdamW's decoupled weight decay λ.
+    pub weight_decay: f64,
+    /// Spare vectors (biases, norms) from weight decay.
+    pub no_decay_vectors: bool,
+    /// AdamW's β₁.
+    pub beta1: f64,
+    /// AdamW's β₂.
+    pub beta2: f64,
+    /// AdamW's ε.
+    pub eps: f64,
+    /// Course of the learning rate.
+    pub schedule: Schedule,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup: u64,
+    /// Label smoothing ε.
+    pub label_smoothing: f64,
+    /// Tokens at which a sequence is cut.
+    pub max_length: usize,
+    /// Largest norm of the gradient; 0 is no limit.
+    pub clip: f64,
+    /// Take the data in the order of the file.
+    pub no_shuffle: bool,
+    /// Dropout of the base itself; the model's configuration decides when absent.
+    pub base_dropout: Option<f64>,
+    /// Seed of initialisation, order and dropout.
+    pub seed: u64,
+    /// `cpu`.
+    pub device: String,
+    /// `f32`.
+    pub dtype: String,
+    /// Steps between evaluations on `valid`; 0 is at the end of every epoch and of the run.
+    pub eval_every: u64,
+    /// Steps between checkpoints; 0 is only at the end.
+    pub save_every: u64,
+    /// Checkpoints to keep, the newest; 0 keeps all.
+    pub keep: usize,
+    /// File that gets one JSON object per step.
+    pub log: Option<PathBuf>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        TrainConfig {
+            model: PathBuf::new(),
+            data: PathBuf::new(),
+            out: PathBuf::new(),
+            valid: None,
+            format: None,
+            method: "lora".into(),
+            rank: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+            rslora: false,
+            targets: vec!["c_attn".into()],
+            init_adapter: None,
+            epochs: None,
+            steps: None,
+            batch_size: 8,
+            grad_accum: 1,
+            lr: 2e-4,
+            weight_decay: 0.01,
+            no_decay_vectors: false,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            schedule: Schedule::Linear,
+            warmup: 0,
+            label_smoothing: 0.0,
+            max_length: 512,
+            clip: 0.0,
+            no_shuffle: false,
+            base_dropout: None,
+            seed: 0,
+            device: "cpu".into(),
+            dtype: "f32".into(),
+            eval_every: 0,
+            save_every: 0,
+            keep: 0,
+            log: None,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Refuses what makes no sense on any model or data, naming the option.
+    ///
+    /// # Errors
+    /// [`Error::Option`].
+    pub fn check(&self) -> Result<()> {
+        let positive = |option, v: usize| match v {
+            0 => Err(Error::option(option, v, "must be at least 1")),
+            _ => Ok(()),
+        };
+        let within = |option, v: f64, lo: f64, hi: f64, why: &str| match v >= lo && v < hi {
+            true => Ok(()),
+            false => Err(Error::option(option, v, why)),
+        };
+        positive("batch-size", self.batch_size)?;
+        positive("grad-accum", self.grad_accum)?;
+        if self.grad_accum > self.batch_size {
+            let why = format!("a batch of {} sequences cannot be split into more micro-batches", self.batch_size);
+            return Err(Error::option("grad-accum", self.grad_accum, why));
+        }
+        if self.max_length < 2 {
+            return Err(Error::option("max-length", self.max_length, "a sequence needs two tokens to predict one"));
+        }
+        within("lr", self.lr, f64::MIN_POSITIVE, 1e3, "a learning rate is a positive number, usually below 0.1")?;
+        within("weight-decay", self.weight_decay, 0.0, 1e3, "weight decay is a number ≥ 0, usually below 1")?;
+        within("beta1", self.beta1, 0.0, 1.0, "β₁ is in [0, 1)")?;
+        within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
+        within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
+        within("label-smoothing", self.label_smoothing, 0.0, 1.0, "label smoothing is in [0, 1)")?;
+        within("clip", self.clip, 0.0, 1e30, "the largest gradient norm is a number ≥ 0; 0 is no limit")?;
+        within("dropout", self.dropout, 0.0, 1.0, "a dropout rate is in [0, 1)")?;
+        if let Some(p) = self.base_dropout {
+            within("base-dropout", p, 0.0, 1.0, "a dropout rate is in [0, 1)")?;
+        }
+        match (self.epochs, self.steps) {
+            (Some(e), Some(_)) => {
+                return Err(Error::option("epochs", e, "give either --epochs or --steps, not both"));
+            }
+            (Some(e), None) => within("epochs", e, f64::MIN_POSITIVE, 1e9, "a number of epochs is positive")?,
+            (None, Some(0)) => return Err(Error::option("steps", 0, "must be at least 1")),
+            _ => {}
+        }
+        if self.device != "cpu" {
+            return Err(Error::option("device", &self.device, "this build computes on: cpu"));
+        }
+        if self.dtype != "f32" {
+            return Err(Error::option("dtype", &self.dtype, "this build computes in: f32"));
+        }
+        self.method_options()?;
+        Ok(())
+    }
+
+    /// The method, with its options checked as far as they can be without a model.
+    ///
+    /// # Errors
+    /// An unknown method, an option that makes no sense for it.
+    pub fn method_options(&self) -> Result<Box<dyn peft::Method>> {
+        Ok((peft::find(&self.method)?.build)(&self.options())?)
+    }
+
+    fn options(&self) -> peft::Options {
+        peft::Options {
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.dropout,
+            rslora: self.rslora,
+            targets: self.targets.clone(),
+        }
+    }
+
+    /// The configuration of low-rank updates, for their files.
+    pub(crate) fn lora(&self) -> peft::LoraConfig {
+        peft::LoraConfig::from(&self.options())
+    }
+
+    /// Steps of the whole run, for data of `per_epoch` steps: `steps`, or `epochs` of it (3 when neither is given).
+    pub fn total_steps(&self, per_epoch: u64) -> u64 {
+        match self.steps {
+            Some(n) => n,
+            None => ((self.epochs.unwrap_or(3.0) * per_epoch as f64).ceil() as u64).max(1),
+        }
+    }
+
+    /// Reads a TOML file and lays `flags` (the same keys) over it. Keys may be written with `-` or `_`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with file, line and key; [`Error::Model`] when the file cannot be read.
+    pub fn from_toml(file: Option<&Path>, flags: toml::Table) -> Result<TrainConfig> {
+        let mut table = match file {
+            None => toml::Table::new(),
+            Some(path) => {
+                let text = lora_model::files::read_to_string(path)?;
+                let table: toml::Table = text
+                    .parse()
+                    .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.to_string() })?;
+                table.into_iter().map(|(k, v)| (k.replace('_', "-"), v)).collect()
+            }
+        };
+        table.extend(flags);
+        let path = file.unwrap_or(Path::new("command line"));
+        toml::Value::Table(table)
+            .try_into()
+            .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.to_string().trim().into() })
+    }
+
+    /// The first key that must not change between a run and its continuation, and has: its name and both values.
+    pub(crate) fn difference(&self, old: &TrainConfig) -> Option<(String, String, String)> {
+        // Where things are kept and how often is no part of the result.
+        let result = |c: &TrainConfig| {
+            let mut c = c.clone();
+            (c.out, c.log, c.save_every, c.keep) = Default::default();
+            toml::Table::try_from(c).unwrap_or_default()
+        };
+        let (new, old) = (result(self), result(old));
+        let keys: std::collections::BTreeSet<&String> = new.keys().chain(old.keys()).collect();
+        let shown = |t: &toml::Table, k: &str| t.get(k).map_or("not set".into(), |v| v.to_string());
+        let key = keys.into_iter().find(|k| new.get(*k) != old.get(*k))?;
+        Some((key.clone(), shown(&old, key), shown(&new, key)))
+    }
+}

@@ -1,0 +1,100 @@
+//! The log of a run: one JSON object per line.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::{Error, Result, Step, trainer::Evaluation};
+
+/// Appends a line per step (`step, loss, lr, grad_norm, tokens, tokens_per_s`) and per evaluation (`eval_step,
+/// eval_loss, eval_perplexity, eval_targets`). A line is written whole before the next step begins.
+pub struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Log {
+    /// Opens the log of a run that has done `done` steps: a file of an earlier life of the run keeps its lines up to that
+    /// step and loses later ones (and a line that was cut off in the middle), because those steps are done again.
+    ///
+    /// # Errors
+    /// A file that cannot be read or written, or that is no log.
+    pub fn open(path: &Path, done: u64) -> Result<Log> {
+        if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+            lora_model::files::create_folder(folder)?;
+        }
+        let kept = match done > 0 && path.exists() {
+            true => kept(path, done)?,
+            false => String::new(),
+        };
+        lora_model::files::write_bytes(path, kept.as_bytes())?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| io(path, e))?;
+        Ok(Log { path: path.into(), file })
+    }
+
+    /// A step, and how fast it went.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn step(&mut self, step: &Step, tokens_per_s: f64) -> Result<()> {
+        #[derive(Serialize)]
+        struct Line<'a> {
+            #[serde(flatten)]
+            step: &'a Step,
+            tokens_per_s: f64,
+        }
+        self.line(&Line { step, tokens_per_s })
+    }
+
+    /// An evaluation after `step` steps.
+    ///
+    /// # Errors
+    /// A full disk.
+    pub fn evaluation(&mut self, step: u64, e: &Evaluation) -> Result<()> {
+        self.line(&json!({
+            "eval_step": step,
+            "eval_loss": e.loss,
+            "eval_perplexity": e.perplexity,
+            "eval_targets": e.targets,
+        }))
+    }
+
+    fn line(&mut self, object: &impl Serialize) -> Result<()> {
+        let mut text = serde_json::to_string(object).map_err(|e| io(&self.path, e.into()))?;
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(|e| io(&self.path, e))
+    }
+}
+
+fn io(path: &Path, reason: std::io::Error) -> Error {
+    lora_model::Error::Io { action: "write", path: path.into(), reason }.into()
+}
+
+/// The lines up to step `done`.
+fn kept(path: &Path, done: u64) -> Result<String> {
+    let text = lora_model::files::read_to_string(path)?;
+    let mut kept = String::new();
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    for (i, line) in lines.iter().enumerate() {
+        let last = i + 1 == lines.len();
+        let step = match serde_json::from_str::<Value>(line) {
+            Ok(v) => v.get("step").or(v.get("eval_step")).and_then(Value::as_u64),
+            // The process was killed while it wrote this line.
+            Err(_) if last => break,
+            Err(_) => None,
+        };
+        let Some(step) = step else {
+            let problem = format!("line {} is no line of a training log; choose another --log", i + 1);
+            return Err(Error::Output { dir: path.into(), problem });
+        };
+        if step <= done && line.ends_with('\n') {
+            kept.push_str(line);
+        }
+    }
+    Ok(kept)
+}

@@ -1,0 +1,223 @@
+//! A whole run in a folder.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use lora_core::peft::Adapted;
+use lora_kernels::{DType, Device};
+use lora_model::{Model, files, tokenizer::Tokenizer};
+
+use crate::{
+    Encoder, Error, Evaluation, Log, Result, Step, TrainConfig, Trainer,
+    checkpoint::{self, Fingerprint},
+    hub, load_data,
+};
+
+/// What a run looks like before its first step.
+#[derive(Clone, Debug)]
+pub struct RunInfo {
+    /// Trainable scalars.
+    pub trainable: usize,
+    /// Scalars of the base.
+    pub base: usize,
+    /// Training sequences.
+    pub sequences: usize,
+    /// Steps of the whole run.
+    pub steps: u64,
+    /// Steps that an earlier life of the run has done.
+    pub done: u64,
+}
+
+/// What a finished (or interrupted) run did.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Summary {
+    /// Trainable scalars.
+    pub trainable: usize,
+    /// Steps done, those of earlier lives included.
+    pub steps: u64,
+    /// Loss of the last step of this life, if it did any.
+    pub loss: Option<f64>,
+    /// The last evaluation, if there was one.
+    pub evaluation: Option<Evaluation>,
+    /// Seconds of this life's steps.
+    pub seconds: f64,
+    /// Where the result lies; the checkpoint when the run was interrupted.
+    pub out: PathBuf,
+    /// Whether the run was interrupted before its last step.
+    pub interrupted: bool,
+}
+
+/// Watches a run: a progress bar, a program of your own. Everything is optional.
+pub trait Observer {
+    /// The run begins.
+    fn start(&mut self, _info: &RunInfo) {}
+    /// A step is done.
+    fn step(&mut self, _step: &Step, _tokens_per_s: f64) {}
+    /// The model was evaluated after `step` steps.
+    fn evaluation(&mut self, _step: u64, _evaluation: &Evaluation) {}
+    /// A checkpoint was written.
+    fn checkpoint(&mut self, _path: &Path) {}
+    /// Something a person should know.
+    fn note(&mut self, _message: &str) {}
+    /// Asked before every step: whether to save and stop.
+    fn stop(&mut self) -> bool {
+        false
+    }
+}
+
+impl Observer for () {}
+
+/// The file that marks an output folder as a run's, and holds its configuration.
+const RUN_FILE: &str = "run.toml";
+
+/// Runs (or with `resume` continues) a whole training run: reads base and data, trains, logs, saves checkpoints, and
+/// leaves the finished adapter (or, for a method that trains base weights, the finished model) in `config.out`.
+///
+/// # Errors
+/// Everything that a configuration, a file or a device can cause. What was saved before stays as it was.
+pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
+    config.check()?;
+    let device = Device::Cpu;
+    let base_dir = hub::resolve(&config.model)?;
+    let mut model = lora_model::load(&base_dir, &device)?;
+    if let Some(p) = config.base_dropout {
+        model.set_base_dropout(p);
+    }
+    let model = &*model;
+    let encoder = Encoder::from_dir(&base_dir, model)?;
+    let data = load_data(&config.data, config.format, &encoder, model, config.max_length)?;
+    let read_valid = |path: &PathBuf| load_data(path, config.format, &encoder, model, config.max_length);
+    let valid = config.valid.as_ref().map(read_valid).transpose()?;
+
+    let method = config.method_options()?;
+    let mut adapted = Adapted::new(&*method, model, &device, DType::F32, config.seed)?;
+    if let Some(dir) = &config.init_adapter {
+        adapted.load_adapter_tensors(lora_model::adapter::load(dir)?.tensors)?;
+    }
+    let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
+    let fingerprint = Fingerprint::of(&data);
+
+    let checkpoint = prepare_output(config, resume)?;
+    if let Some(path) = &checkpoint {
+        let sampler = trainer.sampler().clone();
+        checkpoint::load(path, &mut trainer, |step| sampler.position(step), fingerprint, config)?;
+        observer.note(&format!("continuing after step {} from {}", trainer.steps_done(), path.display()));
+    } else if resume {
+        observer.note("no checkpoint to continue from: starting from the beginning");
+    }
+    files::write_bytes(&config.out.join(RUN_FILE), toml::to_string(config).unwrap_or_default().as_bytes())?;
+    if let Some(warning) = config.schedule.check(config.warmup, trainer.total_steps()) {
+        observer.note(&warning.to_string());
+    }
+    let mut log = config.log.as_ref().map(|path| Log::open(path, trainer.steps_done())).transpose()?;
+
+    observer.start(&RunInfo {
+        trainable: trainer.adapted.params.count(),
+        base: model.tensors().map(|(_, t)| t.len()).sum(),
+        sequences: data.sequences.len(),
+        steps: trainer.total_steps(),
+        done: trainer.steps_done(),
+    });
+    let save = |trainer: &Trainer, observer: &mut dyn Observer| -> Result<PathBuf> {
+        let position = trainer.sampler().position(trainer.steps_done());
+        let export = |dir: &Path| match trainer.adapted.site_count() {
+            0 => Ok(()),
+            _ => save_result(dir, model, &base_dir, &trainer.adapted, config),
+        };
+        let path = checkpoint::save(&config.out, trainer, position, fingerprint, config, export)?;
+        observer.checkpoint(&path);
+        Ok(path)
+    };
+    let mut summary = Summary {
+        trainable: trainer.adapted.params.count(),
+        steps: trainer.steps_done(),
+        loss: None,
+        evaluation: None,
+        seconds: 0.0,
+        out: config.out.clone(),
+        interrupted: false,
+    };
+    while trainer.steps_done() < trainer.total_steps() {
+        if observer.stop() {
+            summary.out = save(&trainer, observer)?;
+            summary.interrupted = true;
+            return Ok(summary);
+        }
+        let start = Instant::now();
+        let step = trainer.step(&data)?;
+        let seconds = start.elapsed().as_secs_f64();
+        if !trainer.unreached().is_empty() {
+            observer.note(&format!("no gradient reaches {}: they stay as they are", trainer.unreached().join(", ")));
+        }
+        let tokens_per_s = step.tokens as f64 / seconds;
+        if let Some(log) = &mut log {
+            log.step(&step, tokens_per_s)?;
+        }
+        observer.step(&step, tokens_per_s);
+        (summary.loss, summary.steps) = (Some(step.loss), step.step);
+        summary.seconds += seconds;
+        let last = step.step == trainer.total_steps();
+        let every = if config.eval_every > 0 { config.eval_every } else { trainer.steps_per_epoch() };
+        if let Some(valid) = valid.as_ref().filter(|_| last || step.step % every == 0) {
+            let evaluation = trainer.evaluate(valid)?;
+            if let Some(log) = &mut log {
+                log.evaluation(step.step, &evaluation)?;
+            }
+            observer.evaluation(step.step, &evaluation);
+            summary.evaluation = Some(evaluation);
+        }
+        if config.save_every > 0 && (last || step.step % config.save_every == 0) {
+            save(&trainer, observer)?;
+        }
+    }
+    save_result(&config.out, model, &base_dir, &trainer.adapted, config)?;
+    Ok(summary)
+}
+
+/// Writes what a method trained: the PEFT adapter folder, or the whole model with its tokenizer when base weights train.
+///
+/// # Errors
+/// What writing files can cause.
+pub fn save_result(
+    dir: &Path,
+    model: &dyn Model,
+    base_dir: &Path,
+    adapted: &Adapted,
+    config: &TrainConfig,
+) -> Result<()> {
+    files::create_folder(dir)?;
+    if adapted.site_count() > 0 {
+        let base = config.model.to_string_lossy();
+        return Ok(lora_model::adapter::save(dir, &config.lora(), adapted, model, Some(&base))?);
+    }
+    model.save(dir, &adapted.merged(model)?)?;
+    Ok(Tokenizer::copy_files(base_dir, dir)?)
+}
+
+/// Makes sure that the output folder is this run's: gives the checkpoint to continue from, or refuses a folder that holds
+/// something else.
+fn prepare_output(config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
+    let out = &config.out;
+    if out.as_os_str().is_empty() {
+        return Err(Error::option("out", "", "name a folder for the result"));
+    }
+    let output = |problem: String| Err(Error::Output { dir: out.clone(), problem });
+    if out.exists() && !out.is_dir() {
+        return output("is a file; --out is a folder".into());
+    }
+    let marks = [RUN_FILE, checkpoint::FOLDER, "adapter_config.json", "config.json", "model.safetensors"];
+    let found = marks.iter().find(|m| out.join(m).exists());
+    match (found, resume) {
+        (Some(_), true) if out.join(RUN_FILE).exists() => checkpoint::newest(out),
+        (Some(mark), true) => output(format!("holds {mark} but no run to resume; choose another --out")),
+        (Some(mark), false) => {
+            output(format!("holds another run ({mark}); continue it with --resume, or choose another --out"))
+        }
+        (None, _) => {
+            files::create_folder(out)?;
+            Ok(None)
+        }
+    }
+}

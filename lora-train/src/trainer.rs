@@ -1,0 +1,261 @@
+//! One optimiser step, and evaluation: the arithmetic of training without files.
+
+use std::path::Path;
+
+use lora_core::{Grads, Noise, Tape, Tensor, peft::Adapted};
+use lora_kernels::{AdamW, adamw, axpby, sum_squares};
+use lora_model::{Model, tokenizer::Tokenizer};
+use serde::Serialize;
+
+use crate::{
+    Error, Result, TrainConfig,
+    data::{self, Batch, Dataset, Encode, EncodeError, Sampler},
+};
+
+/// What one optimiser step did.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Step {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Mean cross-entropy over all targets of the step's batch, before its update.
+    pub loss: f64,
+    /// Learning rate of its update.
+    pub lr: f64,
+    /// ‖gradient‖₂, before clipping.
+    pub grad_norm: f64,
+    /// Tokens of its sequences.
+    pub tokens: usize,
+}
+
+/// The loss on held-out data.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Mean cross-entropy per target token.
+    pub loss: f64,
+    /// e^loss.
+    pub perplexity: f64,
+    /// Target tokens.
+    pub targets: usize,
+}
+
+/// Trains what a method made trainable on one base.
+///
+/// A step is: the batch's micro-batches forward and backward (their gradients add up; each loss is divided by the number
+/// of targets of the whole batch, so that splitting changes nothing), clipping, AdamW.
+pub struct Trainer<'a> {
+    model: &'a dyn Model,
+    /// The trainable parameters and where they are attached.
+    pub adapted: Adapted,
+    config: &'a TrainConfig,
+    grads: Grads,
+    /// AdamW's mean of gradients and of their squares, flat like the parameters.
+    pub(crate) moments: [Tensor; 2],
+    /// Steps done.
+    pub(crate) done: u64,
+    /// Steps of the whole run.
+    total: u64,
+    sampler: Sampler,
+    first: bool,
+    unreached: Vec<String>,
+}
+
+impl<'a> Trainer<'a> {
+    /// A trainer before its first step, for data of `sequences` sequences.
+    ///
+    /// # Errors
+    /// No sequences, no memory.
+    pub fn new(
+        model: &'a dyn Model,
+        adapted: Adapted,
+        config: &'a TrainConfig,
+        sequences: usize,
+    ) -> Result<Trainer<'a>> {
+        let grads = Grads::new(&adapted.params)?;
+        let p = &adapted.params;
+        let zeros = || Tensor::zeros(&p.device(), p.dtype(), &[1, p.count()]);
+        let moments = [zeros()?, zeros()?];
+        let seed = (!config.no_shuffle).then_some(config.seed);
+        let sampler = Sampler::new(sequences, config.batch_size, config.grad_accum, seed)?;
+        let total = config.total_steps(sampler.steps_per_epoch());
+        Ok(Trainer { model, adapted, config, grads, moments, done: 0, total, sampler, first: true, unreached: Vec::new() })
+    }
+
+    /// Steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.total
+    }
+
+    /// Steps of one pass over the data.
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.sampler.steps_per_epoch()
+    }
+
+    /// Steps done so far.
+    pub fn steps_done(&self) -> u64 {
+        self.done
+    }
+
+    /// Parameters that the backward pass of the first step (of this life) did not reach; empty from the second on.
+    pub fn unreached(&self) -> &[String] {
+        &self.unreached
+    }
+
+    pub(crate) fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
+    /// Does the next step.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] when the loss or the gradient is no number: parameters and moments are as before the step.
+    pub fn step(&mut self, data: &Dataset) -> Result<Step> {
+        let (c, step) = (self.config, self.done);
+        let batches = self.sampler.batches(step, data);
+        let targets: usize = batches.iter().map(Batch::targets).sum();
+        let tokens = batches.iter().map(Batch::sequence_tokens).sum();
+        self.grads.reset();
+        let mut loss = 0.0;
+        for b in &batches {
+            let batch = self.model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?;
+            let noise = Noise { seed: c.seed, step: step as u32, row_offset: b.row_offset as u32 };
+            let mut tape = Tape::new(&self.adapted.params).with_noise(noise);
+            let part = self.model.loss(&mut tape, &self.adapted, &batch, c.label_smoothing, 1.0 / targets as f64)?;
+            loss += part.value().to_f64()?[0];
+            tape.backward(part, &mut self.grads)?;
+        }
+        self.unreached.clear();
+        if std::mem::take(&mut self.first) {
+            self.unreached.extend(self.grads.unwritten().iter().map(|n| n.to_string()));
+        }
+        let finite = |what, value: f64| match value.is_finite() {
+            true => Ok(value),
+            false => Err(Error::Diverged { step: step + 1, what, value }),
+        };
+        finite("the loss", loss)?;
+        let grad_norm = finite("the gradient's norm", self.grad_norm()?)?;
+        let lr = c.lr * c.schedule.factor(step, c.warmup, self.total);
+        self.update(lr, step + 1)?;
+        self.done += 1;
+        Ok(Step { step: step + 1, loss, lr, grad_norm, tokens })
+    }
+
+    /// ‖gradient‖₂; when it is above the limit, the gradient is scaled down to it, as PyTorch's `clip_grad_norm_` does.
+    fn grad_norm(&mut self) -> Result<f64> {
+        let mut g = self.grads.flat_mut()?;
+        let norm = sum_squares(g.as_mat())?.sqrt();
+        let limit = self.config.clip;
+        if limit > 0.0 && norm > limit && norm.is_finite() {
+            let zero = Tensor::zeros(&self.adapted.params.device(), self.adapted.params.dtype(), &[1, g.cols()])?;
+            axpby(0.0, zero.mat(), limit / (norm + 1e-6), g.reborrow())?;
+        }
+        Ok(norm)
+    }
+
+    /// AdamW on all parameters, or on each by itself where vectors are spared from decay.
+    fn update(&mut self, lr: f64, step: u64) -> Result<()> {
+        let c = self.config;
+        let params = &mut self.adapted.params;
+        let ranges: Vec<_> = match c.no_decay_vectors {
+            false => vec![(0..params.count(), c.weight_decay)],
+            true => params
+                .ids()
+                .map(|id| (params.range(id), if params.is_vector(id) { 0.0 } else { c.weight_decay }))
+                .collect(),
+        };
+        let [m, v] = &mut self.moments;
+        let (mut p, mut g) = (params.flat_mut()?, self.grads.flat_mut()?);
+        for (range, weight_decay) in ranges {
+            let rule = AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay, step };
+            adamw(
+                &rule,
+                p.reborrow().cols_in(range.clone()),
+                g.reborrow().as_mat().cols_in(range.clone()),
+                m.make_mut()?.cols_in(range.clone()),
+                v.make_mut()?.cols_in(range),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The loss on `data` as it is now.
+    ///
+    /// # Errors
+    /// What a forward pass can cause.
+    pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
+        evaluate(self.model, &self.adapted, data, self.config.batch_size)
+    }
+}
+
+/// The mean cross-entropy over all targets of `data`, without dropout and smoothing, `batch_size` sequences at a time.
+///
+/// # Errors
+/// What a forward pass can cause.
+pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {
+    let (mut sum, mut targets) = (0.0, 0);
+    for b in data.batches(batch_size) {
+        let batch = model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?;
+        let mut tape = Tape::inference(&adapted.params);
+        // The mean of a batch, not its sum: f32 keeps more of its digits.
+        let mean = model.loss(&mut tape, adapted, &batch, 0.0, 1.0 / b.targets() as f64)?;
+        sum += mean.value().to_f64()?[0] * b.targets() as f64;
+        targets += b.targets();
+    }
+    let loss = sum / targets as f64;
+    Ok(Evaluation { loss, perplexity: loss.exp(), targets })
+}
+
+/// A tokenizer as data needs it: with the model's vocabulary and its end of text.
+pub struct Encoder {
+    tokenizer: Tokenizer,
+    end_of_text: u32,
+    vocab_size: usize,
+}
+
+impl Encoder {
+    /// The tokenizer in a model's folder.
+    ///
+    /// # Errors
+    /// No tokenizer, a damaged one, or one without an end-of-text token.
+    pub fn from_dir(dir: &Path, model: &dyn Model) -> Result<Encoder> {
+        let tokenizer = Tokenizer::from_dir(dir)?;
+        let end_of_text = tokenizer.end_of_text()?;
+        Ok(Encoder { tokenizer, end_of_text, vocab_size: model.limits().vocab_size })
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+}
+
+impl Encode for Encoder {
+    fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError> {
+        Ok(self.tokenizer.encode(text)?)
+    }
+
+    fn end_of_text(&self) -> u32 {
+        self.end_of_text
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+}
+
+/// Reads and encodes one data file for a model: sequences of at most `max_length` tokens, and never longer than the
+/// model's positions.
+///
+/// # Errors
+/// Those of [`data::read`] and [`data::encode`].
+pub fn load_data(
+    path: &Path,
+    format: Option<data::Format>,
+    encoder: &Encoder,
+    model: &dyn Model,
+    max_length: usize,
+) -> Result<Dataset> {
+    let corpus = data::read(path, format.unwrap_or_else(|| data::Format::of_path(path)))?;
+    // The last token of a sequence takes no position: it is only predicted.
+    let longest = max_length.min(model.limits().max_positions + 1);
+    Ok(data::encode(&[corpus], encoder, longest)?)
+}
