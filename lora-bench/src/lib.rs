@@ -1,1 +1,72 @@
-//! bench
+//! What the benchmarks share: random data, the measured ceiling, medians, peak memory.
+//!
+//! - `cargo bench` runs the criterion groups in `benches/`.
+//! - `cargo run --release -p lora-bench --bin e2e` measures a training step, alone or in turn with another stack.
+//! - `interop/` holds the Python sides of comparisons, `results/` what was measured, with commands and machines.
+
+use std::time::{Duration, Instant};
+
+use lora_core::Tensor;
+use lora_kernels::{Device, gemm};
+
+/// A matrix of numbers in [−1, 1) without structure, the same at every call.
+///
+/// # Panics
+/// When there is no memory for it.
+pub fn numbers(rows: usize, cols: usize) -> Tensor {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    let data: Vec<f32> = (0..rows * cols).map(|_| next()).collect();
+    Tensor::from_slice(&Device::Cpu, &[rows, cols], &data).expect("memory for a benchmark's matrix")
+}
+
+/// The f32 GEMM ceiling of this machine in FLOP/s, measured now: the best of many products of 1024³, whose operands stay
+/// in cache and whose shape suits every blocking.
+///
+/// # Panics
+/// When there is no memory for three matrices.
+pub fn ceiling() -> f64 {
+    let (a, b, mut c) = (numbers(1024, 1024), numbers(1024, 1024), numbers(1024, 1024));
+    let start = Instant::now();
+    let mut best = f64::INFINITY;
+    while start.elapsed() < Duration::from_secs(2) {
+        let t = Instant::now();
+        gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared")).expect("f32");
+        best = best.min(t.elapsed().as_secs_f64());
+    }
+    2.0 * 1024f64.powi(3) / best
+}
+
+/// The median of some measurements; NaN of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
+    }
+}
+
+/// Peak resident memory of this process in MiB, mapped files that were touched included; `None` where the system does not
+/// tell.
+pub fn peak_memory_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(&[]).is_nan());
+    }
+}

@@ -21,8 +21,9 @@
 //! let x = t.constant(&Tensor::from_slice(&cpu, &[1, 2], &[1f32, 2.0])?);
 //! let w = t.constant(&Tensor::from_slice(&cpu, &[2, 2], &[1f32, 0.0, 0.0, 1.0])?);
 //! let y = ops::linear(&mut t, &x, &w, Layout::OutIn, None)?;
-//! let u = ops::linear(&mut t, &x, &t.param(a), Layout::OutIn, None)?;
-//! let y = ops::linear_onto(&mut t, y, 0..2, &u, &t.param(b), 0.5)?;
+//! let (a_var, b_var) = (t.param(a), t.param(b));
+//! let u = ops::linear(&mut t, &x, &a_var, Layout::OutIn, None)?;
+//! let y = ops::linear_onto(&mut t, y, 0..2, &u, &b_var, 0.5)?;
 //! assert_eq!(y.value().to_vec::<f32>()?, [1.0, 2.0]); // B = 0: the base's output
 //!
 //! let dy = Tensor::from_slice(&cpu, &[1, 2], &[1f32, -1.0])?;

@@ -94,6 +94,12 @@ impl Tape {
         Var { value: t.clone(), slot: None }
     }
 
+    /// A value that counts as if something trainable lay below it, though nothing takes its gradient: for measuring what
+    /// a part of a network costs.
+    pub fn tracked(&mut self, t: &Tensor) -> Var {
+        self.record(t.clone(), self.recording, |_, _| Ok(()))
+    }
+
     /// A trainable parameter.
     pub fn param(&self, id: ParamId) -> Var {
         Var { value: self.params.tensor(id), slot: self.recording.then_some(Slot::Param(id)) }

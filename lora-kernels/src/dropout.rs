@@ -3,6 +3,7 @@ use rayon::prelude::*;
 use crate::{
     Acc, Mat, Result,
     real::{Real, dispatch, simd},
+    reduce::rows_per_task,
 };
 
 /// Inverted dropout with a counter-based generator: an element is kept with probability 1 − p and then scaled by
@@ -43,7 +44,7 @@ pub fn dropout(d: &Dropout, x: Mat, y: Acc) -> Result<()> {
     assert_eq!((x.rows(), x.cols(), x.dtype()), (y.rows(), y.cols(), y.dtype()), "dropout: x and y are alike");
     dispatch!("dropout", y.dtype(), T => {
         let (mask, beta) = (d.mask::<T>(), T::of(beta));
-        let (x, rows) = (x.host::<T>(), (ELEMENTS / y.cols().max(1)).max(1));
+        let (x, rows) = (x.host::<T>(), rows_per_task(y.cols()));
         y.host::<T>().row_chunks(rows).into_par_iter().enumerate().for_each(|(i, mut y)| {
             simd(#[inline(always)] || {
                 for r in 0..y.rows {
@@ -56,9 +57,6 @@ pub fn dropout(d: &Dropout, x: Mat, y: Acc) -> Result<()> {
         Ok(())
     })
 }
-
-/// Elements of one task, about 10 µs of work.
-const ELEMENTS: usize = 1 << 14;
 
 #[inline(always)]
 fn drop_row<T: Real>(mask: &Mask<T>, row: u32, site: u32, x: &[T], beta: T, y: &mut [T]) {

@@ -22,6 +22,12 @@ pub enum Error {
         /// The type it was given.
         dtype: DType,
     },
+    /// CUDA cannot be used on this machine.
+    #[error("CUDA: {what}")]
+    Cuda {
+        /// What is missing or failed, and what to do.
+        what: String,
+    },
     /// A borrowed range lies outside its owner's bytes.
     #[error("bytes {start}..{end} lie outside a source of {len} bytes; the file is truncated or its header is wrong")]
     Range {

@@ -24,6 +24,8 @@ mod activation;
 mod adamw;
 mod attention;
 mod buffer;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod dropout;
 mod elementwise;

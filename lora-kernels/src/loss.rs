@@ -318,7 +318,8 @@ mod tests {
         // The last two take several chunks in f32 and f64, and in f64 alone.
         for shape in [(0, 3, 5), (1, 1, 1), (7, 8, 33), (33, 31, 129), (170, 3, 50_257), (9, 2, 600_000)] {
             for stored in [true, false] {
-                for beta in [0.0, 1.0] {
+                // The large ones once.
+                for &beta in if shape.2 > 1000 { &[1.0][..] } else { &[0.0, 1.0] } {
                     let want = head_oracle(shape, stored, beta);
                     for dtype in FLOATS {
                         let got = head(dtype, shape, stored, beta, [true; 2]);

@@ -3,6 +3,7 @@ use rayon::prelude::*;
 use crate::{
     Acc, Mat, Result,
     real::{Real, dispatch, simd},
+    reduce::rows_per_task,
 };
 
 /// Rotary position embedding: each head's two halves are turned by angles that grow with the position.
@@ -30,7 +31,7 @@ pub fn rope(x: Mat, positions: Mat, cos: Mat, sin: Mat, head_dim: usize, inverse
         let (x, cos, sin) = (x.host::<T>(), cos.host::<T>(), sin.host::<T>());
         let (positions, beta) = (positions.host::<u32>().row(0), T::of(beta));
         let sign = if inverse { -T::ONE } else { T::ONE };
-        let rows = (ELEMENTS / y.cols().max(1)).max(1);
+        let rows = rows_per_task(y.cols());
         y.host::<T>().row_chunks(rows).into_par_iter().enumerate().for_each(|(i, mut y)| {
             simd(#[inline(always)] || {
                 for r in 0..y.rows {
@@ -43,9 +44,6 @@ pub fn rope(x: Mat, positions: Mat, cos: Mat, sin: Mat, head_dim: usize, inverse
         Ok(())
     })
 }
-
-/// Elements of one task, about 10 µs of work.
-const ELEMENTS: usize = 1 << 15;
 
 #[inline(always)]
 fn rotate<T: Real>(x: &[T], cos: &[T], sin: &[T], sign: T, beta: T, y: &mut [T]) {
@@ -66,5 +64,81 @@ fn rotate<T: Real>(x: &[T], cos: &[T], sin: &[T], sign: T, beta: T, y: &mut [T])
                 *y2 = x2 * c + x1 * s + beta * *y2;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Buffer, Device, Element, MatMut};
+
+    const HEADS: usize = 3;
+    const HD: usize = 10;
+    const POSITIONS: [u32; 5] = [0, 1, 2, 11, 4];
+
+    /// (cos, sin) of 12 positions.
+    fn angles() -> (Vec<f64>, Vec<f64>) {
+        let angle = |i: usize| (i / (HD / 2)) as f64 * 10_000f64.powf(-2.0 * (i % (HD / 2)) as f64 / HD as f64);
+        (0..12 * HD / 2).map(|i| angle(i).sin_cos()).map(|(s, c)| (c, s)).unzip()
+    }
+
+    fn run<T: Element>(x: &[f64], inverse: bool, beta: f64, y: &[f64], of: fn(f64) -> T) -> Vec<T> {
+        let buffer =
+            |x: &[f64]| Buffer::from_slice(&Device::Cpu, &x.iter().map(|&v| of(v)).collect::<Vec<_>>()).unwrap();
+        let (cos, sin) = angles();
+        let (x, cos, sin, mut y) = (buffer(x), buffer(&cos), buffer(&sin), buffer(y));
+        let positions = Buffer::from_slice(&Device::Cpu, &POSITIONS).unwrap();
+        let rows = POSITIONS.len();
+        rope(
+            Mat::new(&x, 0, rows, HEADS * HD),
+            Mat::new(&positions, 0, 1, rows),
+            Mat::new(&cos, 0, 12, HD / 2),
+            Mat::new(&sin, 0, 12, HD / 2),
+            HD,
+            inverse,
+            Acc { to: MatMut::new(&mut y, 0, rows, HEADS * HD), beta },
+        )
+        .unwrap();
+        y.to_vec(0..y.len()).unwrap()
+    }
+
+    fn wave(n: usize, f: f64) -> Vec<f64> {
+        (0..n).map(|i| (f * i as f64).sin()).collect()
+    }
+
+    const N: usize = POSITIONS.len() * HEADS * HD;
+
+    #[test]
+    fn equals_the_formula_of_hugging_face() {
+        // q·cos + rotate_half(q)·sin with cos and sin repeated over both halves, rotate_half(q) = [−q₂, q₁].
+        let (x, (cos, sin)) = (wave(N, 0.7), angles());
+        let half = HD / 2;
+        let want = |i: usize| {
+            let (t, c) = (i / (HEADS * HD), i % HD);
+            let at = POSITIONS[t] as usize * half + c % half;
+            let rotated = if c < half { -x[i + half] } else { x[i - half] };
+            x[i] * cos[at] + rotated * sin[at]
+        };
+        let nan = vec![f64::NAN; N];
+        let (y, y32) = (run(&x, false, 0.0, &nan, |v| v), run(&x, false, 0.0, &nan, |v| v as f32));
+        let added = run(&x, false, 2.0, &x, |v| v);
+        for i in 0..N {
+            assert!((y[i] - want(i)).abs() < 1e-14, "{i}: {} for {}", y[i], want(i));
+            assert!((f64::from(y32[i]) - want(i)).abs() < 1e-6);
+            assert!((added[i] - want(i) - 2.0 * x[i]).abs() < 1e-14);
+        }
+    }
+
+    #[test]
+    fn the_inverse_undoes_and_is_the_gradient() {
+        let (x, dy, nan) = (wave(N, 0.7), wave(N, 1.3), vec![f64::NAN; N]);
+        let y = run(&x, false, 0.0, &nan, |v| v);
+        for (back, x) in run(&y, true, 0.0, &nan, |v| v).iter().zip(&x) {
+            assert!((back - x).abs() < 1e-14);
+        }
+        // A linear map: ⟨rope(x), dy⟩ = ⟨x, dx⟩.
+        let dx = run(&dy, true, 0.0, &nan, |v| v);
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        approx::assert_relative_eq!(dot(&y, &dy), dot(&x, &dx), max_relative = 1e-12);
     }
 }

@@ -15,15 +15,15 @@ pub struct Limits {
 /// Sequences as one flat run of tokens, without padding, on the model's device: what a forward pass reads.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Token ids, [rows].
+    /// Token ids, `[rows]`.
     pub tokens: Tensor,
-    /// Each row's position in its sequence, [rows].
+    /// Each row's position in its sequence, `[rows]`.
     pub positions: Tensor,
     /// Where sequences begin and end.
     pub sequences: Sequences,
-    /// The rows that predict something, [targets].
+    /// The rows that predict something, `[targets]`.
     pub target_rows: Tensor,
-    /// What they should predict, [targets].
+    /// What they should predict, `[targets]`.
     pub target_ids: Tensor,
 }
 

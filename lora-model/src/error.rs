@@ -135,6 +135,30 @@ pub enum Error {
         /// The most that the model can place.
         max_positions: usize,
     },
+    /// An option of generation that makes no sense.
+    #[error("{option} = {value}: {why}")]
+    Option {
+        /// The option, by its name in [`GenerationConfig`](crate::generate::GenerationConfig).
+        option: &'static str,
+        /// What was given.
+        value: String,
+        /// What is allowed.
+        why: String,
+    },
+    /// A prompt after which nothing can be generated.
+    #[error("prompt {}: {problem}", index + 1)]
+    Prompt {
+        /// Which of the prompts, from 0; the message counts from 1.
+        index: usize,
+        /// What is wrong with it and what to do.
+        problem: String,
+    },
+    /// A model whose output is NaN or infinite.
+    #[error(
+        "the model's logits are not finite numbers, so no token can be chosen; its weights or its adapter are damaged, \
+         or their training diverged: use an earlier checkpoint"
+    )]
+    NotFinite,
     /// A device or a kernel failed.
     #[error(transparent)]
     Kernel(#[from] lora_kernels::Error),

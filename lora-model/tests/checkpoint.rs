@@ -32,8 +32,11 @@ fn floats(tensors: &[(&str, usize, f32)]) -> Vec<u8> {
     raw(&header.to_string(), &data)
 }
 
+/// The name and the contents of a file.
+type File<'a> = (&'a str, Vec<u8>);
+
 /// A folder with these files.
-fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+fn folder(files: &[File]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (name, bytes) in files {
         let path = dir.path().join(name);
@@ -227,6 +230,9 @@ fn a_written_file_is_what_others_read_and_the_same_every_time() {
     assert_eq!(read.tensor("s").unwrap().data(), 0.25f32.to_le_bytes());
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap());
     assert_eq!(header % 8, 0);
+    let text = String::from_utf8_lossy(&bytes[8..8 + header as usize]);
+    let order = ["__metadata__", "\"a\"", "\"s\"", "\"z\""].map(|key| text.find(key).unwrap());
+    assert!(order.is_sorted(), "{text}");
     let file = TensorFile::open(&path).unwrap();
     assert_eq!(file.names().collect::<Vec<_>>(), ["a", "s", "z"]);
     assert_eq!(file.metadata()["format"], "pt");
@@ -384,7 +390,7 @@ fn an_index_that_lies_is_refused() {
     refused(in_index(b"{\"weight_map\": [1]}").path(), &["weight_map"]);
     refused(in_index(b"{\"weight_map\": {}}").path(), &["names no tensor"]);
     refused(in_index(b"{\"weight_map\": {\"a\": 1}}").path(), &["tensor a", "file name"]);
-    let cases: [(Vec<(&str, Vec<u8>)>, &[&str]); 5] = [
+    let cases: [(Vec<File>, &[&str]); 5] = [
         (vec![index(json!({"a": "s1.safetensors"}))], &[INDEX_FILE, "s1.safetensors", "not in the folder"]),
         (
             vec![shard(), index(json!({"a": "s1.safetensors", "b": "s1.safetensors"}))],

@@ -149,8 +149,11 @@ fn cached_logits_equal_uncached_ones_through_growth_forks_and_departures() {
         for (i, text) in texts.iter().enumerate() {
             close(&z.rows_in(i..i + 1).to_vec::<f32>().unwrap(), &logits(&*model, &adapted, text));
         }
-        let tokens: Vec<Vec<u32>> =
-            new.iter().enumerate().map(|(i, &n)| (0..n).map(|j| ((step * 31 + i * 7 + j * 3) % 101) as u32).collect()).collect();
+        let tokens: Vec<Vec<u32>> = new
+            .iter()
+            .enumerate()
+            .map(|(i, &n)| (0..n).map(|j| ((step * 31 + i * 7 + j * 3) % 101) as u32).collect())
+            .collect();
         texts = parents.iter().zip(&tokens).map(|(&p, t)| [&texts[p][..], t].concat()).collect();
         cache.reorder(parents);
         z = model.step(&adapted, &mut cache, &tokens.concat(), new).unwrap();
@@ -231,8 +234,14 @@ fn samples_have_the_frequencies_of_the_distribution() {
     order.sort_by(|&a, &b| z[b].total_cmp(&z[a]));
     let weight = |&i: &usize| (f64::from(z[i]) / 0.8).exp();
     let sum: f64 = order[..9].iter().map(weight).sum();
-    let config =
-        GenerationConfig { max_new_tokens: 1, do_sample: true, temperature: 0.8, top_k: 9, seed: 11, ..Default::default() };
+    let config = GenerationConfig {
+        max_new_tokens: 1,
+        do_sample: true,
+        temperature: 0.8,
+        top_k: 9,
+        seed: 11,
+        ..Default::default()
+    };
     let texts = generate(&*model, &adapted, &vec![prompt; n], &config, None).unwrap();
     let mut counts = vec![0.0; z.len()];
     texts.iter().for_each(|text| counts[text.tokens[0] as usize] += 1.0);
@@ -262,7 +271,9 @@ fn wide_beams_find_the_best_text() {
                 continue;
             }
             let second = log_softmax(&logits(&model, &adapted, &[&prompt[..], &[a]].concat()));
-            all.extend((0..30).map(|b| ((first[a as usize] + second[b as usize]) / 2f64.powf(length_penalty), vec![a, b])));
+            all.extend(
+                (0..30).map(|b| ((first[a as usize] + second[b as usize]) / 2f64.powf(length_penalty), vec![a, b])),
+            );
         }
         let (score, tokens) = all.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
         let config = GenerationConfig {

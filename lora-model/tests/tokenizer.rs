@@ -29,6 +29,9 @@ const TRICKY: [&str; 17] = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 ];
 
+/// Names and contents of a folder's files.
+type Files<'a> = &'a [(&'a str, &'a str)];
+
 /// GPT-2's own tokenizer, from the folder of test data that lies beside the workspace or that `LORA_DATA` names.
 fn gpt2_folder() -> Option<PathBuf> {
     let data = std::env::var_os("LORA_DATA")
@@ -120,6 +123,9 @@ fn a_long_text_and_its_lines_learn_and_encode_alike() {
     let ids = whole.encode(&text).unwrap();
     assert_eq!(ids, halves.encode(&text).unwrap());
     assert_eq!(whole.decode(&ids, false).unwrap(), text);
+    let texts: Vec<&str> = lines.iter().map(String::as_str).collect();
+    let each = whole.encode_all(&texts).unwrap();
+    assert!(lines.iter().zip(&each).all(|(line, ids)| whole.encode(line).unwrap() == *ids));
 }
 
 #[test]
@@ -165,7 +171,7 @@ fn damaged_tokenizers_are_refused_by_name() {
     let merges = ("merges.txt", "#version: 0.2\na b\n");
     let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
     let bpe = |model: &str| format!(r#"{{"version": "1.0", "added_tokens": [], "model": {model}}}"#);
-    let cases: [(&[(&str, &str)], &[&str]); 16] = [
+    let cases: [(Files, &[&str]); 16] = [
         (&[], &["no tokenizer here", "tokenizer.json", "merges.txt"]),
         (&[vocab], &["no tokenizer here"]),
         (&[("tokenizer.json", "")], &["tokenizer.json"]),
@@ -209,7 +215,7 @@ fn damaged_tokenizers_are_refused_by_name() {
 fn the_end_of_a_text_is_found_where_it_is_told() {
     let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
     let merges = ("merges.txt", "a b\n");
-    let cases: [(&[(&str, &str)], Option<u32>); 8] = [
+    let cases: [(Files, Option<u32>); 8] = [
         (&[], None),
         (&[("tokenizer_config.json", r#"{"eos_token": "b"}"#)], Some(1)),
         (&[("tokenizer_config.json", r#"{"eos_token": {"content": "ab"}}"#)], Some(2)),

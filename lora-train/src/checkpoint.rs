@@ -26,30 +26,36 @@ use crate::{
 };
 
 /// The folder below a run's output.
-pub(crate) const FOLDER: &str = "checkpoints";
-const STATE: &str = "state.json";
-const TENSORS: &str = "state.safetensors";
+pub const FOLDER: &str = "checkpoints";
+/// The file that says what a checkpoint is.
+pub const STATE: &str = "state.json";
+/// The file of a checkpoint's tensors.
+pub const TENSORS: &str = "state.safetensors";
 const FORMAT: u32 = 1;
 
 /// What stands in `state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct State {
+pub struct State {
     format: u32,
     /// Steps done.
-    pub(crate) step: u64,
+    pub step: u64,
     /// Where the next step starts in the data. Order and dropout are functions of the seed and this place, so that no
     /// generator has any other state.
     position: Position,
     seed: u64,
-    data: Fingerprint,
-    pub(crate) config: TrainConfig,
+    /// The training data.
+    pub data: Fingerprint,
+    /// The run's configuration.
+    pub config: TrainConfig,
 }
 
 /// What tells whether data is still the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Fingerprint {
-    sequences: usize,
-    tokens: usize,
+pub struct Fingerprint {
+    /// Number of sequences.
+    pub sequences: usize,
+    /// Number of tokens.
+    pub tokens: usize,
     /// FNV-1a over all tokens and target boundaries, in hexadecimal when written: JSON numbers end at 2⁵³.
     #[serde(with = "hexadecimal")]
     hash: u64,
@@ -142,8 +148,11 @@ fn write_state_tensors(path: &Path, trainer: &Trainer) -> Result<()> {
 
 const KINDS: [&str; 3] = ["trainable", "exp_avg", "exp_avg_sq"];
 
-/// The whole checkpoints below a run's output folder, oldest first.
-fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
+/// The whole checkpoints below a run's output folder, oldest first, with the steps that each has done.
+///
+/// # Errors
+/// A folder that cannot be read.
+pub fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let folder = out.join(FOLDER);
     let entries = match fs::read_dir(&folder) {
         Ok(entries) => entries,
@@ -175,7 +184,10 @@ pub(crate) fn newest(out: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// Reads `state.json` of a checkpoint.
-pub(crate) fn state(checkpoint: &Path) -> Result<State> {
+///
+/// # Errors
+/// A file that is missing, damaged, or of another format.
+pub fn state(checkpoint: &Path) -> Result<State> {
     let path = checkpoint.join(STATE);
     let text = files::read_to_string(&path)?;
     let state: State =

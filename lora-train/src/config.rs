@@ -74,9 +74,9 @@ pub struct TrainConfig {
     pub device: String,
     /// `f32`.
     pub dtype: String,
-    /// Steps between evaluations on `valid`; 0 is at the end of every epoch and of the run.
+    /// Steps between evaluations on `valid`, with one at the end; 0 is at the end of every epoch.
     pub eval_every: u64,
-    /// Steps between checkpoints; 0 is only at the end.
+    /// Steps between checkpoints, with one at the end; 0 is none.
     pub save_every: u64,
     /// Checkpoints to keep, the newest; 0 keeps all.
     pub keep: usize,
@@ -156,6 +156,38 @@ impl TrainConfig {
         within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
         within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
         within("label-smoothing", self.label_smoothing, 0.0, 1.0, "label smoothing is in [0, 1)")?;
+        const LARGEST: u64 = i64::MAX as u64;
+        for (option, v, most) in [
+            ("steps", self.steps.unwrap_or(0), u64::from(u32::MAX)),
+            ("warmup", self.warmup, u64::from(u32::MAX)),
+            ("seed", self.seed, LARGEST),
+            ("save-every", self.save_every, LARGEST),
+            ("eval-every", self.eval_every, LARGEST),
+        ] {
+            if v > most {
+                return Err(Error::option(option, v, format!("is at most {most}")));
+            }
+        }
+        for (option, v) in
+            [("rank", self.rank), ("batch-size", self.batch_size), ("max-length", self.max_length), ("keep", self.keep)]
+        {
+            if v > u32::MAX as usize {
+                return Err(Error::option(option, v, format!("is at most {}", u32::MAX)));
+            }
+        }
+        // They are written down in TOML and JSON.
+        let paths = [("model", &self.model), ("data", &self.data), ("out", &self.out)].map(|(o, p)| (o, Some(p)));
+        let others = [("valid", &self.valid), ("init-adapter", &self.init_adapter), ("log", &self.log)];
+        for (option, path) in paths.into_iter().chain(others.map(|(o, p)| (o, p.as_ref()))) {
+            if let Some(path) = path.filter(|p| p.to_str().is_none()) {
+                return Err(Error::option(option, path.display(), "is not UTF-8; rename it"));
+            }
+        }
+        // What an adapter's file may say.
+        within("alpha", self.alpha, f64::MIN_POSITIVE, 1e9, "α is a positive number of at most 1e9")?;
+        if self.init_adapter.is_some() && self.method != "lora" {
+            return Err(Error::option("init-adapter", "given", format!("method {} has no adapter", self.method)));
+        }
         within("clip", self.clip, 0.0, 1e30, "the largest gradient norm is a number ≥ 0; 0 is no limit")?;
         within("dropout", self.dropout, 0.0, 1.0, "a dropout rate is in [0, 1)")?;
         if let Some(p) = self.base_dropout {
@@ -210,26 +242,61 @@ impl TrainConfig {
         }
     }
 
-    /// Reads a TOML file and lays `flags` (the same keys) over it. Keys may be written with `-` or `_`.
+    /// Reads a TOML file and lays `flags` (the same keys) over it. Keys may be written with `-` or `_`. A run that starts
+    /// from an adapter (`init-adapter`) takes rank, alpha, targets and scaling from there, and the dropout when none is
+    /// given.
     ///
     /// # Errors
-    /// [`Error::Config`] with file, line and key; [`Error::Model`] when the file cannot be read.
+    /// [`Error::Config`] with file, line and key; [`Error::Option`] for a value that contradicts the adapter's;
+    /// [`Error::Model`] when the file or the adapter cannot be read.
     pub fn from_toml(file: Option<&Path>, flags: toml::Table) -> Result<TrainConfig> {
         let mut table = match file {
             None => toml::Table::new(),
-            Some(path) => {
-                let text = lora_model::files::read_to_string(path)?;
-                let table: toml::Table = text
-                    .parse()
-                    .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.to_string() })?;
-                table.into_iter().map(|(k, v)| (k.replace('_', "-"), v)).collect()
-            }
+            Some(path) => read_table(path)?,
         };
         table.extend(flags);
+        let given: Vec<String> = table.keys().cloned().collect();
         let path = file.unwrap_or(Path::new("command line"));
-        toml::Value::Table(table)
+        let mut config: TrainConfig = toml::Value::Table(table)
             .try_into()
-            .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.to_string().trim().into() })
+            .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.message().into() })?;
+        if let Some(dir) = config.init_adapter.clone().filter(|_| config.method == "lora") {
+            let adapter = lora_model::adapter::load(&dir)?;
+            config.adopt(&dir, &adapter.config, |key| given.iter().any(|g| g == key))?;
+        }
+        Ok(config)
+    }
+
+    /// Takes over what the adapter in `dir` has settled, and refuses to contradict it where a key was `given`.
+    pub(crate) fn adopt(&mut self, dir: &Path, adapter: &peft::LoraConfig, given: impl Fn(&str) -> bool) -> Result<()> {
+        let conflict = |option, ours: String, theirs: String| {
+            let why = format!("the adapter {} has {theirs}; leave the option out, or start without it", dir.display());
+            Err(Error::option(option, ours, why))
+        };
+        let sorted = |t: &[String]| t.iter().cloned().collect::<std::collections::BTreeSet<_>>();
+        if given("rank") && self.rank != adapter.rank {
+            return conflict("rank", self.rank.to_string(), adapter.rank.to_string());
+        }
+        if given("alpha") && self.alpha != adapter.alpha {
+            return conflict("alpha", self.alpha.to_string(), adapter.alpha.to_string());
+        }
+        if given("rslora") && self.rslora != adapter.rslora {
+            return conflict("rslora", self.rslora.to_string(), adapter.rslora.to_string());
+        }
+        if given("targets") && sorted(&self.targets) != sorted(&adapter.targets) {
+            return conflict("targets", self.targets.join(","), adapter.targets.join(","));
+        }
+        if !given("dropout") {
+            self.dropout = adapter.dropout;
+        }
+        (self.rank, self.alpha, self.rslora) = (adapter.rank, adapter.alpha, adapter.rslora);
+        self.targets.clone_from(&adapter.targets);
+        Ok(())
+    }
+
+    /// As a TOML file that gives this configuration again.
+    pub(crate) fn to_toml(&self) -> String {
+        toml::to_string(self).expect("numbers within the range of TOML: checked")
     }
 
     /// The first key that must not change between a run and its continuation, and has: its name and both values.
@@ -246,4 +313,24 @@ impl TrainConfig {
         let key = keys.into_iter().find(|k| new.get(*k) != old.get(*k))?;
         Some((key.clone(), shown(&old, key), shown(&new, key)))
     }
+}
+
+/// The keys of a TOML file, spelt with `-`; each is known and has a value of its type.
+fn read_table(path: &Path) -> Result<toml::Table> {
+    let text = lora_model::files::read_to_string(path)?;
+    // The spelling is changed in the text, so that the parser's places stay true.
+    let dashed = |line: &str| match line.split_once('=') {
+        Some((key, value)) if key.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)) => {
+            format!("{}={value}", key.replace('_', "-"))
+        }
+        _ => line.to_owned(),
+    };
+    let text: String = text.split_inclusive('\n').map(dashed).collect();
+    let problem = |e: toml::de::Error| {
+        let line = e.span().map_or(1, |s| 1 + text[..s.start].matches('\n').count());
+        let problem = format!("line {line}: {}", e.message().trim().replace('\n', " "));
+        Error::Config { path: path.into(), problem }
+    };
+    toml::from_str::<TrainConfig>(&text).map_err(problem)?;
+    text.parse().map_err(problem)
 }

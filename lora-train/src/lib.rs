@@ -4,13 +4,14 @@
 //! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 
+pub mod checkpoint;
 mod config;
-mod checkpoint;
 pub mod data;
 pub mod demo_data;
 mod error;
 pub mod hub;
 mod log;
+mod pretrain;
 mod run;
 pub mod schedule;
 mod trainer;
@@ -18,5 +19,6 @@ mod trainer;
 pub use config::TrainConfig;
 pub use error::{Error, Result};
 pub use log::Log;
-pub use run::{Observer, RunInfo, Summary, save_result, train};
+pub use pretrain::{PretrainConfig, pretrain};
+pub use run::{Observer, RUN_FILE, RunInfo, Summary, save_result, train};
 pub use trainer::{Encoder, Evaluation, Step, Trainer, evaluate, load_data};

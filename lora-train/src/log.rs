@@ -19,8 +19,8 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the log of a run that has done `done` steps: a file of an earlier life of the run keeps its lines up to that
-    /// step and loses later ones (and a line that was cut off in the middle), because those steps are done again.
+    /// Opens the log of a run that has done `done` steps: a log that is there keeps its lines up to that step and loses
+    /// later ones (and a line that was cut off in the middle), because those steps are done again.
     ///
     /// # Errors
     /// A file that cannot be read or written, or that is no log.
@@ -28,12 +28,12 @@ impl Log {
         if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
             lora_model::files::create_folder(folder)?;
         }
-        let kept = match done > 0 && path.exists() {
-            true => kept(path, done)?,
-            false => String::new(),
-        };
-        lora_model::files::write_bytes(path, kept.as_bytes())?;
-        let file = OpenOptions::new().append(true).open(path).map_err(|e| io(path, e))?;
+        // A terminal or a pipe is written to as it is; a file must be a log, lest a wrong name costs somebody's data.
+        if path.is_file() {
+            let kept = kept(path, done)?;
+            lora_model::files::write_bytes(path, kept.as_bytes())?;
+        }
+        let file = OpenOptions::new().append(true).create(true).open(path).map_err(|e| io(path, e))?;
         Ok(Log { path: path.into(), file })
     }
 
@@ -85,11 +85,12 @@ fn kept(path: &Path, done: u64) -> Result<String> {
         let step = match serde_json::from_str::<Value>(line) {
             Ok(v) => v.get("step").or(v.get("eval_step")).and_then(Value::as_u64),
             // The process was killed while it wrote this line.
-            Err(_) if last => break,
+            Err(_) if last && line.starts_with('{') && !line.ends_with('\n') => break,
             Err(_) => None,
         };
         let Some(step) = step else {
-            let problem = format!("line {} is no line of a training log; choose another --log", i + 1);
+            let problem =
+                format!("line {} is no line of a training log, so it is left alone; choose another --log", i + 1);
             return Err(Error::Output { dir: path.into(), problem });
         };
         if step <= done && line.ends_with('\n') {

@@ -12,6 +12,7 @@ use lora_model::{Model, files, tokenizer::Tokenizer};
 use crate::{
     Encoder, Error, Evaluation, Log, Result, Step, TrainConfig, Trainer,
     checkpoint::{self, Fingerprint},
+    data::Dataset,
     hub, load_data,
 };
 
@@ -70,7 +71,7 @@ pub trait Observer {
 impl Observer for () {}
 
 /// The file that marks an output folder as a run's, and holds its configuration.
-const RUN_FILE: &str = "run.toml";
+pub const RUN_FILE: &str = "run.toml";
 
 /// Runs (or with `resume` continues) a whole training run: reads base and data, trains, logs, saves checkpoints, and
 /// leaves the finished adapter (or, for a method that trains base weights, the finished model) in `config.out`.
@@ -79,6 +80,7 @@ const RUN_FILE: &str = "run.toml";
 /// Everything that a configuration, a file or a device can cause. What was saved before stays as it was.
 pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
     config.check()?;
+    let checkpoint = find_checkpoint(&config.out, resume)?;
     let device = Device::Cpu;
     let base_dir = hub::resolve(&config.model)?;
     let mut model = lora_model::load(&base_dir, &device)?;
@@ -86,94 +88,119 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
         model.set_base_dropout(p);
     }
     let model = &*model;
+    let adapted = match &config.init_adapter {
+        None => Adapted::new(&*config.method_options()?, model, &device, DType::F32, config.seed)?,
+        Some(dir) => {
+            let mut file = lora_model::adapter::load(dir)?;
+            config.clone().adopt(dir, &file.config, |key| key != "dropout")?;
+            file.config.dropout = config.dropout;
+            file.attach(model, &device)?
+        }
+    };
     let encoder = Encoder::from_dir(&base_dir, model)?;
-    let data = load_data(&config.data, config.format, &encoder, model, config.max_length)?;
-    let read_valid = |path: &PathBuf| load_data(path, config.format, &encoder, model, config.max_length);
-    let valid = config.valid.as_ref().map(read_valid).transpose()?;
+    let read = |path: &Path| load_data(path, config.format, &encoder, model, config.max_length);
+    let data = read(&config.data)?;
+    let valid = config.valid.as_deref().map(read).transpose()?;
+    let save = |dir: &Path, adapted: &Adapted| save_result(dir, model, &base_dir, adapted, config);
+    let run = Run { model, adapted, data: &data, valid: valid.as_ref(), checkpoint, save: &save };
+    run.run(config, resume, observer)
+}
 
-    let method = config.method_options()?;
-    let mut adapted = Adapted::new(&*method, model, &device, DType::F32, config.seed)?;
-    if let Some(dir) = &config.init_adapter {
-        adapted.load_adapter_tensors(lora_model::adapter::load(dir)?.tensors)?;
-    }
-    let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
-    let fingerprint = Fingerprint::of(&data);
+/// A run whose inputs have been read.
+pub(crate) struct Run<'a> {
+    pub(crate) model: &'a dyn Model,
+    pub(crate) adapted: Adapted,
+    pub(crate) data: &'a Dataset,
+    pub(crate) valid: Option<&'a Dataset>,
+    /// Where to continue from.
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Writes what was trained into a folder.
+    pub(crate) save: &'a dyn Fn(&Path, &Adapted) -> Result<()>,
+}
 
-    let checkpoint = prepare_output(config, resume)?;
-    if let Some(path) = &checkpoint {
-        let sampler = trainer.sampler().clone();
-        checkpoint::load(path, &mut trainer, |step| sampler.position(step), fingerprint, config)?;
-        observer.note(&format!("continuing after step {} from {}", trainer.steps_done(), path.display()));
-    } else if resume {
-        observer.note("no checkpoint to continue from: starting from the beginning");
-    }
-    files::write_bytes(&config.out.join(RUN_FILE), toml::to_string(config).unwrap_or_default().as_bytes())?;
-    if let Some(warning) = config.schedule.check(config.warmup, trainer.total_steps()) {
-        observer.note(&warning.to_string());
-    }
-    let mut log = config.log.as_ref().map(|path| Log::open(path, trainer.steps_done())).transpose()?;
+impl Run<'_> {
+    pub(crate) fn run(self, config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
+        let Run { model, adapted, data, valid, checkpoint, save: save_result } = self;
+        let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
+        let fingerprint = Fingerprint::of(data);
+        if let Some(path) = &checkpoint {
+            let sampler = trainer.sampler().clone();
+            checkpoint::load(path, &mut trainer, |step| sampler.position(step), fingerprint, config)?;
+            observer.note(&format!("continuing after step {} from {}", trainer.steps_done(), path.display()));
+        } else if resume {
+            observer.note("no checkpoint to continue from: starting from the beginning");
+        }
+        // Nothing has been written up to here: whatever was wrong with the inputs left everything as it was.
+        let mut log = config.log.as_ref().map(|path| Log::open(path, trainer.steps_done())).transpose()?;
+        files::create_folder(&config.out)?;
+        files::write_bytes(&config.out.join(RUN_FILE), config.to_toml().as_bytes())?;
+        if let Some(warning) = config.schedule.check(config.warmup, trainer.total_steps()) {
+            observer.note(&warning.to_string());
+        }
 
-    observer.start(&RunInfo {
-        trainable: trainer.adapted.params.count(),
-        base: model.tensors().map(|(_, t)| t.len()).sum(),
-        sequences: data.sequences.len(),
-        steps: trainer.total_steps(),
-        done: trainer.steps_done(),
-    });
-    let save = |trainer: &Trainer, observer: &mut dyn Observer| -> Result<PathBuf> {
-        let position = trainer.sampler().position(trainer.steps_done());
-        let export = |dir: &Path| match trainer.adapted.site_count() {
-            0 => Ok(()),
-            _ => save_result(dir, model, &base_dir, &trainer.adapted, config),
+        let mut summary = Summary {
+            trainable: trainer.adapted.params.count(),
+            steps: trainer.steps_done(),
+            loss: None,
+            evaluation: None,
+            seconds: 0.0,
+            out: config.out.clone(),
+            interrupted: false,
         };
-        let path = checkpoint::save(&config.out, trainer, position, fingerprint, config, export)?;
-        observer.checkpoint(&path);
-        Ok(path)
-    };
-    let mut summary = Summary {
-        trainable: trainer.adapted.params.count(),
-        steps: trainer.steps_done(),
-        loss: None,
-        evaluation: None,
-        seconds: 0.0,
-        out: config.out.clone(),
-        interrupted: false,
-    };
-    while trainer.steps_done() < trainer.total_steps() {
-        if observer.stop() {
-            summary.out = save(&trainer, observer)?;
-            summary.interrupted = true;
-            return Ok(summary);
-        }
-        let start = Instant::now();
-        let step = trainer.step(&data)?;
-        let seconds = start.elapsed().as_secs_f64();
-        if !trainer.unreached().is_empty() {
-            observer.note(&format!("no gradient reaches {}: they stay as they are", trainer.unreached().join(", ")));
-        }
-        let tokens_per_s = step.tokens as f64 / seconds;
-        if let Some(log) = &mut log {
-            log.step(&step, tokens_per_s)?;
-        }
-        observer.step(&step, tokens_per_s);
-        (summary.loss, summary.steps) = (Some(step.loss), step.step);
-        summary.seconds += seconds;
-        let last = step.step == trainer.total_steps();
-        let every = if config.eval_every > 0 { config.eval_every } else { trainer.steps_per_epoch() };
-        if let Some(valid) = valid.as_ref().filter(|_| last || step.step % every == 0) {
-            let evaluation = trainer.evaluate(valid)?;
-            if let Some(log) = &mut log {
-                log.evaluation(step.step, &evaluation)?;
+        observer.start(&RunInfo {
+            trainable: summary.trainable,
+            base: model.tensors().map(|(_, t)| t.len()).sum(),
+            sequences: data.sequences.len(),
+            steps: trainer.total_steps(),
+            done: summary.steps,
+        });
+        let save = |trainer: &Trainer, observer: &mut dyn Observer| -> Result<PathBuf> {
+            let position = trainer.sampler().position(trainer.steps_done());
+            let export = |dir: &Path| match trainer.adapted.site_count() {
+                0 => Ok(()),
+                _ => save_result(dir, &trainer.adapted),
+            };
+            let path = checkpoint::save(&config.out, trainer, position, fingerprint, config, export)?;
+            observer.checkpoint(&path);
+            Ok(path)
+        };
+        while trainer.steps_done() < trainer.total_steps() {
+            if observer.stop() {
+                summary.out = save(&trainer, observer)?;
+                summary.interrupted = true;
+                return Ok(summary);
             }
-            observer.evaluation(step.step, &evaluation);
-            summary.evaluation = Some(evaluation);
+            let start = Instant::now();
+            let step = trainer.step(data)?;
+            let seconds = start.elapsed().as_secs_f64();
+            if !trainer.unreached().is_empty() {
+                let names = trainer.unreached().join(", ");
+                observer.note(&format!("no gradient reaches {names}: they stay as they are"));
+            }
+            let tokens_per_s = step.tokens as f64 / seconds;
+            if let Some(log) = &mut log {
+                log.step(&step, tokens_per_s)?;
+            }
+            observer.step(&step, tokens_per_s);
+            (summary.loss, summary.steps) = (Some(step.loss), step.step);
+            summary.seconds += seconds;
+            let last = step.step == trainer.total_steps();
+            let every = if config.eval_every > 0 { config.eval_every } else { trainer.steps_per_epoch() };
+            if let Some(valid) = valid.filter(|_| last || step.step % every == 0) {
+                let evaluation = trainer.evaluate(valid)?;
+                if let Some(log) = &mut log {
+                    log.evaluation(step.step, &evaluation)?;
+                }
+                observer.evaluation(step.step, &evaluation);
+                summary.evaluation = Some(evaluation);
+            }
+            if config.save_every > 0 && (last || step.step % config.save_every == 0) {
+                save(&trainer, observer)?;
+            }
         }
-        if config.save_every > 0 && (last || step.step % config.save_every == 0) {
-            save(&trainer, observer)?;
-        }
+        save_result(&config.out, &trainer.adapted)?;
+        Ok(summary)
     }
-    save_result(&config.out, model, &base_dir, &trainer.adapted, config)?;
-    Ok(summary)
 }
 
 /// Writes what a method trained: the PEFT adapter folder, or the whole model with its tokenizer when base weights train.
@@ -197,27 +224,27 @@ pub fn save_result(
 }
 
 /// Makes sure that the output folder is this run's: gives the checkpoint to continue from, or refuses a folder that holds
-/// something else.
-fn prepare_output(config: &TrainConfig, resume: bool) -> Result<Option<PathBuf>> {
-    let out = &config.out;
+/// something else. Makes nothing.
+pub(crate) fn find_checkpoint(out: &Path, resume: bool) -> Result<Option<PathBuf>> {
     if out.as_os_str().is_empty() {
         return Err(Error::option("out", "", "name a folder for the result"));
     }
-    let output = |problem: String| Err(Error::Output { dir: out.clone(), problem });
+    let output = |problem: String| Err(Error::Output { dir: out.into(), problem });
     if out.exists() && !out.is_dir() {
         return output("is a file; --out is a folder".into());
     }
     let marks = [RUN_FILE, checkpoint::FOLDER, "adapter_config.json", "config.json", "model.safetensors"];
     let found = marks.iter().find(|m| out.join(m).exists());
     match (found, resume) {
-        (Some(_), true) if out.join(RUN_FILE).exists() => checkpoint::newest(out),
+        (Some(_), true) if out.join(RUN_FILE).exists() => {
+            // What a killed run was writing; no other process writes here.
+            files::remove_temporary(out)?;
+            checkpoint::newest(out)
+        }
         (Some(mark), true) => output(format!("holds {mark} but no run to resume; choose another --out")),
         (Some(mark), false) => {
             output(format!("holds another run ({mark}); continue it with --resume, or choose another --out"))
         }
-        (None, _) => {
-            files::create_folder(out)?;
-            Ok(None)
-        }
+        (None, _) => Ok(None),
     }
 }

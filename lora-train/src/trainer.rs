@@ -77,7 +77,18 @@ impl<'a> Trainer<'a> {
         let seed = (!config.no_shuffle).then_some(config.seed);
         let sampler = Sampler::new(sequences, config.batch_size, config.grad_accum, seed)?;
         let total = config.total_steps(sampler.steps_per_epoch());
-        Ok(Trainer { model, adapted, config, grads, moments, done: 0, total, sampler, first: true, unreached: Vec::new() })
+        Ok(Trainer {
+            model,
+            adapted,
+            config,
+            grads,
+            moments,
+            done: 0,
+            total,
+            sampler,
+            first: true,
+            unreached: Vec::new(),
+        })
     }
 
     /// Steps of the whole run.
@@ -217,7 +228,14 @@ impl Encoder {
     /// # Errors
     /// No tokenizer, a damaged one, or one without an end-of-text token.
     pub fn from_dir(dir: &Path, model: &dyn Model) -> Result<Encoder> {
-        let tokenizer = Tokenizer::from_dir(dir)?;
+        Encoder::new(Tokenizer::from_dir(dir)?, model)
+    }
+
+    /// A tokenizer for a model.
+    ///
+    /// # Errors
+    /// A tokenizer without an end-of-text token.
+    pub fn new(tokenizer: Tokenizer, model: &dyn Model) -> Result<Encoder> {
         let end_of_text = tokenizer.end_of_text()?;
         Ok(Encoder { tokenizer, end_of_text, vocab_size: model.limits().vocab_size })
     }

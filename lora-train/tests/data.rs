@@ -284,12 +284,12 @@ fn numbered(n: u32) -> Dataset {
 
 #[test]
 fn an_epoch_is_a_permutation() {
-    for n in [1, 2, 7, 24, 100] {
-        for (batch_size, grad_accum) in [(1, 1), (8, 1), (4, 2), (3, 5), (200, 1), (usize::MAX, 1)] {
+    for n in [1usize, 2, 7, 24, 100] {
+        for (batch_size, grad_accum) in [(1, 1), (8, 1), (4, 2), (3, 5), (200, 1), (usize::MAX, 1), (usize::MAX, 2)] {
             for seed in [None, Some(0), Some(u64::MAX)] {
                 let mut sampler = Sampler::new(n, batch_size, grad_accum, seed).unwrap();
                 let steps = sampler.steps_per_epoch();
-                assert_eq!(steps, (n as u64).div_ceil((batch_size * grad_accum) as u64));
+                assert_eq!(steps, n.div_ceil(batch_size) as u64);
                 for epoch in 0..3 {
                     let mut seen: Vec<usize> = Vec::new();
                     for step in epoch * steps..(epoch + 1) * steps {
@@ -334,13 +334,13 @@ fn splitting_a_step_changes_no_target() {
     };
     for seed in [None, Some(5)] {
         let mut whole = Sampler::new(23, 8, 1, seed).unwrap();
-        for (batch_size, grad_accum) in [(4, 2), (2, 4), (1, 8)] {
-            let mut split = Sampler::new(23, batch_size, grad_accum, seed).unwrap();
+        for (grad_accum, part) in [(2, 4), (3, 3), (4, 2), (8, 1)] {
+            let mut split = Sampler::new(23, 8, grad_accum, seed).unwrap();
             for step in 0..2 * whole.steps_per_epoch() {
                 let (one, many) = (whole.batches(step, &data), split.batches(step, &data));
                 assert_eq!(one.len(), 1);
-                assert_eq!(many.len(), one[0].lengths.len().div_ceil(batch_size));
-                assert!(many.iter().all(|b| (1..=batch_size).contains(&b.lengths.len())));
+                assert_eq!(many.len(), one[0].lengths.len().div_ceil(part));
+                assert!(many.iter().all(|b| (1..=part).contains(&b.lengths.len())));
                 assert_eq!(many.iter().flat_map(place).collect::<Vec<_>>(), place(&one[0]));
                 assert_eq!(many.iter().flat_map(|b| b.tokens.clone()).collect::<Vec<_>>(), one[0].tokens);
                 assert_eq!(many.iter().map(Batch::targets).sum::<usize>(), one[0].targets());
@@ -357,9 +357,7 @@ fn splitting_a_step_changes_no_target() {
 
 #[test]
 fn impossible_batches() {
-    for (n, batch_size, grad_accum, part) in
-        [(0, 1, 1, "no data"), (5, 0, 1, "at least 1"), (5, 1, 0, "at least 1"), (5, usize::MAX, 2, "make no step")]
-    {
+    for (n, batch_size, grad_accum, part) in [(0, 1, 1, "no data"), (5, 0, 1, "at least 1"), (5, 1, 0, "at least 1")] {
         let error = Sampler::new(n, batch_size, grad_accum, None).unwrap_err().to_string();
         assert!(error.contains(part), "no {part:?} in: {error}");
     }

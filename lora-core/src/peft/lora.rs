@@ -1,6 +1,6 @@
 use std::{collections::BTreeMap, ops::Range};
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 
 use super::{Adapter, Base, Method, Options, Site};
 use crate::{
@@ -225,18 +225,20 @@ impl Adapter for Update {
     }
 
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Option<Tensor>> {
-        let mut merged = array(w)?;
-        // Term by term: the ranks of all parts together may exceed what the matrix itself could have.
-        for Term { a, b, cols } in &self.terms {
-            let update = LowRank::new(array(&params.tensor(*a))?, array(&params.tensor(*b))?, self.scale)?;
-            let mut part = match self.layout {
-                Layout::OutIn => merged.slice_mut(ndarray::s![cols.clone(), ..]),
-                Layout::InOut => merged.slice_mut(ndarray::s![.., cols.clone()]),
-            };
-            let sum = lowrank::merge(part.view(), &update, self.layout)?.into_weight();
-            part.assign(&sum);
+        let mut w = array(w)?;
+        let outputs = match self.layout {
+            Layout::OutIn => Axis(0),
+            Layout::InOut => Axis(1),
+        };
+        // Each term into its own columns: the ranks of all terms together may exceed what one update can have.
+        for term in &self.terms {
+            let (a, b) = (array(&params.tensor(term.a))?, array(&params.tensor(term.b))?);
+            let update = LowRank::new(a, b, self.scale)?;
+            let mut block = w.slice_axis_mut(outputs, term.cols.clone().into());
+            let merged = lowrank::merge(block.view(), &update, self.layout)?.into_weight();
+            block.assign(&merged);
         }
-        Ok(Some(tensor(params, &merged)?))
+        Ok(Some(tensor(params, &w)?))
     }
 
     fn save(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {

@@ -80,8 +80,8 @@ fn attend<T: Real>(scale: f64, q: &[T], k: HostMat<T>, v: HostMat<T>, pool_rows:
     for (p, &r) in p.iter_mut().zip(pool_rows) {
         *p = scale * rows::dot(q, k.row(r as usize));
     }
-    let max = rows::max(p);
-    let inverse = T::ONE / rows::exp_sum(p, max);
+    let (_, sum) = rows::exp(p);
+    let inverse = T::ONE / sum;
     out.fill(T::ZERO);
     for (&p, &r) in p.iter().zip(pool_rows) {
         for (o, &v) in out.iter_mut().zip(v.row(r as usize)) {

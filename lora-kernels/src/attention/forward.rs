@@ -85,8 +85,7 @@ impl<T: Real> Block<'_, T> {
                 for (i, p) in p.chunks_exact_mut(n).enumerate() {
                     let (p, hidden) = p.split_at_mut(if self.causal { self.first + i + 1 } else { n });
                     hidden.fill(T::ZERO);
-                    let max = rows::max(p);
-                    let sum = rows::exp_sum(p, max);
+                    let (max, sum) = rows::exp(p);
                     inverse[i] = T::ONE / sum;
                     lse(i, max + sum.ln());
                     if let Some((mask, row, site)) = self.dropout {

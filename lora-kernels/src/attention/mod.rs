@@ -1,20 +1,7 @@
-//! Softmax attention over flat runs of tokens.
+//! Softmax attention over flat runs of tokens: forward, backward, and over a cache.
 //!
-//! For every sequence and query head h, which reads key and value head g = ⌊h · kv_heads / heads⌋,
-//! ```text
-//! S = scale · Q Kᵀ              [n, n], causal: Sᵢⱼ = −∞ for j > i
-//! P = softmax(S) by rows        Lᵢ = ln Σⱼ exp Sᵢⱼ (log-sum-exp), Pᵢⱼ = exp(Sᵢⱼ − Lᵢ)
-//! O = (P ∘ M) V                 M: dropout's mask, 0 or 1/(1 − p); 1 without dropout
-//! ```
-//! and backwards, with P made again from L (FlashAttention 2: Dao, "FlashAttention-2: faster attention with better
-//! parallelism and work partitioning", 2023, section 3.1.2) and M from its counters,
-//! ```text
-//! dV = (P ∘ M)ᵀ dO
-//! dP = (dO Vᵀ) ∘ M
-//! dS = P ∘ (dP − D)             Dᵢ = Σⱼ Pᵢⱼ dPᵢⱼ = Σ_c dOᵢ_c Oᵢ_c
-//! dQ = scale · dS K             dK = scale · dSᵀ Q
-//! ```
-//! A task holds one block of queries against their keys; S and P of a whole sequence, let alone of a batch, never exist.
+//! A task holds one block of queries against their keys; the scores of a whole sequence, let alone of a batch, never
+//! exist.
 
 mod backward;
 mod cached;
@@ -92,8 +79,13 @@ pub struct Attention {
     pub dropout: Option<Dropout>,
 }
 
-/// Attention within each sequence: O of the module's equations.
-///
+/// Attention within each sequence. For every query head h, which reads key and value head g = ⌊h · kv_heads / heads⌋,
+/// ```text
+/// S = scale · Q Kᵀ              [n, n]; causal: Sᵢⱼ = −∞ for j > i
+/// Lᵢ = ln Σⱼ exp Sᵢⱼ            log-sum-exp
+/// P = exp(S − L)                softmax by rows
+/// O = (P ∘ M) V                 M: dropout's mask, 0 or 1/(1 − p); all 1 without dropout
+/// ```
 /// q, out: [tokens, heads · head_dim]; k, v: [tokens, kv_heads · head_dim]; lse: [tokens, heads], the L that
 /// [`attention_backward`] needs. q, k and v may be column ranges of one fused projection. Memory beside these: a block of
 /// 64 rows of scores per task.
@@ -108,7 +100,15 @@ pub fn attention(cfg: &Attention, seqs: &Sequences, q: Mat, k: Mat, v: Mat, out:
     })
 }
 
-/// Gradients of [`attention`] from dout = ∂loss/∂out and what the forward pass was given and gave.
+/// Gradients of [`attention`] from dout = ∂loss/∂out and what the forward pass was given and gave. P is made again from
+/// L, block by block, and M from its counters:
+/// ```text
+/// dV = (P ∘ M)ᵀ dO
+/// dP = (dO Vᵀ) ∘ M
+/// dS = P ∘ (dP − D)             Dᵢ = Σⱼ Pᵢⱼ dPᵢⱼ = Σ_c dOᵢ_c Oᵢ_c
+/// dQ = scale · dS K             dK = scale · dSᵀ Q, summed over the heads of a group, as dV is
+/// ```
+/// Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023, section 3.1.2.
 ///
 /// Shapes as there; dq, dk and dv may be column ranges of one buffer.
 ///
@@ -222,4 +222,25 @@ fn head_site(d: &Dropout, head: usize) -> u32 {
 /// How many tasks of `work` multiply-adds run as one: below some 10 µs, handing a task over costs more than it gives.
 fn together(work: usize) -> usize {
     ((1 << 18) / work.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_lie_one_after_the_other() {
+        let s = Sequences::new(&[3, 0, 5]);
+        assert_eq!((s.len(), s.tokens(), s.max_len()), (3, 8, 5));
+        assert_eq!([s.range(0), s.range(1), s.range(2)], [0..3, 3..3, 3..8]);
+        let none = Sequences::new(&[]);
+        assert_eq!((none.is_empty(), none.tokens(), none.max_len()), (true, 0, 0));
+    }
+
+    #[test]
+    fn query_heads_share_key_heads_in_groups() {
+        let cfg = Attention { heads: 6, kv_heads: 2, head_dim: 4, scale: 1.0, causal: true, dropout: None };
+        assert_eq!((0..6).map(|h| cfg.kv_head(h)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1]);
+        assert_eq!(cfg.head(2), 8..12);
+    }
 }

@@ -17,43 +17,54 @@ pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
             acc[l] = a[l].mul_add(b[l], acc[l]);
         }
     }
-    let tail = at.iter().zip(bt).fold(T::ZERO, |s, (&a, &b)| a.mul_add(b, s));
-    fold(acc, |a, b| a + b) + tail
+    for ((acc, &a), &b) in acc.iter_mut().zip(at).zip(bt) {
+        *acc = a.mul_add(b, *acc);
+    }
+    total(acc)
 }
 
-/// The largest element.
+/// xᵢ = exp(xᵢ − max x) in place; returns the maximum and the sum.
 #[inline(always)]
-pub(super) fn max<T: Real>(x: &[T]) -> T {
-    let (x, tail) = x.as_chunks::<LANES>();
+pub(super) fn exp<T: Real>(x: &mut [T]) -> (T, T) {
+    let (chunks, tail) = x.as_chunks_mut::<LANES>();
     let mut acc = [T::NEG_INFINITY; LANES];
-    for x in x {
+    for x in chunks.iter() {
         for l in 0..LANES {
             acc[l] = acc[l].max(x[l]);
         }
     }
-    tail.iter().fold(fold(acc, T::max), |m, &v| m.max(v))
-}
-
-/// xᵢ = exp(xᵢ − shift); returns their sum.
-#[inline(always)]
-pub(super) fn exp_sum<T: Real>(x: &mut [T], shift: T) -> T {
-    let (x, tail) = x.as_chunks_mut::<LANES>();
+    for (a, &x) in acc.iter_mut().zip(tail.iter()) {
+        *a = a.max(x);
+    }
+    let max = acc.iter().fold(T::NEG_INFINITY, |a, &b| Real::max(a, b));
     let mut acc = [T::ZERO; LANES];
-    for x in x {
+    for x in chunks {
         for l in 0..LANES {
-            x[l] = (x[l] - shift).exp();
+            x[l] = (x[l] - max).exp();
             acc[l] += x[l];
         }
     }
-    let mut sum = T::ZERO;
-    for v in tail {
-        *v = (*v - shift).exp();
-        sum += *v;
+    for (a, x) in acc.iter_mut().zip(tail) {
+        *x = (*x - max).exp();
+        *a += *x;
     }
-    fold(acc, |a, b| a + b) + sum
+    (max, total(acc))
 }
 
-/// A row of P becomes P ∘ M; its first element is key 0.
+/// The sum of the lanes, pairwise.
+#[inline(always)]
+fn total<T: Real>(mut acc: [T; LANES]) -> T {
+    let mut n = LANES / 2;
+    while n > 0 {
+        for l in 0..n {
+            acc[l] += acc[l + n];
+        }
+        n /= 2;
+    }
+    acc[0]
+}
+
+/// A row of P, from key 0 on, becomes P ∘ M.
 #[inline(always)]
 pub(super) fn drop<T: Real>(mask: &Mask<T>, row: u32, site: u32, p: &mut [T]) {
     let mut factors = [T::ZERO; CHUNK];
@@ -63,17 +74,4 @@ pub(super) fn drop<T: Real>(mask: &Mask<T>, row: u32, site: u32, p: &mut [T]) {
             *p *= f;
         }
     }
-}
-
-/// The lanes as one, pairwise.
-#[inline(always)]
-fn fold<T: Real>(mut acc: [T; LANES], f: impl Fn(T, T) -> T) -> T {
-    let mut n = LANES / 2;
-    while n > 0 {
-        for l in 0..n {
-            acc[l] = f(acc[l], acc[l + n]);
-        }
-        n /= 2;
-    }
-    acc[0]
 }

@@ -200,11 +200,15 @@ fn targets(raw: &RawConfig) -> Result<Vec<String>> {
             _ => "expected the names of one or more modules".to_owned(),
         },
         Some(Value::String(s)) => {
-            format!("{s:?}, a regular expression or a word for many modules, is not supported; list the modules by name")
+            format!(
+                "{s:?}, a regular expression or a word for many modules, is not supported; list the modules by name"
+            )
         }
         Some(other) => format!("expected a list of names, found {other}"),
-        None => "missing; PEFT's default for an architecture is not supported, so list the modules, for GPT-2 [\"c_attn\"]"
-            .to_owned(),
+        None => {
+            "missing; PEFT's default for an architecture is not supported, so list the modules, for GPT-2 [\"c_attn\"]"
+                .to_owned()
+        }
     };
     Err(raw.error(KEY, problem))
 }
@@ -227,8 +231,8 @@ fn pattern<T>(
                 format_args!("{name:?} is a regular expression, which is not supported; name the modules"),
             ));
         }
-        let value = read(value)
-            .ok_or_else(|| raw.error(key, format_args!("expected {what} for {name:?}, found {value}")))?;
+        let value =
+            read(value).ok_or_else(|| raw.error(key, format_args!("expected {what} for {name:?}, found {value}")))?;
         Ok((name.clone(), value))
     };
     map.iter().map(entry).collect()

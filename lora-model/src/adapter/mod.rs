@@ -305,7 +305,7 @@ fn parts<'a>(
     let mut counts = BTreeMap::new();
     for site in sites {
         let r = config.rank(site);
-        if r % rank != 0 {
+        if !r.is_multiple_of(rank) {
             return Err(bad(format!("{site} has rank {r}, which is no multiple of the parts' rank {rank}")));
         }
         counts.insert(site, r / rank);

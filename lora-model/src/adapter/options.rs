@@ -74,7 +74,8 @@ pub(super) fn check(raw: &RawConfig) -> Result<()> {
     match raw.str("bias")? {
         None | Some("none") => {}
         Some(other) => {
-            return Err(raw.error("bias", format!("{other:?}, training biases of the base, is not supported; only \"none\" is")));
+            return Err(raw
+                .error("bias", format!("{other:?}, training biases of the base, is not supported; only \"none\" is")));
         }
     }
     match raw.value("init_lora_weights") {

@@ -50,9 +50,8 @@ pub fn save(
     let transposed = base.sites().iter().any(|s| sites.contains_key(s.name.as_str()) && s.layout == Layout::InOut);
     let text = PeftConfig::of(config, &sites, base_model_name.map(str::to_owned)).text(transposed);
 
-    let parts = config::has_parts(config, sites.keys().copied()).then(|| {
-        json!(Parts { targets: config.targets.clone(), rank: config.rank, alpha: config.alpha }).to_string()
-    });
+    let parts = config::has_parts(config, sites.keys().copied())
+        .then(|| json!(Parts { targets: config.targets.clone(), rank: config.rank, alpha: config.alpha }).to_string());
     let metadata: Vec<(&str, &str)> =
         [("format", "pt")].into_iter().chain(parts.as_deref().map(|p| (PARTS_KEY, p))).collect();
     let specs: Vec<TensorSpec> =

@@ -150,7 +150,8 @@ mod tests {
     /// Candidates of one step, by hand: two beams, token 0 ends.
     #[test]
     fn only_the_first_candidates_may_finish() {
-        let config = GenerationConfig { num_beams: 2, eos_token_id: vec![0], length_penalty: 0.0, ..Default::default() };
+        let config =
+            GenerationConfig { num_beams: 2, eos_token_id: vec![0], length_penalty: 0.0, ..Default::default() };
         let mut search = Search::new((0, &Request { prompt: &[3], limit: 9 }));
         let step = |search: &mut Search, rows: &[[f64; 4]]| {
             let mut rows: Vec<Vec<f32>> = rows.iter().map(|p| p.map(|p| p.ln() as f32).to_vec()).collect();

@@ -78,7 +78,10 @@ fn requests<'a>(model: &dyn Model, prompts: &'a [Vec<u32>], config: &GenerationC
     let requests = prompts.iter().enumerate().map(&mut request).collect::<Result<_>>()?;
     if cut > 0 {
         let wanted = config.max_new_tokens;
-        tracing::warn!("{cut} of {} prompts leave fewer than max_new_tokens = {wanted} of the model's {positions} positions free and get as many tokens as fit", prompts.len());
+        tracing::warn!(
+            "{cut} of {} prompts leave fewer than max_new_tokens = {wanted} of the model's {positions} positions free and get as many tokens as fit",
+            prompts.len()
+        );
     }
     Ok(requests)
 }

@@ -68,8 +68,12 @@ fn nucleus(top_p: f64, kept: &mut Vec<(u32, f64)>) {
     kept.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     // The tail from a token on stays above 1 − top_p exactly as long as the tokens before it make up less than top_p.
     let mut before = 0.0;
-    let stay = kept.iter().take_while(|&&(_, p)| std::mem::replace(&mut before, before + p) < top_p).count();
-    kept.truncate(stay);
+    let stay = kept.iter().position(|&(_, p)| {
+        let full = before >= top_p;
+        before += p;
+        full
+    });
+    kept.truncate(stay.unwrap_or(kept.len()));
 }
 
 fn normalize(kept: &mut [(u32, f64)]) {

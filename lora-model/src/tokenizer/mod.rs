@@ -33,6 +33,9 @@ const FILES: [&str; 7] = [
 /// Long texts are encoded piece by piece of about this many bytes: the memory of encoding grows with the piece.
 const PIECE: usize = 1 << 16;
 
+/// That many pieces at once, so that all cores have some.
+const BATCH: usize = 32;
+
 /// A vocabulary and the rules by which text is cut into its tokens.
 ///
 /// ```
@@ -95,11 +98,27 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] when the model of the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 1);
-        for piece in pieces(text, if self.splits { PIECE } else { usize::MAX }) {
-            let encoding = self.inner.encode_fast(piece, false).map_err(|e| self.error(e.to_string()))?;
-            ids.extend_from_slice(encoding.get_ids());
+        let mut pieces = pieces(text, if self.splits { PIECE } else { usize::MAX });
+        loop {
+            let batch: Vec<&str> = pieces.by_ref().take(BATCH).collect();
+            match batch[..] {
+                [] => return Ok(ids),
+                [piece] => {
+                    let encoding = self.inner.encode_fast(piece, false).map_err(|e| self.error(e.to_string()))?;
+                    ids.extend_from_slice(encoding.get_ids());
+                }
+                _ => self.encode_all(&batch)?.iter().for_each(|part| ids.extend_from_slice(part)),
+            }
         }
-        Ok(ids)
+    }
+
+    /// [`encode`](Tokenizer::encode) of many texts, on all cores; in their order.
+    ///
+    /// # Errors
+    /// As [`encode`](Tokenizer::encode).
+    pub fn encode_all(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
+        let encodings = self.inner.encode_batch_fast(texts.to_vec(), false).map_err(|e| self.error(e.to_string()))?;
+        Ok(encodings.iter().map(|e| e.get_ids().to_vec()).collect())
     }
 
     /// The text of `ids`, with or without special tokens. Bytes that form no character become U+FFFD.

@@ -189,13 +189,10 @@ pub enum Error {
     #[error("there is no data: give at least one file")]
     NoData,
 
-    /// A batch size or a number of micro-batches is zero, or their product is absurd.
-    #[error(
-        "a batch size of {batch_size} and {grad_accum} micro-batches make no step: both must be at least 1, and their \
-         product small enough to count"
-    )]
+    /// A batch size or a number of micro-batches is zero.
+    #[error("a batch size of {batch_size} and {grad_accum} micro-batches make no step: both must be at least 1")]
     BatchSize {
-        /// Sequences in a micro-batch.
+        /// Sequences in a step.
         batch_size: usize,
         /// Micro-batches in a step.
         grad_accum: usize,

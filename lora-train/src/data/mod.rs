@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use batch::Batch;
 pub use encode::{Dataset, Encode, EncodeError, Sequence, encode, encode_prompt};
 pub use error::{Error, Result};
-pub use read::read;
+pub use read::{read, read_prompts};
 pub use sampler::{Position, Sampler};
 
 /// How a data file is laid out.
@@ -106,7 +106,7 @@ pub enum Content {
     Pair {
         /// What is given; may be empty.
         prompt: String,
-        /// What is to be learned; never empty.
+        /// What is to be learned; never empty but in a file of prompts ([`read_prompts`]).
         completion: String,
     },
     /// Text that is learned from its first token to its last.

@@ -17,7 +17,19 @@ use super::{Content, Corpus, Error, Example, Format, Result};
 /// JSON, or not an object with the strings `prompt` and `completion` or the string `text` (both at once are an error
 /// too, since only one could be meant), or with a blank completion or text.
 pub fn read(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
-    let path = path.as_ref();
+    parse(path.as_ref(), format, true)
+}
+
+/// Reads a file of prompts to continue: as [`read`], but a reference or completion may be empty, and in JSONL absent.
+///
+/// # Errors
+/// As of [`read`] otherwise.
+pub fn read_prompts(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
+    parse(path.as_ref(), format, false)
+}
+
+/// `whole`: a pair needs both of its sides.
+fn parse(path: &Path, format: Format, whole: bool) -> Result<Corpus> {
     let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
     let text = utf8(path, bytes)?;
     // A mark in the middle of a file is a character like any other; only at its start does it say "UTF-8".
@@ -27,10 +39,10 @@ pub fn read(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
     }
     let examples = match format {
         Format::Text => vec![Example { line: 1, content: Content::Text(body.replace("\r\n", "\n")) }],
-        Format::E2e => by_line(body, |line, text| e2e(path, line, text))?,
+        Format::E2e => by_line(body, |line, text| e2e(path, line, text, whole))?,
         Format::Jsonl => {
             let array = body.trim_start().starts_with('[');
-            by_line(body, |line, text| jsonl(path, line, text, array))?
+            by_line(body, |line, text| jsonl(path, line, text, array, whole))?
         }
     };
     Ok(Corpus { path: path.to_owned(), format, examples })
@@ -49,25 +61,25 @@ fn by_line(text: &str, parse: impl Fn(usize, &str) -> Result<Content>) -> Result
     lines.map(|(i, text)| Ok(Example { line: i + 1, content: parse(i + 1, text)? })).collect()
 }
 
-fn e2e(path: &Path, line: usize, text: &str) -> Result<Content> {
+fn e2e(path: &Path, line: usize, text: &str, whole: bool) -> Result<Content> {
     let Some((prompt, completion)) = text.split_once("||") else {
         return Err(Error::NoSeparator { path: path.to_owned(), line, start: start_of(text) });
     };
-    pair(path, line, text, prompt, completion, "reference")
+    if whole && completion.trim().is_empty() {
+        return Err(empty_target(path, line, "reference", text));
+    }
+    Ok(pair(prompt, completion))
 }
 
-fn pair(path: &Path, line: usize, text: &str, prompt: &str, completion: &str, part: &'static str) -> Result<Content> {
-    if completion.trim().is_empty() {
-        return Err(empty_target(path, line, part, text));
-    }
-    Ok(Content::Pair { prompt: prompt.trim().to_owned(), completion: completion.trim().to_owned() })
+fn pair(prompt: &str, completion: &str) -> Content {
+    Content::Pair { prompt: prompt.trim().to_owned(), completion: completion.trim().to_owned() }
 }
 
 fn empty_target(path: &Path, line: usize, part: &'static str, text: &str) -> Error {
     Error::EmptyTarget { path: path.to_owned(), line, part, start: start_of(text) }
 }
 
-fn jsonl(path: &Path, line: usize, text: &str, array: bool) -> Result<Content> {
+fn jsonl(path: &Path, line: usize, text: &str, array: bool, whole: bool) -> Result<Content> {
     let value: Value = serde_json::from_str(text).map_err(|e| Error::Json {
         path: path.to_owned(),
         line,
@@ -85,7 +97,11 @@ fn jsonl(path: &Path, line: usize, text: &str, array: bool) -> Result<Content> {
         Some(other) => Err(not(format!("\"{key}\" is {} in place of a string", kind(other)))),
     };
     match (string("prompt")?, string("completion")?, string("text")?) {
-        (Some(prompt), Some(completion), None) => pair(path, line, text, prompt, completion, "completion"),
+        (Some(prompt), completion, None) if !whole => Ok(pair(prompt, completion.unwrap_or_default())),
+        (Some(_), Some(completion), None) if completion.trim().is_empty() => {
+            Err(empty_target(path, line, "completion", text))
+        }
+        (Some(prompt), Some(completion), None) => Ok(pair(prompt, completion)),
         (None, None, Some(t)) if t.trim().is_empty() => Err(empty_target(path, line, "text", text)),
         (None, None, Some(t)) => Ok(Content::Text(t.to_owned())),
         (None, None, None) if object.is_empty() => Err(not("the object is empty".into())),

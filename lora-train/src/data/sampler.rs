@@ -7,18 +7,18 @@ use super::{Batch, Dataset, Error, Result};
 
 /// The order of the data: from the number of an optimiser step to its sequences.
 ///
-/// As in Hugging Face's trainer, `batch_size` is the micro-batch and a step takes `batch_size · grad_accum` sequences;
-/// the last step of an epoch takes what is left (PyTorch's `DataLoader` without `drop_last`). An epoch of `n` sequences
-/// has `⌈n / (batch_size · grad_accum)⌉` steps.
+/// A step takes `batch_size` sequences, in up to `grad_accum` micro-batches of `⌈batch_size / grad_accum⌉`; the last step
+/// of an epoch takes what is left (PyTorch's `DataLoader` without `drop_last`). An epoch of `n` sequences has
+/// `⌈n / batch_size⌉` steps.
 ///
-/// The sequences of a step depend on the data's size, the seed and the step alone. So the step number is the whole
-/// state: nothing else needs saving to resume. And `(batch_size, grad_accum)` of (8, 1), (4, 2) and (1, 8) walk through
-/// the same steps.
+/// The sequences of a step depend on the data's size, the batch size, the seed and the step alone. So the step number is
+/// the whole state: nothing else needs saving to resume. And however a batch is split, the steps are the same.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     sequences: usize,
     batch_size: usize,
-    per_step: usize,
+    /// Sequences of a micro-batch.
+    part: usize,
     seed: Option<u64>,
     /// The order of one epoch, kept because neighbouring steps share it.
     order: Option<(u64, Vec<usize>)>,
@@ -37,26 +37,26 @@ impl Sampler {
     /// An order over `sequences` sequences, shuffled anew each epoch from `seed`, or for `None` that of the file.
     ///
     /// # Errors
-    /// No sequences; a batch size or a number of micro-batches of zero, or a product that overflows.
+    /// No sequences; a batch size or a number of micro-batches of zero.
     pub fn new(sequences: usize, batch_size: usize, grad_accum: usize, seed: Option<u64>) -> Result<Sampler> {
         if sequences == 0 {
             return Err(Error::NoData);
         }
-        match batch_size.checked_mul(grad_accum) {
-            None | Some(0) => Err(Error::BatchSize { batch_size, grad_accum }),
-            Some(per_step) => Ok(Sampler { sequences, batch_size, per_step, seed, order: None }),
+        if batch_size == 0 || grad_accum == 0 {
+            return Err(Error::BatchSize { batch_size, grad_accum });
         }
+        Ok(Sampler { sequences, batch_size, part: batch_size.div_ceil(grad_accum), seed, order: None })
     }
 
     /// Optimiser steps in one pass over the data.
     pub fn steps_per_epoch(&self) -> u64 {
-        self.sequences.div_ceil(self.per_step) as u64
+        self.sequences.div_ceil(self.batch_size) as u64
     }
 
     /// Where step `step`, counted from 0, starts.
     pub fn position(&self, step: u64) -> Position {
         let per_epoch = self.steps_per_epoch();
-        Position { epoch: step / per_epoch, index: (step % per_epoch) as usize * self.per_step }
+        Position { epoch: step / per_epoch, index: (step % per_epoch) as usize * self.batch_size }
     }
 
     /// The indices of the sequences of step `step`, counted from 0.
@@ -66,18 +66,18 @@ impl Sampler {
             self.order = Some((epoch, order(self.sequences, self.seed, epoch)));
         }
         let (_, order) = self.order.as_ref().expect("set above");
-        &order[index..self.sequences.min(index.saturating_add(self.per_step))]
+        &order[index..self.sequences.min(index.saturating_add(self.batch_size))]
     }
 
-    /// The micro-batches of step `step`: `batch_size` sequences each, the last perhaps fewer. `data` is what the
+    /// The micro-batches of step `step`, of the same number of sequences, the last perhaps of fewer. `data` is what the
     /// sampler was made for.
     ///
     /// # Panics
     /// If `data` has fewer sequences than the sampler was made for.
     pub fn batches(&mut self, step: u64, data: &Dataset) -> Vec<Batch> {
-        let batch_size = self.batch_size;
+        let part = self.part;
         let mut row_offset = 0;
-        let micro = self.indices(step).chunks(batch_size);
+        let micro = self.indices(step).chunks(part);
         micro
             .map(|indices| {
                 let batch = Batch::new(indices.iter().map(|&i| &data.sequences[i]), row_offset);

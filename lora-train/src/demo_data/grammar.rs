@@ -82,19 +82,19 @@ pub(super) fn finish(text: &str) -> String {
     }
     out.push_str(rest);
 
-    let mut sentence_starts = true;
+    let (mut sentence_starts, mut last) = (true, ' ');
     out.chars()
-        .map(|c| match c {
-            '.' | '!' | '?' => {
-                sentence_starts = true;
-                c
-            }
-            ' ' | '"' => c,
-            _ if sentence_starts => {
-                sentence_starts = false;
-                c.to_ascii_uppercase()
-            }
-            _ => c,
+        .map(|c| {
+            let capital = sentence_starts && c.is_alphabetic();
+            sentence_starts = match c {
+                '.' | '!' | '?' => true,
+                // The sentence goes on behind a quoted question: "where?" asked Wren.
+                '"' if matches!(last, '!' | '?') => false,
+                ' ' | '"' => sentence_starts,
+                _ => false,
+            };
+            last = c;
+            if capital { c.to_ascii_uppercase() } else { c }
         })
         .collect()
 }
@@ -110,8 +110,8 @@ mod tests {
 
     #[test]
     fn articles_capitals_and_bindings() {
-        let text = finish("a(n) egg. it is a(n) pear! \"why? a(n) Otter, a(n) one-star inn");
-        assert_eq!(text, "An egg. It is a pear! \"Why? An Otter, a one-star inn");
+        let text = finish("a(n) egg. it is a(n) pear! \"why?\" asked a(n) Otter. \"a(n) one-star inn.\" so");
+        assert_eq!(text, "An egg. It is a pear! \"Why?\" asked an Otter. \"A one-star inn.\" So");
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         for _ in 0..50 {
             let text = write("{Fruit},{Fruit},{Fruit2}", &[RULES], &mut rng).to_lowercase();

@@ -1,1 +1,84 @@
-fn main() {}
+//! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
+
+mod base;
+// mod demo;
+mod eval;
+mod generate;
+mod info;
+mod merge;
+mod pretrain;
+mod train;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+/// Fine-tunes transformers with low-rank adapters (LoRA).
+///
+/// A model is a folder as Hugging Face writes it (config.json, safetensors, tokenizer); an adapter is a folder as PEFT
+/// writes it. Results go to standard output, all else to standard error. The exit code is 0 only on success; 130 after
+/// Ctrl-C.
+#[derive(Parser)]
+#[command(name = "lora", version, max_term_width = 110, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Args)]
+struct Global {
+    /// Threads to compute on [default: all cores]; results do not depend on it
+    #[arg(long, global = true, value_name = "N", help_heading = "Global", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Say more; twice for debugging
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Global")]
+    verbose: u8,
+    /// Say nothing but errors and results
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global")]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    // /// Show the whole story, from nothing to an adapted model, on data that the program makes itself
+    // Demo(demo::DemoArgs),
+    /// Make a small model from text: learn a vocabulary and train all weights
+    Pretrain(pretrain::PretrainArgs),
+    /// Fine-tune a model on a data file
+    Train(Box<train::TrainArgs>),
+    /// Measure loss and perplexity of a model on a data file
+    Eval(eval::EvalArgs),
+    /// Continue a prompt, or the prompts of a data file
+    Generate(generate::GenerateArgs),
+    /// Write a model with an adapter merged into its weights
+    Merge(merge::MergeArgs),
+    /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is
+    Info(info::InfoArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    ui::init(cli.global.verbose, cli.global.quiet);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => ui::report(&e),
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(n) = cli.global.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(n.into()).build_global()?;
+    }
+    match cli.command {
+        // Command::Demo(args) => demo::run(args),
+        Command::Pretrain(args) => pretrain::run(args),
+        Command::Train(args) => train::run(*args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Merge(args) => merge::run(args),
+        Command::Info(args) => info::run(args),
+    }
+}

@@ -1,0 +1,81 @@
+//! A linear layer of GPT-2 small (c_attn, 1024 tokens) with LoRA at ranks 1 to 64, forward and forward + backward, beside
+//! the bare layer ("r 0"). The floor of LoRA's extra work is its FLOPs: r·(1/in + 1/out) of the layer's.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use lora_bench::numbers;
+use lora_core::{
+    Grads, Result, Tape, Tensor, Var,
+    lowrank::Layout,
+    ops,
+    peft::{Adapted, Base, Lora, LoraConfig, Site},
+};
+use lora_kernels::{DType, Device};
+
+const TOKENS: usize = 1024;
+const IN: usize = 768;
+const OUT: usize = 2304;
+
+/// One linear layer as a base.
+struct Layer {
+    w: Tensor,
+    sites: Vec<Site>,
+}
+
+impl Base for Layer {
+    fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_> {
+        Box::new([("layer.weight", &self.w)].into_iter())
+    }
+
+    fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+}
+
+impl Layer {
+    fn forward(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
+        let w = adapted.weight(t, "layer.weight", &self.w);
+        let y = ops::linear(t, x, &w, Layout::InOut, None)?;
+        adapted.adapt(t, "layer", x, y)
+    }
+}
+
+fn adapted(layer: &Layer, rank: usize) -> Result<Adapted> {
+    if rank == 0 {
+        return Adapted::none(&Device::Cpu);
+    }
+    let config = LoraConfig { rank, alpha: 16.0, dropout: 0.0, rslora: false, targets: vec!["layer".into()] };
+    Adapted::new(&Lora::new(config)?, layer, &Device::Cpu, DType::F32, 0)
+}
+
+fn lora(c: &mut Criterion) {
+    let site = Site { name: "layer".into(), inputs: IN, outputs: OUT, layout: Layout::InOut, parts: vec![] };
+    let layer = Layer { w: numbers(IN, OUT), sites: vec![site] };
+    let (x, dy) = (numbers(TOKENS, IN), numbers(TOKENS, OUT));
+    let mut group = c.benchmark_group("lora_linear");
+    group.sample_size(20).throughput(Throughput::Elements(TOKENS as u64));
+    for rank in [0, 1, 4, 8, 16, 64] {
+        let adapted = adapted(&layer, rank).expect("a layer with LoRA");
+        group.bench_function(format!("forward, r {rank}"), |b| {
+            b.iter(|| {
+                let mut t = Tape::inference(&adapted.params);
+                let x = t.constant(&x);
+                layer.forward(&mut t, &adapted, &x).expect("forward")
+            });
+        });
+        // What reaches the layer inside a network is tracked, so that dx is part of the work at every rank.
+        group.bench_function(format!("forward + backward, r {rank}"), |b| {
+            let mut grads = Grads::new(&adapted.params).expect("memory");
+            b.iter(|| {
+                grads.reset();
+                let mut t = Tape::new(&adapted.params);
+                let x = t.tracked(&x);
+                let y = layer.forward(&mut t, &adapted, &x).expect("forward");
+                t.backward_from(y, dy.clone(), &mut grads).expect("backward");
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, lora);
+criterion_main!(benches);

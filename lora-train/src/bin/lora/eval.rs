@@ -1,0 +1,55 @@
+//! `lora eval`.
+
+use std::path::PathBuf;
+
+use anyhow::ensure;
+use clap::Args;
+use lora_train::{Encoder, Evaluation, data::Format, evaluate, load_data};
+
+use crate::{
+    base::{BaseArgs, Loaded},
+    train::formats,
+    ui,
+};
+
+#[derive(Args)]
+#[command(allow_negative_numbers = true)]
+pub(crate) struct EvalArgs {
+    #[command(flatten)]
+    base: BaseArgs,
+    /// Data to evaluate on
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    data: PathBuf,
+    /// Layout of the data [default: jsonl by its extension, otherwise e2e]
+    #[arg(long, value_parser = formats(), help_heading = "Data")]
+    format: Option<String>,
+    /// Tokens at which a sequence is cut
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Data")]
+    max_length: usize,
+    /// Sequences computed at a time; the result does not depend on it
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Data")]
+    batch_size: usize,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
+    ensure!(args.batch_size > 0, "batch-size = 0: must be at least 1");
+    let format = args.format.map(|f| f.parse::<Format>()).transpose()?;
+    let Loaded { dir, model, adapted } = args.base.load()?;
+    let encoder = Encoder::from_dir(&dir, &*model)?;
+    let data = load_data(&args.data, format, &encoder, &*model, args.max_length)?;
+    let evaluation = evaluate(&*model, &adapted, &data, args.batch_size)?;
+    let Evaluation { loss, perplexity, targets } = evaluation;
+    ensure!(
+        loss.is_finite(),
+        "the loss on {} is {loss}: the model's weights or the adapter hold values that are no numbers; look at the run \
+         that made them",
+        args.data.display()
+    );
+    match args.json {
+        true => ui::print_json(&evaluation),
+        false => ui::print(format_args!("loss {loss:.6}\nperplexity {perplexity:.4}\ntargets {targets}\n")),
+    }
+}

@@ -1,0 +1,251 @@
+//! `lora info`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use clap::Args;
+use indicatif::{HumanBytes, HumanCount};
+use lora_kernels::Device;
+use lora_model::{
+    adapter,
+    checkpoint::{Checkpoint, TensorFile, TensorInfo},
+    config::{CONFIG_FILE, Gpt2Config, RawConfig},
+};
+use lora_train::{RUN_FILE, checkpoint};
+use serde_json::{Map, Value, json};
+
+use crate::{merge::size, ui};
+
+#[derive(Args)]
+pub(crate) struct InfoArgs {
+    /// A model's, adapter's, run's or checkpoint's folder, or a safetensors file
+    #[arg(value_name = "DIR|FILE")]
+    path: PathBuf,
+    /// The base that an adapter belongs to, for its share of parameters [default: what its configuration names]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// List all tensors
+    #[arg(long)]
+    tensors: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: InfoArgs) -> anyhow::Result<()> {
+    let info = describe(&args)?;
+    match args.json {
+        true => ui::print_json(&info),
+        false => ui::print(Listing(&info)),
+    }
+}
+
+fn describe(args: &InfoArgs) -> anyhow::Result<Value> {
+    let path = &args.path;
+    let about = std::fs::metadata(path).with_context(|| format!("could not read {}", path.display()))?;
+    let holds = |name: &str| path.join(name).exists();
+    let kind = match () {
+        () if !about.is_dir() => "file",
+        () if holds(checkpoint::STATE) => "checkpoint",
+        () if holds(RUN_FILE) => "run",
+        () if holds(adapter::CONFIG_FILE) => "adapter",
+        () if holds(CONFIG_FILE) => "model",
+        () => bail!(
+            "{} holds no {CONFIG_FILE} (a model), {} (an adapter), {RUN_FILE} (a run) or {} (a checkpoint)",
+            path.display(),
+            adapter::CONFIG_FILE,
+            checkpoint::STATE
+        ),
+    };
+    let mut info = json!({"kind": kind, "path": path});
+    let more = match kind {
+        "file" => file(path, args)?,
+        "checkpoint" => checkpoint_of_run(path, args)?,
+        "run" => whole_run(path, args)?,
+        "adapter" => adapter_of(path, args)?,
+        _ => model(path, args)?,
+    };
+    if let (Value::Object(info), Value::Object(more)) = (&mut info, more) {
+        info.extend(more);
+    }
+    Ok(info)
+}
+
+fn model(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
+    let raw = RawConfig::from_dir(dir)?;
+    let config = Gpt2Config::from_raw(&raw)?;
+    let weights = Checkpoint::open(dir)?;
+    let tensors: Vec<TensorInfo> = weights.names().filter_map(|n| weights.info(n)).collect();
+    let mut info = json!({
+        "architecture": raw.str("model_type")?,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.n_positions,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "parameters": config.parameters() as u64,
+        "files": weights.layout().files(),
+    });
+    summarise(&mut info, &tensors, args);
+    Ok(info)
+}
+
+fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
+    let adapter = adapter::load(dir)?;
+    let c = &adapter.config;
+    let rank = c.rank as f64;
+    let scaling = if c.rslora { c.alpha / rank.sqrt() } else { c.alpha / rank };
+    let mut info = json!({
+        "method": "lora",
+        "rank": c.rank,
+        "alpha": c.alpha,
+        "rslora": c.rslora,
+        "scaling": scaling,
+        "dropout": c.dropout,
+        "targets": c.targets,
+        "base_model_name_or_path": adapter.base_model_name_or_path,
+    });
+    summarise(&mut info, &tensors_of(&dir.join(adapter::WEIGHTS_FILE))?, args);
+    let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from);
+    if let Some(base) = args.model.clone().or(named.filter(|p| p.join(CONFIG_FILE).exists())) {
+        let model = lora_model::load(&base, &Device::Cpu)?;
+        let trainable = adapter.attach(&*model, &Device::Cpu)?.params.count();
+        let parameters: usize = model.tensors().map(|(_, t)| t.len()).sum();
+        info["trainable"] = json!(trainable);
+        info["base_parameters"] = json!(parameters);
+        info["trainable_share"] = json!(trainable as f64 / parameters as f64);
+    }
+    Ok(info)
+}
+
+fn whole_run(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
+    let mut info = json!({"finished": false});
+    let result = match () {
+        () if adapter::is_adapter(dir) => Some(("adapter", adapter_of(dir, args)?)),
+        () if dir.join(CONFIG_FILE).exists() => Some(("model", model(dir, args)?)),
+        () => None,
+    };
+    if let Some((kind, result)) = result {
+        info["finished"] = json!(true);
+        info[kind] = result;
+    }
+    let checkpoints = checkpoint::list(dir)?.into_iter().map(|(step, path)| {
+        let bytes = size(&path)?;
+        anyhow::Ok(json!({"step": step, "path": path, "bytes": bytes}))
+    });
+    info["checkpoints"] = Value::Array(checkpoints.collect::<anyhow::Result<_>>()?);
+    let text = lora_model::files::read_to_string(&dir.join(RUN_FILE))?;
+    let config: toml::Table = text.parse().with_context(|| format!("{} is damaged", dir.join(RUN_FILE).display()))?;
+    info["config"] = serde_json::to_value(config)?;
+    Ok(info)
+}
+
+fn checkpoint_of_run(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
+    let state = checkpoint::state(dir)?;
+    let tensors = tensors_of(&dir.join(checkpoint::TENSORS))?;
+    let trainable: usize =
+        tensors.iter().filter(|t| t.stored_name.starts_with("trainable.")).map(TensorInfo::elements).sum();
+    let mut info = json!({
+        "step": state.step,
+        "method": state.config.method,
+        "trainable": trainable,
+        "sequences": state.data.sequences,
+        "tokens": state.data.tokens,
+    });
+    summarise(&mut info, &tensors, args);
+    info["bytes"] = json!(size(dir)?);
+    info["config"] = serde_json::to_value(&state.config)?;
+    Ok(info)
+}
+
+fn file(path: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
+    ensure!(
+        path.extension().is_some_and(|e| e == "safetensors"),
+        "{}: is neither a folder nor a .safetensors file, and no other kind of file is read",
+        path.display()
+    );
+    let mut info = json!({"metadata": TensorFile::open(path)?.metadata()});
+    summarise(&mut info, &tensors_of(path)?, args);
+    // A file is its tensors: they are always listed.
+    list(&mut info, &tensors_of(path)?);
+    Ok(info)
+}
+
+fn tensors_of(path: &Path) -> anyhow::Result<Vec<TensorInfo>> {
+    let file = TensorFile::open(path)?;
+    Ok(file.names().filter_map(|n| file.info(n)).collect())
+}
+
+/// How many tensors, elements and bytes there are, of which types; and all of them when asked for.
+fn summarise(info: &mut Value, tensors: &[TensorInfo], args: &InfoArgs) {
+    let mut types: Map<String, Value> = Map::new();
+    for t in tensors {
+        let n = types.get(&t.dtype.to_string()).and_then(Value::as_u64).unwrap_or(0);
+        types.insert(t.dtype.to_string(), json!(n + 1));
+    }
+    info["tensor_count"] = json!(tensors.len());
+    info["elements"] = json!(tensors.iter().map(TensorInfo::elements).sum::<usize>());
+    info["bytes"] = json!(tensors.iter().map(TensorInfo::bytes).sum::<usize>());
+    info["dtypes"] = Value::Object(types);
+    if args.tensors {
+        list(info, tensors);
+    }
+}
+
+fn list(info: &mut Value, tensors: &[TensorInfo]) {
+    let row = |t: &TensorInfo| json!({"name": t.stored_name, "dtype": t.dtype.to_string(), "shape": t.shape, "bytes": t.bytes()});
+    info["tensors"] = Value::Array(tensors.iter().map(row).collect());
+}
+
+/// The same object for a person: a line per key, tensors and checkpoints as tables.
+struct Listing<'a>(&'a Value);
+
+impl std::fmt::Display for Listing<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        lines(f, self.0, 0)
+    }
+}
+
+fn lines(f: &mut std::fmt::Formatter<'_>, object: &Value, indent: usize) -> std::fmt::Result {
+    let Value::Object(keys) = object else { return Ok(()) };
+    for (key, value) in keys.iter().filter(|(_, v)| !v.is_null()) {
+        write!(f, "{:indent$}{key:<w$} ", "", w = 24 - indent)?;
+        match value {
+            Value::Object(_) => {
+                writeln!(f)?;
+                lines(f, value, indent + 2)?;
+            }
+            Value::Array(rows) if rows.first().is_some_and(Value::is_object) => {
+                writeln!(f, "{}", rows.len())?;
+                rows.iter().try_for_each(|r| writeln!(f, "{:w$}{}", "", row(r), w = indent + 2))?;
+            }
+            value => writeln!(f, "{}", scalar(key, value))?,
+        }
+    }
+    Ok(())
+}
+
+/// An entry of a table: its values, bytes last.
+fn row(entry: &Value) -> String {
+    let Value::Object(keys) = entry else { return entry.to_string() };
+    keys.iter()
+        .map(|(k, v)| if k == "step" { format!("step {v}") } else { scalar(k, v) })
+        .collect::<Vec<_>>()
+        .join("  ")
+}
+
+fn scalar(key: &str, value: &Value) -> String {
+    match value {
+        Value::String(s) => s.clone(),
+        Value::Array(items) if key != "shape" => items.iter().map(|v| scalar("", v)).collect::<Vec<_>>().join(", "),
+        Value::Number(n) => match (key, n.as_u64(), n.as_f64()) {
+            ("bytes", Some(n), _) => format!("{} ({} bytes)", HumanBytes(n), HumanCount(n)),
+            ("parameters" | "elements" | "trainable" | "base_parameters" | "tokens", Some(n), _) => {
+                HumanCount(n).to_string()
+            }
+            ("trainable_share", _, Some(share)) => format!("{:.4}%", 100.0 * share),
+            _ => n.to_string(),
+        },
+        other => other.to_string(),
+    }
+}

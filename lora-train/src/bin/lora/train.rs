@@ -1,0 +1,182 @@
+//! `lora train`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::{
+    Args,
+    builder::{PossibleValue, PossibleValuesParser},
+};
+use lora_core::peft::METHODS;
+use lora_train::{TrainConfig, data::Format, schedule::Schedule, train};
+use serde::Serialize;
+
+use crate::ui;
+
+/// The fields but the last three are those of [`TrainConfig`]: what is given here lies over the configuration file.
+#[derive(Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[command(allow_negative_numbers = true)]
+#[command(after_help = "Every option but --config, --resume and --json is also a key of the TOML file of --config, \
+                        for example: model = \"gpt2\", targets = [\"c_attn.q\", \"c_attn.v\"], lr = 2e-4.")]
+pub(crate) struct TrainArgs {
+    /// Folder of the base model, or its id on the Hugging Face hub
+    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Input and output")]
+    model: Option<PathBuf>,
+    /// Training data
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    data: Option<PathBuf>,
+    /// Folder for the result: the adapter as PEFT reads it (with --method full a model), checkpoints below it
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    out: Option<PathBuf>,
+    /// Data to evaluate on
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    valid: Option<PathBuf>,
+    /// Layout of the data: context||reference lines, JSON lines of prompt and completion (or text), or plain text
+    /// [default: jsonl by its extension, otherwise e2e]
+    #[arg(long, value_parser = formats(), help_heading = "Input and output")]
+    format: Option<String>,
+    /// An adapter to start from; rank, alpha, targets and scaling are its own
+    #[arg(long, value_name = "DIR", help_heading = "Input and output")]
+    init_adapter: Option<PathBuf>,
+    /// File that gets one JSON object per step and per evaluation
+    #[arg(long, value_name = "FILE.jsonl", help_heading = "Input and output")]
+    log: Option<PathBuf>,
+
+    /// What to train [default: lora]
+    #[arg(long, value_parser = methods(), help_heading = "Method")]
+    method: Option<String>,
+    /// Rank r of the update [default: 8]
+    #[arg(long, value_name = "R", help_heading = "Method")]
+    rank: Option<usize>,
+    /// The update is scaled by alpha/r [default: 16]
+    #[arg(long, help_heading = "Method")]
+    alpha: Option<f64>,
+    /// Dropout on the input of the adapter [default: 0]
+    #[arg(long, value_name = "P", help_heading = "Method")]
+    dropout: Option<f64>,
+    /// Scale by alpha/√r (rank-stabilised LoRA)
+    #[arg(long, help_heading = "Method")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    rslora: bool,
+    /// Modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
+    /// (c_attn.q,c_attn.v) [default: c_attn]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Method")]
+    targets: Option<Vec<String>>,
+    /// Dropout of the base itself while training [default: what the model's configuration says]
+    #[arg(long, value_name = "P", help_heading = "Method")]
+    base_dropout: Option<f64>,
+
+    /// Passes over the data [default: 3]
+    #[arg(long, value_name = "N", conflicts_with = "steps", help_heading = "Course")]
+    epochs: Option<f64>,
+    /// Optimiser steps, in place of --epochs
+    #[arg(long, value_name = "N", help_heading = "Course")]
+    steps: Option<u64>,
+    /// Sequences of one optimiser step, however it is split [default: 8]
+    #[arg(long, value_name = "N", help_heading = "Course")]
+    batch_size: Option<usize>,
+    /// Parts that a batch is computed in, one after the other: less memory, the same result [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Course")]
+    grad_accum: Option<usize>,
+    /// Tokens at which a sequence is cut [default: 512]
+    #[arg(long, value_name = "TOKENS", help_heading = "Course")]
+    max_length: Option<usize>,
+    /// Take the data in the order of the file
+    #[arg(long, help_heading = "Course")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    no_shuffle: bool,
+    /// Seed of initialisation, order and dropout [default: 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64), help_heading = "Course")]
+    seed: Option<u64>,
+
+    /// Peak learning rate [default: 0.0002]
+    #[arg(long, help_heading = "Optimiser (AdamW)")]
+    lr: Option<f64>,
+    /// Course of the learning rate [default: linear]
+    #[arg(long, value_parser = schedules(), help_heading = "Optimiser (AdamW)")]
+    schedule: Option<String>,
+    /// Steps over which the learning rate rises from 0 [default: 0]
+    #[arg(long, value_name = "STEPS", help_heading = "Optimiser (AdamW)")]
+    warmup: Option<u64>,
+    /// Decoupled weight decay [default: 0.01]
+    #[arg(long, value_name = "LAMBDA", help_heading = "Optimiser (AdamW)")]
+    weight_decay: Option<f64>,
+    /// Spare biases and norms from weight decay
+    #[arg(long, help_heading = "Optimiser (AdamW)")]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    no_decay_vectors: bool,
+    /// Decay of the mean of gradients [default: 0.9]
+    #[arg(long, help_heading = "Optimiser (AdamW)")]
+    beta1: Option<f64>,
+    /// Decay of the mean of their squares [default: 0.999]
+    #[arg(long, help_heading = "Optimiser (AdamW)")]
+    beta2: Option<f64>,
+    /// What keeps the division by their root from zero [default: 0.00000001]
+    #[arg(long, help_heading = "Optimiser (AdamW)")]
+    eps: Option<f64>,
+    /// Largest norm of the gradient; 0 is no limit [default: 0]
+    #[arg(long, value_name = "NORM", help_heading = "Optimiser (AdamW)")]
+    clip: Option<f64>,
+    /// Share of a target's probability that is spread over the vocabulary [default: 0]
+    #[arg(long, value_name = "EPSILON", help_heading = "Optimiser (AdamW)")]
+    label_smoothing: Option<f64>,
+
+    /// Steps between evaluations, with one at the end; 0 is at the end of every epoch [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    eval_every: Option<u64>,
+    /// Steps between checkpoints, with one at the end; 0 is none [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    save_every: Option<u64>,
+    /// Checkpoints to keep, the newest; 0 keeps all [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    keep: Option<usize>,
+
+    /// Where to compute [default: cpu]
+    #[arg(long, help_heading = "Machine")]
+    device: Option<String>,
+    /// Type of the base's weights and of activations [default: f32]
+    #[arg(long, help_heading = "Machine")]
+    dtype: Option<String>,
+
+    /// A TOML file with any of these options; flags override it
+    #[arg(long, value_name = "FILE.toml", help_heading = "Input and output")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// Continue the run in --out from its newest whole checkpoint
+    #[arg(long, help_heading = "Evaluation and checkpoints")]
+    #[serde(skip)]
+    resume: bool,
+    /// Print a summary as JSON
+    #[arg(long, help_heading = "Input and output")]
+    #[serde(skip)]
+    json: bool,
+}
+
+pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
+    let flags = toml::Table::try_from(&args).context("command line")?;
+    let config = TrainConfig::from_toml(args.config.as_deref(), flags)?;
+    for (flag, path, what) in [
+        ("model", &config.model, "the folder of a model, or its id on the hub"),
+        ("data", &config.data, "the file to train on"),
+        ("out", &config.out, "a folder for the result"),
+    ] {
+        if path.as_os_str().is_empty() {
+            bail!("--{flag} is missing: name {what}");
+        }
+    }
+    let summary = train(&config, args.resume, &mut ui::Progress::new()?)?;
+    ui::finish(&summary, if config.method == "full" { "model" } else { "adapter" }, args.json)
+}
+
+pub(crate) fn formats() -> PossibleValuesParser {
+    PossibleValuesParser::new(Format::ALL.map(Format::name))
+}
+
+pub(crate) fn schedules() -> PossibleValuesParser {
+    PossibleValuesParser::new(Schedule::ALL.map(Schedule::name))
+}
+
+fn methods() -> PossibleValuesParser {
+    PossibleValuesParser::new(METHODS.iter().map(|m| PossibleValue::new(m.name).help(m.about)))
+}

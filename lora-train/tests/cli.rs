@@ -1,0 +1,10 @@
+//! The built `lora` binary, driven as a user drives it.
+
+#[path = "cli/bad_input.rs"]
+mod bad_input;
+#[path = "cli/commands.rs"]
+mod commands;
+#[path = "cli/lab.rs"]
+mod lab;
+#[path = "cli/resume.rs"]
+mod resume;
