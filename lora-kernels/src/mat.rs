@@ -328,10 +328,6 @@ impl<'a, T: Element> HostMut<'a, T> {
         HostMut { life: PhantomData, ..*self }
     }
 
-    pub(crate) fn as_mat(&self) -> HostMat<'_, T> {
-        HostMat { ptr: self.ptr, rows: self.rows, cols: self.cols, ld: self.ld, transposed: false, life: PhantomData }
-    }
-
     /// A block of rows and columns.
     pub(crate) fn block_mut(&mut self, r: Range<usize>, c: Range<usize>) -> HostMut<'_, T> {
         assert!(r.end <= self.rows && c.end <= self.cols, "block {r:?}, {c:?} of {}×{}", self.rows, self.cols);

@@ -1,5 +1,7 @@
+use std::collections::BTreeSet;
+
 use lora_core::{Result, Tape, Tensor, Var, ops};
-use lora_kernels::{Attention, DType, Device, Sequences, attention_cached, axpby};
+use lora_kernels::{Acc, Attention, DType, Device, Sequences, attention_cached, axpby, gather};
 
 /// What attention looks at in a forward pass: the sequences of the batch alone, or a cache of earlier positions too.
 pub enum Context<'a> {
@@ -58,15 +60,15 @@ impl KvCache {
     /// When there is not one number per sequence.
     pub fn extend(&mut self, new: &[usize]) -> Result<()> {
         assert_eq!(new.len(), self.sequences.len(), "one number per sequence");
+        let more: usize = new.iter().sum();
+        if self.used + more > self.layers.first().map_or(usize::MAX, |(k, _)| k.rows()) {
+            self.make_room(more)?;
+        }
         for (rows, &n) in self.sequences.iter_mut().zip(new) {
             rows.extend((self.used..self.used + n).map(|r| r as u32));
             self.used += n;
         }
         self.new = new.to_vec();
-        let room = self.layers.first().map_or(self.used, |(k, _)| k.rows());
-        if self.used > room {
-            self.grow(self.used.max(room * 2))?;
-        }
         Ok(())
     }
 
@@ -76,12 +78,20 @@ impl KvCache {
         self.new = vec![0; parents.len()];
     }
 
-    fn grow(&mut self, rows: usize) -> Result<()> {
+    /// Moves the rows that a sequence still has into new pools, with room for at least as many again: rows of beams that
+    /// were given up are left behind.
+    fn make_room(&mut self, more: usize) -> Result<()> {
+        let live: BTreeSet<u32> = self.sequences.iter().flatten().copied().collect();
+        let live: Vec<u32> = live.into_iter().collect();
+        for row in self.sequences.iter_mut().flatten() {
+            *row = live.binary_search(row).expect("live rows are those of the sequences") as u32;
+        }
+        self.used = live.len();
         for pool in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
-            let old = pool.rows();
-            let mut larger = Tensor::empty(&pool.device(), pool.dtype(), &[rows, pool.cols()])?;
-            axpby(1.0, pool.mat(), 0.0, larger.make_mut()?.rows_in(0..old))?;
-            *pool = larger;
+            let ids = Tensor::from_slice(&pool.device(), &[live.len()], &live)?;
+            let mut moved = Tensor::empty(&pool.device(), pool.dtype(), &[2 * (live.len() + more), pool.cols()])?;
+            gather(pool.mat(), ids.mat(), Acc { to: moved.make_mut()?.rows_in(0..live.len()), beta: 0.0 })?;
+            *pool = moved;
         }
         Ok(())
     }

@@ -120,7 +120,14 @@ pub trait Model: Base + Send + Sync {
             self.tensors().map(|(name, t)| (name, changed.get(name).unwrap_or(t))).collect();
         let specs: Vec<TensorSpec> = tensors.iter().map(|(name, t)| TensorSpec::new(*name, t.shape())).collect();
         checkpoint::save(dir, self.layout(), &specs, |name| Ok(tensors[name].clone()))?;
-        self.config().save(dir)
+        // Weights are written in f32; a configuration that says otherwise would have them rounded when they are loaded.
+        let mut config = self.config().clone();
+        for key in ["dtype", "torch_dtype"] {
+            if config.value(key).is_some() {
+                config.set(key, "float32");
+            }
+        }
+        config.save(dir)
     }
 }
 

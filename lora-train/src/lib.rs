@@ -22,3 +22,8 @@ pub use log::Log;
 pub use pretrain::{PretrainConfig, pretrain};
 pub use run::{Observer, RUN_FILE, RunInfo, Summary, save_result, train};
 pub use trainer::{Encoder, Evaluation, Step, Trainer, evaluate, load_data};
+
+/// The examples of the workspace's README, compiled and run as doctests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -42,13 +42,14 @@ impl From<&Options> for LoraConfig {
 }
 
 /// How a target relates to a site.
+#[derive(PartialEq)]
 enum Match {
     Whole,
     Part(usize),
 }
 
-/// PEFT's rule for names: equal, or the end after a dot.
-fn names(target: &str, module: &str) -> bool {
+/// PEFT's rule for `target_modules`: the module's name, or the end of it after a dot.
+pub fn names(target: &str, module: &str) -> bool {
     module.strip_suffix(target).is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
@@ -61,18 +62,22 @@ fn matching(target: &str, site: &Site) -> Option<Match> {
     names(module, &site.name).then_some(Match::Part(i))
 }
 
-/// What of a site the targets select: the targets themselves and what each means.
-fn selected<'a>(targets: &'a [String], site: &Site) -> Result<Vec<(&'a str, Match)>> {
-    let hits: Vec<_> = targets.iter().filter_map(|t| Some((t.as_str(), matching(t, site)?))).collect();
-    for (i, (first, a)) in hits.iter().enumerate() {
-        for (second, b) in &hits[i + 1..] {
-            if !matches!((a, b), (Match::Part(a), Match::Part(b)) if a != b) {
-                let (first, second) = (first.to_string(), second.to_string());
+/// What of a site the targets select. Naming the same thing twice (`c_proj` and `attn.c_proj`) is naming it once, as in
+/// PEFT; naming a module and a part of it is a mistake.
+fn selected(targets: &[String], site: &Site) -> Result<Vec<Match>> {
+    let mut hits: Vec<(&str, Match)> = Vec::new();
+    for target in targets {
+        let Some(hit) = matching(target, site) else { continue };
+        match hits.iter().find(|(_, other)| *other == hit || *other == Match::Whole || hit == Match::Whole) {
+            None => hits.push((target, hit)),
+            Some((_, other)) if *other == hit => {}
+            Some((first, _)) => {
+                let (first, second) = (first.to_string(), target.clone());
                 return Err(Error::OverlappingTargets { first, second, module: site.name.clone() });
             }
         }
     }
-    Ok(hits)
+    Ok(hits.into_iter().map(|(_, hit)| hit).collect())
 }
 
 impl Lora {
@@ -137,11 +142,11 @@ impl Method for Lora {
         let mut terms = Vec::new();
         let mut hits = selected(&self.config.targets, site)?;
         // In the order of the columns, whatever the order of the targets.
-        hits.sort_by_key(|(_, m)| match m {
+        hits.sort_by_key(|m| match m {
             Match::Whole => 0,
             Match::Part(i) => *i,
         });
-        for (_, hit) in &hits {
+        for hit in &hits {
             let (prefix, cols) = match hit {
                 Match::Whole => (site.name.clone(), 0..site.outputs),
                 Match::Part(i) => (format!("{}.{}", site.name, site.parts[*i].0), site.parts[*i].1.clone()),
@@ -300,10 +305,12 @@ mod tests {
             (&["attn.c_attn.q"], 1),
             (&["c_attn.x"], 0),
             (&["h.1.attn.c_attn"], 0),
+            (&["c_attn", "attn.c_attn"], 1),
+            (&["c_attn.q", "attn.c_attn.q"], 1),
         ] {
             assert_eq!(hits(targets).unwrap(), n, "{targets:?}");
         }
-        for overlap in [&["c_attn", "attn.c_attn"][..], &["c_attn", "c_attn.q"], &["c_attn.q", "attn.c_attn.q"]] {
+        for overlap in [&["c_attn", "c_attn.q"][..], &["c_attn.k", "attn.c_attn"]] {
             assert!(matches!(hits(overlap), Err(Error::OverlappingTargets { .. })), "{overlap:?}");
         }
     }

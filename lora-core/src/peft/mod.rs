@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, fmt::Debug, ops::Range};
 
 pub use adapted::Adapted;
 pub use full::Full;
-pub use lora::{Lora, LoraConfig};
+pub use lora::{Lora, LoraConfig, names};
 
 use crate::{Params, ParamsBuilder, Result, Tape, Tensor, Var, lowrank::Layout};
 

@@ -3,7 +3,7 @@ use std::{
     path::Path,
 };
 
-use lora_core::peft::LoraConfig;
+use lora_core::peft::{LoraConfig, names};
 use serde_json::{Map, Value, json};
 
 use super::options;
@@ -20,11 +20,6 @@ pub(super) struct PeftConfig {
     pub(super) rank_pattern: BTreeMap<String, usize>,
     pub(super) alpha_pattern: BTreeMap<String, f64>,
     pub(super) base_model: Option<String>,
-}
-
-/// PEFT's rule for `target_modules`: the module's name, or the end of it after a dot.
-fn names(target: &str, module: &str) -> bool {
-    module.strip_suffix(target).is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
 /// PEFT's rule for the keys of patterns, `re.match("(.*\.)?(KEY)$", module)`, for keys of plain names: a dot in the key
