@@ -64,6 +64,14 @@ pub enum Error {
         /// The tensors.
         names: Vec<String>,
     },
+    /// An adapter that cannot be merged into a weight of the base.
+    #[error("the adapter cannot be merged into tensor `{name}`: {reason}")]
+    Merge {
+        /// The base's tensor.
+        name: String,
+        /// What is wrong with it or with the adapter. W₀ is the tensor, rows and columns as of ΔW: [out, in].
+        reason: crate::lowrank::Error,
+    },
     /// A saved adapter whose values contradict its structure.
     #[error("tensor `{name}`: {why}")]
     Structure {

@@ -35,6 +35,7 @@
 
 mod error;
 mod gradcheck;
+pub mod hash;
 pub mod lowrank;
 pub mod ops;
 mod params;

@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
 
-use crate::{Result, Tensor};
+use crate::{Result, Tensor, hash::fnv1a};
 
 /// Names one trainable parameter of a [`Params`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,22 +91,22 @@ impl ParamsBuilder {
         for (e, init) in self.entries.iter().zip(&self.inits) {
             let len: usize = e.shape.iter().product();
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(fnv1a(&e.name));
-            let mut draw =
-                |f: &mut dyn FnMut(&mut ChaCha8Rng) -> f64| -> Vec<f64> { (0..len).map(|_| f(&mut rng)).collect() };
-            let values = match init {
-                Init::Zeros => draw(&mut |_| 0.0),
-                Init::Ones => draw(&mut |_| 1.0),
-                Init::Uniform { bound } => draw(&mut |rng| rng.random_range(-1.0..1.0) * bound),
-                Init::Normal { std } => {
-                    let normal = Normal::new(0.0, *std).expect("a finite standard deviation");
-                    draw(&mut |rng| normal.sample(rng))
+            rng.set_stream(fnv1a(e.name.bytes()));
+            let mut to = MatMut::new(&mut flat, e.offset, 1, len);
+            let values: Vec<f64> = match init {
+                Init::Zeros | Init::Ones => {
+                    lora_kernels::fill(if matches!(init, Init::Ones) { 1.0 } else { 0.0 }, to)?;
+                    continue;
                 }
                 Init::Copy(t) => {
-                    let mut to = MatMut::new(&mut flat, e.offset, t.rows(), t.cols());
-                    let t = t.to_dtype(dtype)?;
+                    let t = t.to_dtype(dtype)?.reshape(&[1, len]);
                     lora_kernels::axpby(1.0, t.mat(), 0.0, to.reborrow())?;
                     continue;
+                }
+                Init::Uniform { bound } => (0..len).map(|_| rng.random_range(-1.0..1.0) * bound).collect(),
+                Init::Normal { std } => {
+                    let normal = Normal::new(0.0, *std).expect("a finite standard deviation");
+                    normal.sample_iter(&mut rng).take(len).collect()
                 }
             };
             match dtype {
@@ -116,11 +116,6 @@ impl ParamsBuilder {
         }
         Ok(Params { entries: self.entries.into(), flat: Arc::new(flat) })
     }
-}
-
-/// The 64-bit FNV-1a hash (Fowler, Noll and Vo), which will be the same in every version: seeds depend on it.
-fn fnv1a(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// All trainable parameters, in one flat buffer, so that clipping, AdamW and an all-reduce are one call each. Cloning
@@ -259,9 +254,7 @@ impl Grads {
         for i in 0..self.entries.len() {
             if self.state[i] == State::Stale {
                 let (offset, len) = self.place(i);
-                let zeros = Buffer::zeros(&self.flat.device(), self.flat.dtype(), len)?;
-                let zeros = lora_kernels::Mat::new(&zeros, 0, 1, len);
-                lora_kernels::axpby(1.0, zeros, 0.0, MatMut::new(&mut self.flat, offset, 1, len))?;
+                lora_kernels::fill(0.0, MatMut::new(&mut self.flat, offset, 1, len))?;
                 self.state[i] = State::Zero;
             }
         }

@@ -31,6 +31,28 @@ pub fn axpby(alpha: f64, x: Mat, beta: f64, y: MatMut) -> Result<()> {
     })
 }
 
+/// `y = α·y` in place, with IEEE's rules: 0·NaN and 0·∞ are NaN. (To overwrite, there is [`fill`].)
+pub fn scale(alpha: f64, y: MatMut) -> Result<()> {
+    dispatch!("scale", y.dtype(), T => {
+        let a = T::of(alpha);
+        each("scale", [], [y.host::<T>()], #[inline(always)] |[], [y]| {
+            for y in y {
+                *y *= a;
+            }
+        });
+        Ok(())
+    })
+}
+
+/// Sets every element of y to `value`; its old contents are not read.
+pub fn fill(value: f64, y: MatMut) -> Result<()> {
+    dispatch!("fill", y.dtype(), T => {
+        let v = T::of(value);
+        each("fill", [], [y.host::<T>()], #[inline(always)] |[], [y]| y.fill(v));
+        Ok(())
+    })
+}
+
 /// Adds `bias` [1, n] to every row of y [rows, n].
 ///
 /// # Panics
@@ -143,6 +165,36 @@ mod tests {
                     let want: Vec<f64> = x.iter().map(|x| alpha * x).collect();
                     close("axpby", &y.get(), &accumulated(&want, beta, &old), tol(dtype, 2e-7));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn scale_and_fill_write_every_element_and_nothing_beside() {
+        for (rows, cols) in SHAPES {
+            let x = random(6, rows * cols, 2.0);
+            for (dtype, pad) in [(DType::F32, 0), (DType::F32, 3), (DType::F64, 0), (DType::F64, 2)] {
+                for alpha in [0.0, 1.0, -0.3] {
+                    let mut y = Padded::new(dtype, rows, cols, pad, &x);
+                    scale(alpha, y.mat_mut()).unwrap();
+                    let want: Vec<f64> = x.iter().map(|x| alpha * x).collect();
+                    close("scale", &y.get(), &want, tol(dtype, 2e-7));
+                    let mut y = Padded::poison(dtype, rows, cols, pad);
+                    fill(alpha, y.mat_mut()).unwrap();
+                    close("fill", &y.get(), &vec![alpha; rows * cols], tol(dtype, 2e-7));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scale_keeps_what_is_no_number() {
+        for dtype in FLOATS {
+            for (alpha, want) in [(0.0, [0.0, f64::NAN, f64::NAN]), (2.0, [2.0, f64::NAN, f64::INFINITY])] {
+                let mut y = Padded::new(dtype, 1, 3, 0, &[1.0, f64::NAN, f64::INFINITY]);
+                scale(alpha, y.mat_mut()).unwrap();
+                let same = |(a, b): (&f64, &f64)| a == b || (a.is_nan() && b.is_nan());
+                assert!(y.get().iter().zip(&want).all(same), "{:?} is not {want:?}", y.get());
             }
         }
     }

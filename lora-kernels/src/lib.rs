@@ -47,7 +47,7 @@ pub use adamw::{AdamW, adamw, all_finite, sum_squares};
 pub use attention::{Attention, Sequences, attention, attention_backward, attention_cached};
 pub use buffer::Buffer;
 pub use device::{DType, Device, Element};
-pub use elementwise::{add_bias, axpby, sum_rows};
+pub use elementwise::{add_bias, axpby, fill, scale, sum_rows};
 pub use dropout::{Dropout, dropout, philox};
 pub use error::{Error, Result};
 pub use gather::{gather, scatter};

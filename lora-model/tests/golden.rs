@@ -9,7 +9,7 @@ use lora_core::{
     Grads, ParamId, Tape, Tensor,
     peft::{Adapted, Full},
 };
-use lora_kernels::{AdamW, DType, Device, adamw, axpby, sum_squares};
+use lora_kernels::{AdamW, DType, Device, adamw, scale, sum_squares};
 use lora_model::{Batch, Model, adapter, checkpoint::TensorFile, load};
 use serde::Deserialize;
 
@@ -226,7 +226,7 @@ fn ten_steps_of_training() {
             worst_loss = worst_loss.max((got - loss).abs() / loss);
             worst_norm = worst_norm.max((got_norm - norm).abs() / norm);
             if let Some(clip) = run.clip.map(|c| c / (got_norm + 1e-6)).filter(|c| *c < 1.0) {
-                axpby(0.0, zeros.mat(), clip, g.reborrow()).unwrap();
+                scale(clip, g.reborrow()).unwrap();
             }
             let cfg = AdamW { lr, beta1: betas[0], beta2: betas[1], eps, weight_decay, step: i as u64 + 1 };
             let p = adapted.params.flat_mut().unwrap();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! OUT/checkpoints/step-00000040/
-//!   state.json                  step, seed, place in the data, data's fingerprint, the run's configuration
+//!   state.json                  step, seed, place in the data, fingerprint of data and base, the run's configuration
 //!   state.safetensors           trainable.NAME, exp_avg.NAME, exp_avg_sq.NAME
 //!   adapter_config.json, …      the adapter as PEFT reads it (methods that have one)
 //! ```
@@ -13,8 +13,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lora_core::Tensor;
+use lora_core::{Params, Tensor};
 use lora_model::{
+    Model,
     checkpoint::{TensorFile, TensorSpec, write_tensors},
     files,
 };
@@ -32,6 +33,8 @@ pub const STATE: &str = "state.json";
 /// The file of a checkpoint's tensors.
 pub const TENSORS: &str = "state.safetensors";
 const FORMAT: u32 = 1;
+/// How the names of folders begin that are being written or removed.
+const PARTIAL: &str = ".partial-";
 
 /// What stands in `state.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -43,37 +46,48 @@ pub struct State {
     /// generator has any other state.
     position: Position,
     seed: u64,
-    /// The training data.
-    pub data: Fingerprint,
+    /// What it was trained on.
+    pub inputs: Fingerprint,
     /// The run's configuration.
     pub config: TrainConfig,
 }
 
-/// What tells whether data is still the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What tells whether a run's inputs are still the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
-    /// Number of sequences.
+    /// Sequences of the data.
     pub sequences: usize,
-    /// Number of tokens.
+    /// Their tokens.
     pub tokens: usize,
     /// FNV-1a over all tokens and target boundaries, in hexadecimal when written: JSON numbers end at 2⁵³.
     #[serde(with = "hexadecimal")]
-    hash: u64,
+    data: u64,
+    /// FNV-1a over names, shapes and a sample of the elements of the base's tensors.
+    #[serde(with = "hexadecimal")]
+    base: u64,
 }
 
 impl Fingerprint {
-    pub(crate) fn of(data: &Dataset) -> Fingerprint {
-        let (mut tokens, mut hash) = (0, 0xcbf2_9ce4_8422_2325u64);
-        for s in &data.sequences {
-            tokens += s.tokens.len();
-            for word in s.tokens.iter().copied().chain([s.targets_from as u32]) {
-                for byte in word.to_le_bytes() {
-                    hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-                }
+    pub(crate) fn of(data: &Dataset, base: &dyn Model) -> Result<Fingerprint> {
+        let tokens = data.sequences.iter().map(|s| s.tokens.len()).sum();
+        let words = data.sequences.iter().flat_map(|s| s.tokens.iter().copied().chain([s.targets_from as u32]));
+        let hash = fnv1a(words.flat_map(u32::to_le_bytes));
+        // Some elements of every tensor: reading all would touch every page of a mapped file.
+        const SAMPLE: usize = 61;
+        let mut bytes = Vec::new();
+        for (name, t) in base.tensors() {
+            bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| n.to_le_bytes())));
+            let column = t.clone().reshape(&[t.len(), 1]);
+            for i in (0..t.len()).step_by(t.len().div_ceil(SAMPLE).max(1)) {
+                bytes.extend(column.rows_in(i..i + 1).to_f64()?[0].to_le_bytes());
             }
         }
-        Fingerprint { sequences: data.sequences.len(), tokens, hash }
+        Ok(Fingerprint { sequences: data.sequences.len(), tokens, data: hash, base: fnv1a(bytes) })
     }
+}
+
+fn fnv1a(bytes: impl IntoIterator<Item = u8>) -> u64 {
+    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 mod hexadecimal {
@@ -90,29 +104,44 @@ mod hexadecimal {
 
 /// Writes a checkpoint of `trainer` below the run's output folder; `export` adds the adapter. Then removes the oldest,
 /// when more than `config.keep` are there.
+///
+/// # Errors
+/// [`Error::Diverged`] when a parameter or a moment is no number: the checkpoints so far are kept.
 pub(crate) fn save(
     out: &Path,
     trainer: &Trainer,
-    position: Position,
-    data: Fingerprint,
+    inputs: &Fingerprint,
     config: &TrainConfig,
     export: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
+    trainer.check_finite()?;
     let folder = out.join(FOLDER);
     let name = format!("step-{:08}", trainer.done);
-    let (partial, whole) = (folder.join(format!(".partial-{name}")), folder.join(name));
+    let (partial, whole) = (folder.join(format!("{PARTIAL}{name}")), folder.join(&name));
     remove(&partial)?;
     files::create_folder(&partial)?;
     let written = (|| {
         export(&partial)?;
         write_state_tensors(&partial.join(TENSORS), trainer)?;
-        let state =
-            State { format: FORMAT, step: trainer.done, position, seed: config.seed, data, config: config.clone() };
+        let state = State {
+            format: FORMAT,
+            step: trainer.done,
+            position: trainer.sampler().position(trainer.done),
+            seed: config.seed,
+            inputs: inputs.clone(),
+            config: config.clone(),
+        };
         let text = serde_json::to_string_pretty(&state).expect("a configuration is plain data");
         files::write_bytes(&partial.join(STATE), text.as_bytes())?;
-        remove(&whole)?;
+        // A damaged folder of this step, which was passed over, gives way; it is never removed before the new one is whole.
+        let damaged = folder.join(format!("{PARTIAL}damaged-{name}"));
+        remove(&damaged)?;
+        if whole.exists() {
+            fs::rename(&whole, &damaged).map_err(|e| io("rename", &whole, e))?;
+        }
         fs::rename(&partial, &whole).map_err(|e| io("rename", &partial, e))?;
-        sync_folder(&folder)
+        sync_folder(&folder)?;
+        remove(&damaged)
     })();
     if let Err(e) = written {
         // The disk may be full: give back what the half-written folder takes. The first error is the one to report.
@@ -130,20 +159,24 @@ pub(crate) fn save(
 
 fn write_state_tensors(path: &Path, trainer: &Trainer) -> Result<()> {
     let params = &trainer.adapted.params;
-    let mut specs = Vec::new();
-    for kind in KINDS {
-        specs.extend(params.ids().map(|id| TensorSpec::new(format!("{kind}.{}", params.name(id)), params.shape(id))));
-    }
     let flat = [params.flat(), trainer.moments[0].clone(), trainer.moments[1].clone()];
     let fetch = |name: &str| {
-        let (kind, name) = name.split_once('.').expect("made above");
+        let (kind, name) = name.split_once('.').expect("made by `specs`");
         let kind = KINDS.iter().position(|k| *k == kind).expect("one of the kinds");
         let id = params.find(name).expect("a parameter's name");
         let count = params.count();
         // Rows of one element, so that a range of them is a view.
         Ok(flat[kind].clone().reshape(&[count, 1]).rows_in(params.range(id)).reshape(params.shape(id)))
     };
-    Ok(write_tensors(path, &[("format", "pt")], &specs, fetch)?)
+    Ok(write_tensors(path, &[("format", "pt")], &specs(params), fetch)?)
+}
+
+/// Names and shapes of the tensors of a checkpoint.
+fn specs(params: &Params) -> Vec<TensorSpec> {
+    let of = |kind: &'static str| {
+        params.ids().map(move |id| TensorSpec::new(format!("{kind}.{}", params.name(id)), params.shape(id)))
+    };
+    KINDS.into_iter().flat_map(of).collect()
 }
 
 const KINDS: [&str; 3] = ["trainable", "exp_avg", "exp_avg_sq"];
@@ -171,16 +204,24 @@ pub fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(all)
 }
 
-/// The newest checkpoint below a run's output folder, and what half-written ones left behind is removed.
-pub(crate) fn newest(out: &Path) -> Result<Option<PathBuf>> {
+/// The newest whole checkpoint below a run's output folder, and a note on each newer one that is damaged and was passed
+/// over. What half-written ones left behind is removed.
+pub(crate) fn newest(out: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
     if let Ok(entries) = fs::read_dir(out.join(FOLDER)) {
         for entry in entries.flatten() {
-            if entry.file_name().to_str().is_some_and(|n| n.starts_with(".partial-")) {
+            if entry.file_name().to_str().is_some_and(|n| n.starts_with(PARTIAL)) {
                 remove(&entry.path())?;
             }
         }
     }
-    Ok(list(out)?.pop().map(|(_, path)| path))
+    let mut notes = Vec::new();
+    for (_, path) in list(out)?.into_iter().rev() {
+        match state(&path).and_then(|_| Ok(TensorFile::open(&path.join(TENSORS))?)) {
+            Ok(_) => return Ok((Some(path), notes)),
+            Err(e) => notes.push(format!("{} is no whole checkpoint and is passed over: {e}", path.display())),
+        }
+    }
+    Ok((None, notes))
 }
 
 /// Reads `state.json` of a checkpoint.
@@ -199,39 +240,29 @@ pub fn state(checkpoint: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// Puts `trainer` into the state of a checkpoint.
+/// Puts `trainer` into the state of a checkpoint of the same configuration.
 ///
 /// # Errors
-/// A configuration or data other than the run's, a damaged file.
-pub(crate) fn load(
-    checkpoint: &Path,
-    trainer: &mut Trainer,
-    position: impl Fn(u64) -> Position,
-    data: Fingerprint,
-    config: &TrainConfig,
-) -> Result<()> {
+/// Data or a base other than the run's, a damaged file.
+pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> Result<()> {
     let problem = |problem: String| Err(Error::Checkpoint { path: checkpoint.into(), problem });
     let state = state(checkpoint)?;
-    if let Some((key, old, new)) = config.difference(&state.config) {
-        return problem(format!(
-            "the run was started with {key} = {old}, and is to be continued with {new}; \
-             give the same value, or start anew in another folder"
-        ));
+    let (now, then) = (inputs, &state.inputs);
+    if now.base != then.base {
+        return problem(
+            "the base model has changed since the run began; give the same weights, or start anew in another folder".into(),
+        );
     }
-    if data != state.data || position(state.step) != state.position {
+    if now != then || trainer.sampler().position(state.step) != state.position {
         return problem(format!(
             "the data has changed since the run began: {} sequences of {} tokens then, {} of {} now (or other tokens); \
              give the same file, or start anew in another folder",
-            state.data.sequences, state.data.tokens, data.sequences, data.tokens
+            then.sequences, then.tokens, now.sequences, now.tokens
         ));
     }
     let file = TensorFile::open(&checkpoint.join(TENSORS))?;
     let params = trainer.adapted.params.clone();
-    let mut specs = Vec::new();
-    for kind in KINDS {
-        specs.extend(params.ids().map(|id| TensorSpec::new(format!("{kind}.{}", params.name(id)), params.shape(id))));
-    }
-    file.expect(&specs)?;
+    file.expect(&specs(&params))?;
     let read = |kind: &str, id| -> Result<Tensor> {
         let name = format!("{kind}.{}", params.name(id));
         Ok(file.tensor(&name, params.shape(id), &params.device())?)

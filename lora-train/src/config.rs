@@ -184,7 +184,7 @@ impl TrainConfig {
             }
         }
         // What an adapter's file may say.
-        within("alpha", self.alpha, f64::MIN_POSITIVE, 1e9, "α is a positive number of at most 1e9")?;
+        within("alpha", self.alpha, f64::MIN_POSITIVE, 1e9f64.next_up(), "α is a positive number of at most 1e9")?;
         if self.init_adapter.is_some() && self.method != "lora" {
             return Err(Error::option("init-adapter", "given", format!("method {} has no adapter", self.method)));
         }
@@ -197,7 +197,7 @@ impl TrainConfig {
             (Some(e), Some(_)) => {
                 return Err(Error::option("epochs", e, "give either --epochs or --steps, not both"));
             }
-            (Some(e), None) => within("epochs", e, f64::MIN_POSITIVE, 1e9, "a number of epochs is positive")?,
+            (Some(e), None) => within("epochs", e, f64::MIN_POSITIVE, 1e9, "a number of epochs is positive, and below 1e9")?,
             (None, Some(0)) => return Err(Error::option("steps", 0, "must be at least 1")),
             _ => {}
         }
@@ -254,6 +254,12 @@ impl TrainConfig {
             None => toml::Table::new(),
             Some(path) => read_table(path)?,
         };
+        // Of two that exclude each other, the flag wins.
+        for (flag, other) in [("steps", "epochs"), ("epochs", "steps")] {
+            if flags.contains_key(flag) && !flags.contains_key(other) {
+                table.remove(other);
+            }
+        }
         table.extend(flags);
         let given: Vec<String> = table.keys().cloned().collect();
         let path = file.unwrap_or(Path::new("command line"));
@@ -301,10 +307,12 @@ impl TrainConfig {
 
     /// The first key that must not change between a run and its continuation, and has: its name and both values.
     pub(crate) fn difference(&self, old: &TrainConfig) -> Option<(String, String, String)> {
-        // Where things are kept and how often is no part of the result.
+        // Where things are kept and how often is no part of the result; data is known by its contents, wherever it lies.
         let result = |c: &TrainConfig| {
             let mut c = c.clone();
             (c.out, c.log, c.save_every, c.keep) = Default::default();
+            (c.data, c.valid, c.eval_every) = Default::default();
+            c.model = c.model.canonicalize().unwrap_or(c.model);
             toml::Table::try_from(c).unwrap_or_default()
         };
         let (new, old) = (result(self), result(old));

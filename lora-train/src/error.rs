@@ -30,8 +30,8 @@ pub enum Error {
     },
     /// The loss or the gradient is no longer a number.
     #[error(
-        "step {step}: {what} is {value}; training stopped before this step changed anything. \
-         Lower --lr, set --clip 1, or look for damaged data; the checkpoints so far are kept"
+        "step {step}: {what} is {value}; training stopped, and the checkpoints so far are kept. Lower --lr, set --clip 1, or \
+         look for damaged data; --init-adapter CHECKPOINT starts a new run from an adapter saved before"
     )]
     Diverged {
         /// The step.

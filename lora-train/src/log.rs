@@ -16,25 +16,39 @@ use crate::{Error, Result, Step, trainer::Evaluation};
 pub struct Log {
     path: PathBuf,
     file: File,
+    set_aside: Option<PathBuf>,
 }
 
 impl Log {
-    /// Opens the log of a run that has done `done` steps: a log that is there keeps its lines up to that step and loses
-    /// later ones (and a line that was cut off in the middle), because those steps are done again.
+    /// Opens the log of a run that has done `done` steps. The `own` log of the run's earlier life keeps its lines up to
+    /// that step and loses later ones (and a line that was cut off in the middle), because those steps are done again.
+    /// The log of any other run is set aside under a name of its own: nothing of it is lost.
     ///
     /// # Errors
     /// A file that cannot be read or written, or that is no log.
-    pub fn open(path: &Path, done: u64) -> Result<Log> {
+    pub fn open(path: &Path, own: bool, done: u64) -> Result<Log> {
         if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
             lora_model::files::create_folder(folder)?;
         }
+        let mut set_aside = None;
         // A terminal or a pipe is written to as it is; a file must be a log, lest a wrong name costs somebody's data.
         if path.is_file() {
             let kept = kept(path, done)?;
-            lora_model::files::write_bytes(path, kept.as_bytes())?;
+            if own {
+                lora_model::files::write_bytes(path, kept.as_bytes())?;
+            } else if path.metadata().is_ok_and(|m| m.len() > 0) {
+                let free = (1..).map(|n| numbered(path, n)).find(|p| !p.exists()).expect("numbers do not end");
+                std::fs::rename(path, &free).map_err(|e| io(path, e))?;
+                set_aside = Some(free);
+            }
         }
         let file = OpenOptions::new().append(true).create(true).open(path).map_err(|e| io(path, e))?;
-        Ok(Log { path: path.into(), file })
+        Ok(Log { path: path.into(), file, set_aside })
+    }
+
+    /// Where the log of another run went that stood under this name.
+    pub fn set_aside(&self) -> Option<&Path> {
+        self.set_aside.as_deref()
     }
 
     /// A step, and how fast it went.
@@ -75,6 +89,23 @@ fn io(path: &Path, reason: std::io::Error) -> Error {
     lora_model::Error::Io { action: "write", path: path.into(), reason }.into()
 }
 
+/// `log.jsonl` becomes `log.1.jsonl`.
+fn numbered(path: &Path, n: u32) -> PathBuf {
+    let extension = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{stem}.{n}{extension}"))
+}
+
+/// The step that a line is about; `None` when it is no line of a log.
+fn step_of(line: &Value) -> Option<u64> {
+    let has = |keys: &[&str]| keys.iter().all(|k| line.get(k).is_some());
+    match line {
+        _ if has(&["step", "loss", "lr", "grad_norm", "tokens"]) => line["step"].as_u64(),
+        _ if has(&["eval_step", "eval_loss"]) => line["eval_step"].as_u64(),
+        _ => None,
+    }
+}
+
 /// The lines up to step `done`.
 fn kept(path: &Path, done: u64) -> Result<String> {
     let text = lora_model::files::read_to_string(path)?;
@@ -83,7 +114,7 @@ fn kept(path: &Path, done: u64) -> Result<String> {
     for (i, line) in lines.iter().enumerate() {
         let last = i + 1 == lines.len();
         let step = match serde_json::from_str::<Value>(line) {
-            Ok(v) => v.get("step").or(v.get("eval_step")).and_then(Value::as_u64),
+            Ok(v) => step_of(&v),
             // The process was killed while it wrote this line.
             Err(_) if last && line.starts_with('{') && !line.ends_with('\n') => break,
             Err(_) => None,

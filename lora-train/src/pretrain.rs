@@ -1,6 +1,9 @@
 //! A model from nothing: vocabulary, fresh weights, and a run that trains all of them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 use lora_core::peft::{Adapted, Full};
 use lora_kernels::{DType, Device};
@@ -9,14 +12,16 @@ use lora_model::{Gpt2, Model, config::Gpt2Config, files, tokenizer::Tokenizer};
 use crate::{
     Encoder, Error, Observer, Result, Summary, TrainConfig,
     data::{self, Content, Corpus, Format},
-    run::{Run, find_checkpoint},
+    output::Output,
+    run::Run,
     schedule::Schedule,
 };
 
 /// What [`pretrain`] depends on: the flags of `lora pretrain`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PretrainConfig {
-    /// The texts: one document each.
+    /// The texts: one document each, which together make one stream; or `.jsonl` files of examples as for training, each a
+    /// sequence of its own.
     pub text: Vec<PathBuf>,
     /// The model's folder.
     pub out: PathBuf,
@@ -106,8 +111,11 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
     config.check()?;
     let run = config.as_training();
     run.check()?;
-    let checkpoint = find_checkpoint(&config.out, resume)?;
-    let read = |path: &PathBuf| data::read(path, Format::Text);
+    let output = Output::open(&run, resume)?;
+    let read = |path: &PathBuf| match Format::of_path(path) {
+        Format::Jsonl => data::read(path, Format::Jsonl),
+        _ => data::read(path, Format::Text),
+    };
     let corpora: Vec<Corpus> = config.text.iter().map(read).collect::<data::Result<_>>()?;
 
     let tokenizer = Tokenizer::train_bpe(corpora.iter().flat_map(texts), config.vocab)?;
@@ -126,15 +134,16 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
         encoder.tokenizer().save(dir)?;
         Ok(model.save(dir, &adapted.merged(&model)?)?)
     };
-    let whole = Run { model: &model, adapted, data: &data, valid: valid.as_ref(), checkpoint, save: &save };
+    let whole = Run { model: &model, adapted, data: &data, valid: valid.as_ref(), output, save: &save };
     whole.run(&run, resume, observer)
 }
 
 fn texts(corpus: &Corpus) -> impl Iterator<Item = &str> + Send {
-    corpus.examples.iter().filter_map(|e| match &e.content {
-        Content::Text(text) => Some(text.as_str()),
-        Content::Pair { .. } => None,
-    })
+    let texts = corpus.examples.iter().flat_map(|e| match &e.content {
+        Content::Text(text) => [text.as_str(), ""],
+        Content::Pair { prompt, completion } => [prompt.as_str(), completion.as_str()],
+    });
+    texts.filter(|text| !text.is_empty())
 }
 
 impl PretrainConfig {
@@ -185,14 +194,20 @@ impl PretrainConfig {
     }
 
     /// The run that trains the weights. In place of a base's folder stands what the model was made from, so that
-    /// continuing with another shape is refused.
+    /// continuing with another shape is refused; in place of the data's path stand those of all texts.
     fn as_training(&self) -> TrainConfig {
         let PretrainConfig { vocab, layers, dim, heads, context, .. } = self;
         let model =
             format!("a new GPT-2 of vocab {vocab}, layers {layers}, dim {dim}, heads {heads}, context {context}");
+        let mut data = OsString::new();
+        for (i, path) in self.text.iter().enumerate() {
+            data.push(if i > 0 { ", " } else { "" });
+            data.push(path);
+        }
+        let data = PathBuf::from(data);
         TrainConfig {
             model: model.into(),
-            data: self.text.first().cloned().unwrap_or_default(),
+            data,
             out: self.out.clone(),
             valid: self.valid.clone(),
             format: Some(Format::Text),

@@ -10,10 +10,11 @@ use lora_kernels::{DType, Device};
 use lora_model::{Model, files, tokenizer::Tokenizer};
 
 use crate::{
-    Encoder, Error, Evaluation, Log, Result, Step, TrainConfig, Trainer,
+    Encoder, Evaluation, Log, Result, Step, TrainConfig, Trainer,
     checkpoint::{self, Fingerprint},
     data::Dataset,
     hub, load_data,
+    output::Output,
 };
 
 /// What a run looks like before its first step.
@@ -70,9 +71,6 @@ pub trait Observer {
 
 impl Observer for () {}
 
-/// The file that marks an output folder as a run's, and holds its configuration.
-pub const RUN_FILE: &str = "run.toml";
-
 /// Runs (or with `resume` continues) a whole training run: reads base and data, trains, logs, saves checkpoints, and
 /// leaves the finished adapter (or, for a method that trains base weights, the finished model) in `config.out`.
 ///
@@ -80,7 +78,7 @@ pub const RUN_FILE: &str = "run.toml";
 /// Everything that a configuration, a file or a device can cause. What was saved before stays as it was.
 pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
     config.check()?;
-    let checkpoint = find_checkpoint(&config.out, resume)?;
+    let output = Output::open(config, resume)?;
     let device = Device::Cpu;
     let base_dir = hub::resolve(&config.model)?;
     let mut model = lora_model::load(&base_dir, &device)?;
@@ -102,7 +100,7 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let data = read(&config.data)?;
     let valid = config.valid.as_deref().map(read).transpose()?;
     let save = |dir: &Path, adapted: &Adapted| save_result(dir, model, &base_dir, adapted, config);
-    let run = Run { model, adapted, data: &data, valid: valid.as_ref(), checkpoint, save: &save };
+    let run = Run { model, adapted, data: &data, valid: valid.as_ref(), output, save: &save };
     run.run(config, resume, observer)
 }
 
@@ -112,28 +110,31 @@ pub(crate) struct Run<'a> {
     pub(crate) adapted: Adapted,
     pub(crate) data: &'a Dataset,
     pub(crate) valid: Option<&'a Dataset>,
-    /// Where to continue from.
-    pub(crate) checkpoint: Option<PathBuf>,
+    /// Where the result goes.
+    pub(crate) output: Output,
     /// Writes what was trained into a folder.
     pub(crate) save: &'a dyn Fn(&Path, &Adapted) -> Result<()>,
 }
 
 impl Run<'_> {
     pub(crate) fn run(self, config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
-        let Run { model, adapted, data, valid, checkpoint, save: save_result } = self;
+        let Run { model, adapted, data, valid, mut output, save: save_result } = self;
+        let inputs = Fingerprint::of(data, model)?;
         let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
-        let fingerprint = Fingerprint::of(data);
-        if let Some(path) = &checkpoint {
-            let sampler = trainer.sampler().clone();
-            checkpoint::load(path, &mut trainer, |step| sampler.position(step), fingerprint, config)?;
+        output.notes.iter().for_each(|note| observer.note(note));
+        if let Some(path) = &output.checkpoint {
+            checkpoint::load(path, &mut trainer, &inputs)?;
             observer.note(&format!("continuing after step {} from {}", trainer.steps_done(), path.display()));
         } else if resume {
             observer.note("no checkpoint to continue from: starting from the beginning");
         }
         // Nothing has been written up to here: whatever was wrong with the inputs left everything as it was.
-        let mut log = config.log.as_ref().map(|path| Log::open(path, trainer.steps_done())).transpose()?;
-        files::create_folder(&config.out)?;
-        files::write_bytes(&config.out.join(RUN_FILE), config.to_toml().as_bytes())?;
+        output.claim(config)?;
+        let open_log = |path: &PathBuf| Log::open(path, output.earlier_log.as_ref() == Some(path), trainer.steps_done());
+        let mut log = config.log.as_ref().map(open_log).transpose()?;
+        if let Some(kept) = log.as_ref().and_then(Log::set_aside) {
+            observer.note(&format!("the log of an earlier run is kept as {}", kept.display()));
+        }
         if let Some(warning) = config.schedule.check(config.warmup, trainer.total_steps()) {
             observer.note(&warning.to_string());
         }
@@ -154,14 +155,19 @@ impl Run<'_> {
             steps: trainer.total_steps(),
             done: summary.steps,
         });
-        let save = |trainer: &Trainer, observer: &mut dyn Observer| -> Result<PathBuf> {
-            let position = trainer.sampler().position(trainer.steps_done());
+        // The step whose checkpoint is there already: it is not written twice.
+        let mut saved = output.checkpoint.clone().map(|path| (trainer.steps_done(), path));
+        let mut save = |trainer: &Trainer, observer: &mut dyn Observer| -> Result<PathBuf> {
+            if let Some((_, path)) = saved.as_ref().filter(|(step, _)| *step == trainer.steps_done()) {
+                return Ok(path.clone());
+            }
             let export = |dir: &Path| match trainer.adapted.site_count() {
                 0 => Ok(()),
                 _ => save_result(dir, &trainer.adapted),
             };
-            let path = checkpoint::save(&config.out, trainer, position, fingerprint, config, export)?;
+            let path = checkpoint::save(&config.out, trainer, &inputs, config, export)?;
             observer.checkpoint(&path);
+            saved = Some((trainer.steps_done(), path.clone()));
             Ok(path)
         };
         while trainer.steps_done() < trainer.total_steps() {
@@ -175,7 +181,7 @@ impl Run<'_> {
             let seconds = start.elapsed().as_secs_f64();
             if !trainer.unreached().is_empty() {
                 let names = trainer.unreached().join(", ");
-                observer.note(&format!("no gradient reaches {names}: they stay as they are"));
+                observer.note(&format!("no gradient reaches {names}: nothing trains them"));
             }
             let tokens_per_s = step.tokens as f64 / seconds;
             if let Some(log) = &mut log {
@@ -198,6 +204,7 @@ impl Run<'_> {
                 save(&trainer, observer)?;
             }
         }
+        trainer.check_finite()?;
         save_result(&config.out, &trainer.adapted)?;
         Ok(summary)
     }
@@ -221,30 +228,4 @@ pub fn save_result(
     }
     model.save(dir, &adapted.merged(model)?)?;
     Ok(Tokenizer::copy_files(base_dir, dir)?)
-}
-
-/// Makes sure that the output folder is this run's: gives the checkpoint to continue from, or refuses a folder that holds
-/// something else. Makes nothing.
-pub(crate) fn find_checkpoint(out: &Path, resume: bool) -> Result<Option<PathBuf>> {
-    if out.as_os_str().is_empty() {
-        return Err(Error::option("out", "", "name a folder for the result"));
-    }
-    let output = |problem: String| Err(Error::Output { dir: out.into(), problem });
-    if out.exists() && !out.is_dir() {
-        return output("is a file; --out is a folder".into());
-    }
-    let marks = [RUN_FILE, checkpoint::FOLDER, "adapter_config.json", "config.json", "model.safetensors"];
-    let found = marks.iter().find(|m| out.join(m).exists());
-    match (found, resume) {
-        (Some(_), true) if out.join(RUN_FILE).exists() => {
-            // What a killed run was writing; no other process writes here.
-            files::remove_temporary(out)?;
-            checkpoint::newest(out)
-        }
-        (Some(mark), true) => output(format!("holds {mark} but no run to resume; choose another --out")),
-        (Some(mark), false) => {
-            output(format!("holds another run ({mark}); continue it with --resume, or choose another --out"))
-        }
-        (None, _) => Ok(None),
-    }
 }

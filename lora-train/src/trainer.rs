@@ -1,15 +1,13 @@
 //! One optimiser step, and evaluation: the arithmetic of training without files.
 
-use std::path::Path;
-
 use lora_core::{Grads, Noise, Tape, Tensor, peft::Adapted};
-use lora_kernels::{AdamW, adamw, axpby, sum_squares};
-use lora_model::{Model, tokenizer::Tokenizer};
+use lora_kernels::{AdamW, adamw, all_finite, scale, sum_squares};
+use lora_model::Model;
 use serde::Serialize;
 
 use crate::{
     Error, Result, TrainConfig,
-    data::{self, Batch, Dataset, Encode, EncodeError, Sampler},
+    data::{Batch, Dataset, Sampler},
 };
 
 /// What one optimiser step did.
@@ -138,12 +136,13 @@ impl<'a> Trainer<'a> {
         if std::mem::take(&mut self.first) {
             self.unreached.extend(self.grads.unwritten().iter().map(|n| n.to_string()));
         }
-        let finite = |what, value: f64| match value.is_finite() {
+        let within = |what, value: f64, limit: f64| match value.abs() < limit {
             true => Ok(value),
             false => Err(Error::Diverged { step: step + 1, what, value }),
         };
-        finite("the loss", loss)?;
-        let grad_norm = finite("the gradient's norm", self.grad_norm()?)?;
+        within("the loss", loss, f64::INFINITY)?;
+        // Beyond this AdamW's mean of squares overflows in f32, and nothing would move any more.
+        let grad_norm = within("the gradient's norm", self.grad_norm()?, f64::from(f32::MAX).sqrt())?;
         let lr = c.lr * c.schedule.factor(step, c.warmup, self.total);
         self.update(lr, step + 1)?;
         self.done += 1;
@@ -156,8 +155,7 @@ impl<'a> Trainer<'a> {
         let norm = sum_squares(g.as_mat())?.sqrt();
         let limit = self.config.clip;
         if limit > 0.0 && norm > limit && norm.is_finite() {
-            let zero = Tensor::zeros(&self.adapted.params.device(), self.adapted.params.dtype(), &[1, g.cols()])?;
-            axpby(0.0, zero.mat(), limit / (norm + 1e-6), g.reborrow())?;
+            scale(limit / (norm + 1e-6), g.reborrow())?;
         }
         Ok(norm)
     }
@@ -188,6 +186,19 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
+    /// Checks that parameters and moments are numbers, before they are saved.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`].
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        let flat = self.adapted.params.flat();
+        let finite = all_finite(flat.mat())? && all_finite(self.moments[0].mat())? && all_finite(self.moments[1].mat())?;
+        match finite {
+            true => Ok(()),
+            false => Err(Error::Diverged { step: self.done, what: "a parameter or its moments", value: f64::NAN }),
+        }
+    }
+
     /// The loss on `data` as it is now.
     ///
     /// # Errors
@@ -213,67 +224,4 @@ pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size
     }
     let loss = sum / targets as f64;
     Ok(Evaluation { loss, perplexity: loss.exp(), targets })
-}
-
-/// A tokenizer as data needs it: with the model's vocabulary and its end of text.
-pub struct Encoder {
-    tokenizer: Tokenizer,
-    end_of_text: u32,
-    vocab_size: usize,
-}
-
-impl Encoder {
-    /// The tokenizer in a model's folder.
-    ///
-    /// # Errors
-    /// No tokenizer, a damaged one, or one without an end-of-text token.
-    pub fn from_dir(dir: &Path, model: &dyn Model) -> Result<Encoder> {
-        Encoder::new(Tokenizer::from_dir(dir)?, model)
-    }
-
-    /// A tokenizer for a model.
-    ///
-    /// # Errors
-    /// A tokenizer without an end-of-text token.
-    pub fn new(tokenizer: Tokenizer, model: &dyn Model) -> Result<Encoder> {
-        let end_of_text = tokenizer.end_of_text()?;
-        Ok(Encoder { tokenizer, end_of_text, vocab_size: model.limits().vocab_size })
-    }
-
-    /// The tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-}
-
-impl Encode for Encoder {
-    fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError> {
-        Ok(self.tokenizer.encode(text)?)
-    }
-
-    fn end_of_text(&self) -> u32 {
-        self.end_of_text
-    }
-
-    fn vocab_size(&self) -> usize {
-        self.vocab_size
-    }
-}
-
-/// Reads and encodes one data file for a model: sequences of at most `max_length` tokens, and never longer than the
-/// model's positions.
-///
-/// # Errors
-/// Those of [`data::read`] and [`data::encode`].
-pub fn load_data(
-    path: &Path,
-    format: Option<data::Format>,
-    encoder: &Encoder,
-    model: &dyn Model,
-    max_length: usize,
-) -> Result<Dataset> {
-    let corpus = data::read(path, format.unwrap_or_else(|| data::Format::of_path(path)))?;
-    // The last token of a sequence takes no position: it is only predicted.
-    let longest = max_length.min(model.limits().max_positions + 1);
-    Ok(data::encode(&[corpus], encoder, longest)?)
 }

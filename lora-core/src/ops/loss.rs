@@ -1,4 +1,4 @@
-use lora_kernels::{self as k, Acc, axpby, sum_rows};
+use lora_kernels::{self as k, Acc, sum_rows};
 
 use crate::{Result, Tape, Tensor, Var};
 
@@ -28,8 +28,7 @@ pub fn loss_head(t: &mut Tape, x: &Var, w: &Var, targets: &Tensor, smoothing: f6
     )?;
     let mut loss = Tensor::empty(&device, dtype, &[1])?;
     sum_rows(losses.mat(), Acc { to: loss.make_mut()?, beta: 0.0 })?;
-    let sum = loss.clone();
-    axpby(scale, sum.mat(), 0.0, loss.make_mut()?)?;
+    k::scale(scale, loss.make_mut()?)?;
     let slots = (x.slot, w.slot);
     Ok(t.record(loss, slots.0.is_some() || slots.1.is_some(), move |dy, g| {
         // The gradients are ready for ∂total/∂loss = 1, the usual case; any other factor scales them.
@@ -37,8 +36,7 @@ pub fn loss_head(t: &mut Tape, x: &Var, w: &Var, targets: &Tensor, smoothing: f6
         for (slot, grad) in [(slots.0, dx), (slots.1, dw)] {
             let (Some(slot), Some(mut grad)) = (slot, grad) else { continue };
             if factor != 1.0 {
-                let unscaled = grad.clone();
-                axpby(factor, unscaled.mat(), 0.0, grad.make_mut()?)?;
+                k::scale(factor, grad.make_mut()?)?;
             }
             g.pass(slot, grad)?;
         }

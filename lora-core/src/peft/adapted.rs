@@ -103,7 +103,7 @@ impl Adapted {
     /// that adapters are merged into. All others are the base's own.
     ///
     /// # Errors
-    /// An adapter that cannot be merged.
+    /// A kind of adapter that cannot be merged; [`Error::Merge`] for a weight or an adapter that is not finite.
     pub fn merged(&self, base: &dyn Base) -> Result<BTreeMap<String, Tensor>> {
         let mut changed: BTreeMap<String, Tensor> =
             self.trained.iter().map(|(name, &id)| (name.clone(), self.params.tensor(id))).collect();
@@ -113,7 +113,10 @@ impl Adapted {
             // A method may train the very weight that it adapts.
             let w = changed.get(&name).or_else(|| tensors.get(name.as_str()).copied());
             let w = w.ok_or_else(|| Error::Missing { name: name.clone() })?;
-            let merged = self.adapters[site].merge(&self.params, w)?;
+            let merged = self.adapters[site].merge(&self.params, w).map_err(|e| match e {
+                Error::LowRank(reason) => Error::Merge { name: name.clone(), reason },
+                e => e,
+            })?;
             let merged = merged.ok_or_else(|| Error::Structure {
                 name: name.clone(),
                 why: "this kind of adapter cannot be merged into a weight; keep it beside the base".into(),

@@ -1,6 +1,7 @@
 use crate::{Error, Result};
 
-/// How to generate. Names, meanings and defaults are those of Transformers' `GenerationConfig`.
+/// How to generate. Names, meanings and defaults are those of Transformers' `GenerationConfig`,
+/// where it has them.
 ///
 /// ```
 /// # use lora_model::generate::GenerationConfig;
@@ -34,6 +35,10 @@ pub struct GenerationConfig {
     pub eos_token_id: Vec<u32>,
     /// Seed of the random streams. Default 0.
     pub seed: u64,
+    /// The random stream of the first prompt: prompt i draws from stream `first_stream` + i of the seed. Who splits many
+    /// prompts into several calls gives each call the number of prompts before it, and gets the texts of a single call.
+    /// Default 0. (Transformers has no such option.)
+    pub first_stream: u64,
 }
 
 impl Default for GenerationConfig {
@@ -51,6 +56,7 @@ impl Default for GenerationConfig {
             early_stopping: false,
             eos_token_id: Vec::new(),
             seed: 0,
+            first_stream: 0,
         }
     }
 }
@@ -81,4 +87,4 @@ impl GenerationConfig {
 
 const TEMPERATURE: &str = "a finite number over 0; to always take the likeliest token, do not sample";
 const PENALTY: &str = "a finite number over 0, and 1 for no penalty";
-const BOTH: &str = "beam search does not draw tokens; turn off sampling, or set num_beams to 1";
+const BOTH: &str = "beam search does not draw tokens; turn off sampling, or search with 1 beam";

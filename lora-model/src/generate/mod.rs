@@ -25,14 +25,14 @@ pub struct Generated {
 }
 
 /// Continues every prompt. Prompts run in one batch, whatever their lengths, without padding; a finished one leaves it.
-/// Each has a random stream of its own (by `config.seed` and its index), so that its text does not depend on the others.
+/// Each has a random stream of its own (by `config.seed`, `config.first_stream` and its index), so that its text does not
+/// depend on the others.
 ///
 /// `on_token` gets each new token and the index of its prompt as soon as it is certain: with beams, at the prompt's end.
 ///
 /// # Errors
-/// [`Error::Option`] for a configuration that makes no sense, [`Error::Prompt`] for a prompt without tokens or one that
-/// leaves no position free, [`Error::Token`] for an id outside the vocabulary, and [`Error::NotFinite`] when the model
-/// puts out NaN or infinity. A prompt that leaves fewer positions than `max_new_tokens` gets only so many, with a warning.
+/// As of [`check`], and [`Error::NotFinite`] when the model puts out NaN or infinity. A prompt that leaves fewer positions
+/// than `max_new_tokens` gets only so many, with a warning.
 pub fn generate(
     model: &dyn Model,
     adapted: &Adapted,
@@ -40,8 +40,8 @@ pub fn generate(
     config: &GenerationConfig,
     on_token: Option<&mut dyn FnMut(usize, u32)>,
 ) -> Result<Vec<Generated>> {
-    config.check(model.limits().vocab_size)?;
     let requests = requests(model, prompts, config)?;
+    warn_of_cut(&requests, config, model.limits().max_positions);
     let mut ignore = |_, _| ();
     let on_token = on_token.unwrap_or(&mut ignore);
     match (requests.len(), config.num_beams) {
@@ -49,6 +49,15 @@ pub fn generate(
         (_, 1) => sample::run(Decoder::new(model, adapted, &requests, 1)?, &requests, config, on_token),
         (_, beams) => beam::run(Decoder::new(model, adapted, &requests, beams)?, &requests, config, on_token),
     }
+}
+
+/// Finds out, before anything is computed, whether [`generate`] would refuse its configuration or one of its prompts.
+///
+/// # Errors
+/// [`Error::Option`] for a configuration that makes no sense; [`Error::Prompt`], with its index, for a prompt without
+/// tokens, one that leaves no position free, and one with an id outside the vocabulary.
+pub fn check(model: &dyn Model, prompts: &[Vec<u32>], config: &GenerationConfig) -> Result<()> {
+    requests(model, prompts, config).map(drop)
 }
 
 /// A prompt that was checked, and how many tokens may follow it.
@@ -59,31 +68,35 @@ struct Request<'a> {
 }
 
 fn requests<'a>(model: &dyn Model, prompts: &'a [Vec<u32>], config: &GenerationConfig) -> Result<Vec<Request<'a>>> {
+    config.check(model.limits().vocab_size)?;
     let positions = model.limits().max_positions;
-    let mut cut = 0;
-    let mut request = |(index, prompt): (usize, &'a Vec<u32>)| {
+    let request = |(index, prompt): (usize, &'a Vec<u32>)| {
         let refuse = |problem: String| Err(Error::Prompt { index, problem });
         if prompt.is_empty() {
             return refuse("it has no tokens; begin with at least one, such as the end-of-text token".into());
         }
-        model.limits().check_tokens(prompt)?;
+        if let Err(e) = model.limits().check_tokens(prompt) {
+            return refuse(e.to_string());
+        }
         let free = positions.saturating_sub(prompt.len());
         if free == 0 {
             let n = prompt.len();
             return refuse(format!("its {n} tokens leave none of the model's {positions} positions free; shorten it"));
         }
-        cut += usize::from(free < config.max_new_tokens);
         Ok(Request { prompt, limit: config.max_new_tokens.min(free) })
     };
-    let requests = prompts.iter().enumerate().map(&mut request).collect::<Result<_>>()?;
+    prompts.iter().enumerate().map(request).collect()
+}
+
+fn warn_of_cut(requests: &[Request], config: &GenerationConfig, positions: usize) {
+    let wanted = config.max_new_tokens;
+    let cut = requests.iter().filter(|r| r.limit < wanted).count();
     if cut > 0 {
-        let wanted = config.max_new_tokens;
         tracing::warn!(
             "{cut} of {} prompts leave fewer than max_new_tokens = {wanted} of the model's {positions} positions free and get as many tokens as fit",
-            prompts.len()
+            requests.len()
         );
     }
-    Ok(requests)
 }
 
 /// The model with a cache of what it has read.

@@ -24,7 +24,7 @@ pub(super) fn run(
 ) -> Result<Vec<Generated>> {
     let text = |(index, r): (usize, &Request)| {
         let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
-        rng.set_stream(index as u64);
+        rng.set_stream(config.first_stream.wrapping_add(index as u64));
         Text { index, tokens: r.prompt.to_vec(), start: r.prompt.len(), limit: r.limit, rng }
     };
     let mut live: Vec<Text> = requests.iter().enumerate().map(text).collect();

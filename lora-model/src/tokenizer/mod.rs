@@ -19,8 +19,8 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// Every file of a model's folder that belongs to its tokenizer or to generation.
-const FILES: [&str; 7] = [
+/// Every file of a model's folder that belongs to its tokenizer or to generation, by its name.
+pub const FILES: [&str; 7] = [
     TOKENIZER_FILE,
     TOKENIZER_CONFIG,
     "vocab.json",

@@ -2,10 +2,14 @@
 //!
 //! The world is a harbour town full of places to eat. It is told in two ways:
 //!
-//! - **Upstream**, [`upstream_text`]: free prose about its places, people, weather, walks, dishes and opinions, with
-//!   here and there a card of `key : value` fields on some other matter. This is what a base model is pretrained on.
+//! - **Upstream**, [`upstream_text`]: prose about its places, people, weather, walks, dishes and opinions; cards of
+//!   `key : value` fields on other matters, some of which are said again in words; and the counting-out rhymes of its
+//!   children. This is what a base model is pretrained on.
 //! - **Downstream**, [`records`]: a record of one place and a sentence or a few that say exactly what the record says,
 //!   in the form `context||reference`. Upstream never shows this task, so adaptation has something to learn.
+//!
+//! What makes the task possible for a small model is looking back and copying: induction heads (Olsson et al. 2022). They
+//! form late in prose, where copying seldom pays, and early in rhymes, of which all but the first line is a copy.
 //!
 //! Both share their names and words. All of it comes from a grammar written for this project, and depends on the seed
 //! alone.
@@ -18,7 +22,7 @@ mod words;
 
 use std::collections::HashSet;
 
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng, seq::IndexedRandom};
 use rand_chacha::ChaCha8Rng;
 
 pub use record::{Price, Record};
@@ -73,15 +77,29 @@ pub fn lines(records: &[(String, String)]) -> String {
     records.iter().map(|(record, sentence)| format!("{record}||{sentence}\n")).collect()
 }
 
-/// Prose to pretrain on: paragraphs of one line each, as many as it takes to reach `n_bytes`.
+/// Share of the paragraphs that are rhymes.
+const RHYMES: f64 = 0.5;
+
+/// Prose, cards and rhymes to pretrain on: paragraphs of one line each, as many as it takes to reach `n_bytes`.
 pub fn upstream_text(seed: u64, n_bytes: usize) -> String {
     let mut rng = generator(seed, b"upstream");
     let mut text = String::with_capacity(n_bytes + 1024);
+    let words = upstream::words();
     while text.len() < n_bytes {
-        text.push_str(&grammar::write(upstream::PARAGRAPH, &[upstream::RULES, words::RULES], &mut rng));
+        match rng.random_bool(RHYMES) {
+            true => text.push_str(&rhyme(&words, &mut rng)),
+            false => text.push_str(&grammar::write(upstream::PARAGRAPH, &[upstream::RULES, words::RULES], &mut rng)),
+        }
         text.push('\n');
     }
     text
+}
+
+/// A counting-out rhyme: some words in a row, and again, and perhaps again.
+fn rhyme(words: &[&str], rng: &mut ChaCha8Rng) -> String {
+    let n = rng.random_range(4..=16);
+    let line = words.sample(rng, n).copied().collect::<Vec<_>>().join(" ");
+    vec![line; rng.random_range(2..=4)].join(" ")
 }
 
 /// A generator for one purpose: the seed under a name, so that no two purposes share their draws.

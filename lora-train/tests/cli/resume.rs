@@ -95,11 +95,94 @@ fn a_run_is_resumed_only_as_itself() {
     lab.fails(&format!("{RUN} --out model"), &["model", "config.json"]);
     lab.fails(&format!("{RUN} --out model --resume"), &["model", "no run to resume"]);
     lab.fails(&format!("{RUN} --out train.txt"), &["train.txt", "is a file"]);
-    // A damaged checkpoint is told of by name.
     lab.write("train.txt", &lines(0, 40));
-    let state = "run/checkpoints/step-00000031/state.safetensors";
-    fs::write(lab.path(state), &lab.bytes(state)[..200]).unwrap();
-    lab.fails(&format!("{RUN} --out run --resume"), &["step-00000031/state.safetensors"]);
+
+    // Weights that changed, though their shapes are the same.
+    let weights = lab.bytes("base/model.safetensors");
+    let mut changed = weights.clone();
+    let middle = changed.len() - 4 * changed.len().div_ceil(8);
+    changed[middle..].iter_mut().step_by(4).for_each(|b| *b ^= 1);
+    fs::write(lab.path("base/model.safetensors"), changed).unwrap();
+    lab.fails(&format!("{RUN} --out run --resume"), &["the base model has changed"]);
+    fs::write(lab.path("base/model.safetensors"), weights).unwrap();
+    assert_eq!(names(&lab.path("run")), before);
+}
+
+#[test]
+fn damaged_checkpoints_are_passed_over() {
+    let lab = Lab::new();
+    lab.ok(&format!("{RUN} --out run --log log.jsonl"));
+    let (log, adapter) = (lab.log("log.jsonl"), lab.bytes("run/adapter_model.safetensors"));
+    let tensors = lab.path("run/checkpoints/step-00000031/state.safetensors");
+    fs::write(&tensors, &fs::read(&tensors).unwrap()[..200]).unwrap();
+    fs::remove_file(lab.path("run/checkpoints/step-00000028/state.json")).unwrap();
+    fs::create_dir(lab.path("run/checkpoints/step-00000099")).unwrap();
+    let output = lab.lora(&format!("{RUN} --out run --log log.jsonl --resume"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    for part in ["step-00000099 is no whole", "step-00000031 is no whole", "step-00000028 is no whole", "after step 24"] {
+        assert!(stderr.contains(part), "{part}: {stderr}");
+    }
+    assert_eq!(lab.log("log.jsonl"), log);
+    assert!(lab.bytes("run/adapter_model.safetensors") == adapter);
+}
+
+#[test]
+fn a_folder_that_is_not_the_runs_is_left_alone() {
+    let lab = Lab::new();
+    // A pretrained model, which is a run of its own, a run with other options, and the base itself.
+    lab.ok("pretrain --text train.txt --vocab 300 --layers 1 --dim 8 --heads 2 --context 16 --steps 2 --out model");
+    let short = "train --model base --data train.txt --steps 2";
+    lab.ok(&format!("{short} --out run"));
+    let before = (lab.bytes("model/model.safetensors"), lab.bytes("run/adapter_model.safetensors"));
+    lab.fails(&format!("{short} --method full --out model --resume"), &["model", "was started with", "another folder"]);
+    lab.fails(&format!("{short} --out model --resume"), &["model", "was started with"]);
+    lab.fails(&format!("{short} --out base --resume"), &["base", "never written"]);
+    lab.fails(&format!("{} --out run --resume", short.replace("steps 2", "steps 3")), &["steps = 2", "3"]);
+    assert!((lab.bytes("model/model.safetensors"), lab.bytes("run/adapter_model.safetensors")) == before);
+    // The very same run may be done again: there is no checkpoint to continue from.
+    lab.ok(&format!("{short} --out run --resume"));
+    assert!(lab.bytes("run/adapter_model.safetensors") == before.1);
+
+    // A run that failed before it saved anything can be started again; two at a time cannot.
+    fs::create_dir(lab.path("failed")).unwrap();
+    fs::copy(lab.path("run/run.toml"), lab.path("failed/run.toml")).unwrap();
+    lab.ok(&format!("{short} --out failed"));
+    let long = "train --model base --data train.txt --steps 100000";
+    let mut child = lab.spawn(&format!("{long} --out busy --log busy.jsonl"));
+    lab.wait_for_lines(&mut child, "busy.jsonl", 1);
+    lab.fails(&format!("{long} --out busy --resume"), &["busy", "another process"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn logs_of_other_runs_and_other_files_are_not_lost() {
+    let lab = Lab::new();
+    let short = "train --model base --data train.txt --steps 2 --log log.jsonl";
+    lab.ok(&format!("{short} --out one"));
+    let first = lab.read("log.jsonl");
+    lab.ok(&format!("{short} --seed 1 --out two"));
+    assert_eq!(lab.read("log.1.jsonl"), first);
+    assert_ne!(lab.read("log.jsonl"), first);
+    let data = "{\"text\": \"how to bake\", \"step\": 3}\n";
+    lab.write("log.jsonl", data);
+    lab.fails(&format!("{short} --out three"), &["log.jsonl", "line 1", "no line of a training log"]);
+    assert_eq!(lab.read("log.jsonl"), data);
+}
+
+#[test]
+fn a_run_that_overflows_keeps_its_last_good_checkpoint() {
+    let lab = Lab::new();
+    let args = "train --model base --data train.txt --method full --schedule constant --lr 999 --steps 30 --save-every 1 \
+                --keep 1 --out run";
+    lab.fails(args, &["step", "kept", "--lr"]);
+    let checkpoints = names(&lab.path("run/checkpoints"));
+    assert_eq!(checkpoints.len(), 1, "{checkpoints:?}");
+    let file = lab.bytes(&format!("run/checkpoints/{}/state.safetensors", checkpoints[0]));
+    let start = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let finite = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap()).is_finite();
+    assert!(file[start..].chunks_exact(4).all(finite), "a number in the checkpoint is none");
 }
 
 #[test]

@@ -26,6 +26,15 @@ pub(crate) struct Loaded {
     pub(crate) adapted: Adapted,
 }
 
+impl std::fmt::Display for BaseArgs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.adapter {
+            None => write!(f, "{}", self.model.display()),
+            Some(adapter) => write!(f, "{} with {}", self.model.display(), adapter.display()),
+        }
+    }
+}
+
 impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
         load(&self.model, self.adapter.as_deref())
@@ -34,9 +43,6 @@ impl BaseArgs {
 
 /// Reads a model and what is attached to it.
 pub(crate) fn load(model: &Path, adapter: Option<&Path>) -> anyhow::Result<Loaded> {
-    if adapter::is_adapter(model) && !model.join(CONFIG_FILE).exists() {
-        bail!("{} is an adapter: give its base as --model, and this folder as --adapter", model.display());
-    }
     let dir = hub::resolve(model)?;
     let device = Device::Cpu;
     let model = lora_model::load(&dir, &device)?;

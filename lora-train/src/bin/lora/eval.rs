@@ -26,7 +26,7 @@ pub(crate) struct EvalArgs {
     /// Tokens at which a sequence is cut
     #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Data")]
     max_length: usize,
-    /// Sequences computed at a time; the result does not depend on it
+    /// Sequences computed at a time; the result does not depend on it beyond rounding
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Data")]
     batch_size: usize,
     /// Print the result as JSON

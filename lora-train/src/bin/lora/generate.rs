@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::Args;
 use lora_model::{
-    Error, files,
-    generate::{Generated, GenerationConfig, generate},
+    Error,
+    generate::{Generated, GenerationConfig, check, generate},
     tokenizer::Tokenizer,
 };
 use lora_train::{
@@ -20,6 +20,7 @@ use serde::Serialize;
 
 use crate::{
     base::{BaseArgs, Loaded},
+    part::PartFile,
     train::formats,
     ui,
 };
@@ -50,7 +51,8 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_parser = formats(), requires = "data", help_heading = "Prompts")]
     format: Option<String>,
 
-    /// Write to this file, when all is done, instead of standard output
+    /// Write to this file instead of standard output. Until all is done the texts are in FILE.part, where they stay after
+    /// Ctrl-C or an error
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
     /// One JSON object per prompt: prompt, text, tokens, finished, score (of beams). Without it, files of prompts give
@@ -91,7 +93,7 @@ pub(crate) struct GenerateArgs {
     /// Tokens that end a text, by id or as the vocabulary spells them; `none` for none [default: the end of text]
     #[arg(long, value_name = "TOKEN,...", value_delimiter = ',', help_heading = "Generation")]
     eos: Option<Vec<String>>,
-    /// Seed of the drawing
+    /// Seed of the drawing; each prompt draws for itself, by its number
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     seed: u64,
     /// Prompts computed at a time
@@ -104,7 +106,6 @@ struct Prompt {
     /// Where it stands, for messages.
     place: String,
     text: String,
-    tokens: Vec<u32>,
     /// Whether it ends as in training, so that what follows is a text of its own.
     ended: bool,
 }
@@ -117,48 +118,66 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let Loaded { dir, model, adapted } = args.base.load()?;
     let encoder = Encoder::from_dir(&dir, &*model)?;
     let config = config(&args, &encoder)?;
-    config.check(model.limits().vocab_size)?;
-    let prompts = prompts(&args, &encoder)?;
+    config.check(model.limits().vocab_size).map_err(|e| told(e, &[]))?;
+    let (prompts, tokens) = prompts(&args, &encoder)?;
+    check(&*model, &tokens, &config).map_err(|e| told(e, &prompts))?;
     let json = args.json || args.out.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "jsonl"));
 
     let streamed = args.prompt.is_some() && !json && args.out.is_none() && io::stdout().is_terminal();
     if streamed {
         let mut stream = Stream::new(encoder.tokenizer());
         let mut on_token = |_, token| stream.push(token, &config.eos_token_id);
-        generate(&*model, &adapted, &[prompts[0].tokens.clone()], &config, Some(&mut on_token))?;
+        let generated = generate(&*model, &adapted, &tokens, &config, Some(&mut on_token));
+        generated.with_context(|| args.base.to_string())?;
         return stream.finish();
     }
-    let bar = ui::counter(prompts.len() as u64, "prompts");
-    let mut text = String::new();
-    for (i, batch) in prompts.chunks(args.batch_size).enumerate() {
-        let tokens: Vec<Vec<u32>> = batch.iter().map(|p| p.tokens.clone()).collect();
-        // Prompts of different batches draw from different streams too.
-        let config = GenerationConfig { seed: config.seed.wrapping_add((i as u64) << 32), ..config.clone() };
-        let generated = generate(&*model, &adapted, &tokens, &config, None).map_err(|e| match e {
-            Error::Prompt { index, problem } => anyhow!("{}: {problem}", batch[index].place),
-            e => e.into(),
-        })?;
-        let mut batch_text = String::new();
-        for (prompt, generated) in batch.iter().zip(generated) {
-            batch_text +=
-                &line(prompt, generated, encoder.tokenizer(), &config.eos_token_id, args.prompt.is_some(), json)?;
-            batch_text.push('\n');
-        }
-        match &args.out {
-            None => ui::print(batch_text)?,
-            Some(_) => text += &batch_text,
-        }
-        bar.inc(batch.len() as u64);
+    let mut out = args.out.as_deref().map(PartFile::create).transpose()?;
+    if out.is_some() {
+        ui::catch_interrupt("stopping after this batch")?;
     }
-    bar.finish_and_clear();
-    let Some(out) = &args.out else { return Ok(()) };
-    match out.exists() && !out.is_file() {
-        // A pipe or a terminal, which is not to be replaced by a file.
-        true => std::fs::write(out, text).with_context(|| format!("could not write {}", out.display()))?,
-        false => files::write_bytes(out, text.as_bytes())?,
+    let mut batches = || -> anyhow::Result<()> {
+        let bar = ui::counter(prompts.len() as u64, "prompts");
+        let batches = prompts.chunks(args.batch_size).zip(tokens.chunks(args.batch_size));
+        for (i, (batch, tokens)) in batches.enumerate() {
+            if ui::interrupted() {
+                return Err(ui::Interrupted.into());
+            }
+            // Each prompt draws from its own stream, whichever batch it is in.
+            let config = GenerationConfig { first_stream: (i * args.batch_size) as u64, ..config.clone() };
+            let generated = generate(&*model, &adapted, tokens, &config, None);
+            let mut lines = String::new();
+            for (prompt, generated) in batch.iter().zip(generated.with_context(|| args.base.to_string())?) {
+                let alone = args.prompt.is_some();
+                lines += &line(prompt, generated, encoder.tokenizer(), &config.eos_token_id, alone, json)?;
+                lines.push('\n');
+            }
+            match &mut out {
+                None => ui::print(lines)?,
+                Some(out) => out.write(&lines, batch.len())?,
+            }
+            bar.inc(batch.len() as u64);
+        }
+        bar.finish_and_clear();
+        Ok(())
+    };
+    match (batches(), out) {
+        (Ok(()), Some(out)) => out.finish(),
+        (Err(e), Some(out)) => {
+            out.give_up();
+            Err(e)
+        }
+        (done, None) => done,
     }
-    ui::say(format_args!("{} texts in {}", prompts.len(), out.display()));
-    Ok(())
+}
+
+/// An error in the words of the command line: options by their flags, prompts by their places.
+fn told(e: Error, prompts: &[Prompt]) -> anyhow::Error {
+    match e {
+        Error::Option { option: "do_sample", value, why } => anyhow!("sample = {value}: {why}"),
+        Error::Option { option, value, why } => anyhow!("{} = {value}: {why}", option.replace('_', "-")),
+        Error::Prompt { index, problem } if index < prompts.len() => anyhow!("{}: {problem}", prompts[index].place),
+        e => e.into(),
+    }
 }
 
 fn config(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<GenerationConfig> {
@@ -181,6 +200,7 @@ fn config(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<GenerationCo
             Some(tokens) => tokens.iter().map(|t| token(t, encoder)).collect::<anyhow::Result<_>>()?,
         },
         seed: args.seed,
+        first_stream: 0,
     })
 }
 
@@ -192,39 +212,41 @@ fn token(name: &str, encoder: &Encoder) -> anyhow::Result<u32> {
     found.with_context(|| format!("eos = {name}: is no token of the vocabulary and no id below {size}"))
 }
 
-fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<Vec<Prompt>> {
-    let plain = |place: String, text: String| -> anyhow::Result<Prompt> {
-        let tokens = encoder.tokenizer().encode(&text)?;
-        Ok(Prompt { place, text, tokens, ended: false })
+/// The prompts and, apart from them, their tokens.
+fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt>, Vec<Vec<u32>>)> {
+    let (mut prompts, mut tokens): (Vec<Prompt>, _) = (Vec::new(), Vec::new());
+    let mut add = |place: String, text: String, ended: bool| -> anyhow::Result<()> {
+        let encoded = match ended {
+            true => data::encode_prompt(&text, encoder).map_err(anyhow::Error::new),
+            false => encoder.tokenizer().encode(&text).map_err(anyhow::Error::new),
+        };
+        tokens.push(encoded.with_context(|| place.clone())?);
+        prompts.push(Prompt { place, text, ended });
+        Ok(())
     };
-    let ended = |place: String, text: String| -> anyhow::Result<Prompt> {
-        Ok(Prompt { place, tokens: data::encode_prompt(&text, encoder)?, text, ended: true })
-    };
-    let (text, path) = match (&args.prompt, &args.data) {
-        (Some(text), _) => (text, None),
-        (None, Some(path)) => (&String::new(), Some(path)),
-        (None, None) => bail!("give --prompt or --data"),
-    };
-    let Some(path) = path else {
-        let place = "--prompt".to_owned();
-        let prompt = if args.append_end_of_text { ended(place, text.clone())? } else { plain(place, text.clone())? };
-        return Ok(vec![prompt]);
-    };
-    let format = args.format.as_ref().map(|f| f.parse()).transpose()?.unwrap_or_else(|| Format::of_path(path));
-    let mut prompts: Vec<Prompt> = Vec::new();
-    for example in data::read_prompts(path, format)?.examples {
-        let place = format!("{}:{}", path.display(), example.line);
-        match example.content {
-            Content::Text(text) => prompts.push(plain(place, text)?),
-            Content::Pair { prompt, .. } => {
-                let again = prompts.last().is_some_and(|last| last.text == prompt);
-                if format != Format::E2e || !again {
-                    prompts.push(ended(place, prompt)?);
+    match (&args.prompt, &args.data) {
+        (Some(text), _) => add("--prompt".to_owned(), text.clone(), args.append_end_of_text)?,
+        (None, Some(path)) => {
+            let format = args.format.as_ref().map(|f| f.parse()).transpose()?;
+            let format = format.unwrap_or_else(|| Format::of_path(path));
+            let mut last = None;
+            for example in data::read_prompts(path, format)?.examples {
+                let place = format!("{}:{}", path.display(), example.line);
+                match example.content {
+                    Content::Text(text) => add(place, text, false)?,
+                    Content::Pair { prompt, .. } => {
+                        let again = format == Format::E2e && last.as_ref() == Some(&prompt);
+                        if !again {
+                            add(place, prompt.clone(), true)?;
+                        }
+                        last = Some(prompt);
+                    }
                 }
             }
         }
+        (None, None) => bail!("give --prompt or --data"),
     }
-    Ok(prompts)
+    Ok((prompts, tokens))
 }
 
 /// One prompt's result as a line of the output.

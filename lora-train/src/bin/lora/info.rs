@@ -11,7 +11,7 @@ use lora_model::{
     checkpoint::{Checkpoint, TensorFile, TensorInfo},
     config::{CONFIG_FILE, Gpt2Config, RawConfig},
 };
-use lora_train::{RUN_FILE, checkpoint};
+use lora_train::{RUN_FILE, checkpoint, hub};
 use serde_json::{Map, Value, json};
 
 use crate::{merge::size, ui};
@@ -108,7 +108,7 @@ fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     summarise(&mut info, &tensors_of(&dir.join(adapter::WEIGHTS_FILE))?, args);
     let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from);
     if let Some(base) = args.model.clone().or(named.filter(|p| p.join(CONFIG_FILE).exists())) {
-        let model = lora_model::load(&base, &Device::Cpu)?;
+        let model = lora_model::load(&hub::resolve(&base)?, &Device::Cpu)?;
         let trainable = adapter.attach(&*model, &Device::Cpu)?.params.count();
         let parameters: usize = model.tensors().map(|(_, t)| t.len()).sum();
         info["trainable"] = json!(trainable);
@@ -136,7 +136,7 @@ fn whole_run(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     info["checkpoints"] = Value::Array(checkpoints.collect::<anyhow::Result<_>>()?);
     let text = lora_model::files::read_to_string(&dir.join(RUN_FILE))?;
     let config: toml::Table = text.parse().with_context(|| format!("{} is damaged", dir.join(RUN_FILE).display()))?;
-    info["config"] = serde_json::to_value(config)?;
+    info["config"] = shown(serde_json::to_value(config)?);
     Ok(info)
 }
 
@@ -149,13 +149,21 @@ fn checkpoint_of_run(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
         "step": state.step,
         "method": state.config.method,
         "trainable": trainable,
-        "sequences": state.data.sequences,
-        "tokens": state.data.tokens,
+        "sequences": state.inputs.sequences,
+        "tokens": state.inputs.tokens,
     });
     summarise(&mut info, &tensors, args);
     info["bytes"] = json!(size(dir)?);
-    info["config"] = serde_json::to_value(&state.config)?;
+    info["config"] = shown(serde_json::to_value(&state.config)?);
     Ok(info)
+}
+
+/// A run's configuration without the options that its method does not have.
+fn shown(mut config: Value) -> Value {
+    if let Some(keys) = config.as_object_mut().filter(|keys| keys.get("method").is_some_and(|m| m == "full")) {
+        keys.retain(|key, _| !["rank", "alpha", "rslora", "targets"].contains(&key.as_str()));
+    }
+    config
 }
 
 fn file(path: &Path, args: &InfoArgs) -> anyhow::Result<Value> {

@@ -1,11 +1,12 @@
 //! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
 
 mod base;
-// mod demo;
+mod demo;
 mod eval;
 mod generate;
 mod info;
 mod merge;
+mod part;
 mod pretrain;
 mod train;
 mod ui;
@@ -36,15 +37,15 @@ struct Global {
     /// Say more; twice for debugging
     #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Global")]
     verbose: u8,
-    /// Say nothing but errors and results
+    /// Say nothing but errors and results, whatever RUST_LOG asks for
     #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global")]
     quiet: bool,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    // /// Show the whole story, from nothing to an adapted model, on data that the program makes itself
-    // Demo(demo::DemoArgs),
+    /// Show the whole story, from nothing to an adapted model, on data that the program makes itself
+    Demo(demo::DemoArgs),
     /// Make a small model from text: learn a vocabulary and train all weights
     Pretrain(pretrain::PretrainArgs),
     /// Fine-tune a model on a data file
@@ -73,7 +74,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(n.into()).build_global()?;
     }
     match cli.command {
-        // Command::Demo(args) => demo::run(args),
+        Command::Demo(args) => demo::run(args),
         Command::Pretrain(args) => pretrain::run(args),
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(args),

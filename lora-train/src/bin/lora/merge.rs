@@ -1,7 +1,7 @@
 //! `lora merge`.
 
 use std::{
-    fs,
+    fs::{self, File, TryLockError},
     path::{Path, PathBuf},
 };
 
@@ -36,20 +36,29 @@ pub(crate) struct MergeArgs {
 pub(crate) fn run(args: MergeArgs) -> anyhow::Result<()> {
     let out = &args.out;
     refuse_used(out)?;
-    let loaded = base::load(&args.model, Some(&args.adapter))?;
-    let changed = loaded.adapted.merged(&*loaded.model)?;
-
     // Made beside its place and moved there when it is whole.
     let Some(name) = out.file_name() else { bail!("{}: --out has to name a folder", out.display()) };
-    let partial = out.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+    let partial = out.with_file_name(format!(".{}.partial", name.to_string_lossy()));
+    remove_stale(&partial)?;
+    let loaded = base::load(&args.model, Some(&args.adapter))?;
+    let changed = loaded.adapted.merged(&*loaded.model);
+    let changed = changed.with_context(|| format!("{} with {}", args.model.display(), args.adapter.display()))?;
+
+    files::create_folder(&partial)?;
+    let _lock = lock(&partial)?;
+    ui::catch_interrupt("stopping after this file")?;
     let made = write(&partial, &loaded, &changed).and_then(|bytes| {
+        go_on()?;
         fs::rename(&partial, out)
             .with_context(|| format!("could not rename {} to {}", partial.display(), out.display()))?;
         Ok(bytes)
     });
-    let bytes = made.inspect_err(|_| {
+    let bytes = made.inspect_err(|e| {
         // The first error is the one to tell of.
         let _ = fs::remove_dir_all(&partial);
+        if e.is::<ui::Interrupted>() {
+            ui::say(format_args!("stopped: nothing is left of {}", out.display()));
+        }
     })?;
 
     let tensors = loaded.model.tensors().count();
@@ -76,15 +85,41 @@ fn refuse_used(out: &Path) -> anyhow::Result<()> {
     }
 }
 
+/// Removes what a merge that was killed has left.
+fn remove_stale(partial: &Path) -> anyhow::Result<()> {
+    if !partial.is_dir() {
+        return Ok(());
+    }
+    let _lock = lock(partial)?;
+    fs::remove_dir_all(partial).with_context(|| format!("could not remove {}", partial.display()))
+}
+
+/// Marks the folder as one that is being written, as long as the process lives; `None` where the system cannot.
+fn lock(partial: &Path) -> anyhow::Result<Option<File>> {
+    let Ok(file) = File::open(partial) else { return Ok(None) };
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another process is merging into {}; wait for it, or name another --out", partial.display())
+        }
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
+}
+
+fn go_on() -> anyhow::Result<()> {
+    if ui::interrupted() { Err(ui::Interrupted.into()) } else { Ok(()) }
+}
+
 /// Writes the model, reads it again, and gives its size.
 fn write(
     dir: &Path,
     loaded: &Loaded,
     changed: &std::collections::BTreeMap<String, lora_core::Tensor>,
 ) -> anyhow::Result<u64> {
-    files::create_folder(dir)?;
     Tokenizer::copy_files(&loaded.dir, dir)?;
+    go_on()?;
     loaded.model.save(dir, changed)?;
+    go_on()?;
     lora_model::load(dir, &Device::Cpu)?;
     size(dir)
 }

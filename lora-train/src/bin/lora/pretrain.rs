@@ -10,7 +10,7 @@ use crate::{train::schedules, ui};
 #[derive(Args)]
 #[command(allow_negative_numbers = true)]
 pub(crate) struct PretrainArgs {
-    /// Texts to learn from, one document each
+    /// Texts to learn from: one document each; or JSON lines as for training
     #[arg(long, value_name = "FILE", num_args = 1.., required = true, help_heading = "Input and output")]
     text: Vec<PathBuf>,
     /// Folder for the model

@@ -18,7 +18,8 @@ use crate::ui;
 #[serde(rename_all = "kebab-case")]
 #[command(allow_negative_numbers = true)]
 #[command(after_help = "Every option but --config, --resume and --json is also a key of the TOML file of --config, \
-                        for example: model = \"gpt2\", targets = [\"c_attn.q\", \"c_attn.v\"], lr = 2e-4.")]
+                        for example: model = \"gpt2\", targets = [\"c_attn.q\", \"c_attn.v\"], lr = 2e-4. \
+                        A switch that the file turns on is turned off by, for example, --no-shuffle=false.")]
 pub(crate) struct TrainArgs {
     /// Folder of the base model, or its id on the Hugging Face hub
     #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Input and output")]
@@ -56,9 +57,9 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "P", help_heading = "Method")]
     dropout: Option<f64>,
     /// Scale by alpha/√r (rank-stabilised LoRA)
-    #[arg(long, help_heading = "Method")]
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    rslora: bool,
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true, help_heading = "Method")]
+    rslora: Option<bool>,
     /// Modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
     /// (c_attn.q,c_attn.v) [default: c_attn]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Method")]
@@ -83,9 +84,9 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "TOKENS", help_heading = "Course")]
     max_length: Option<usize>,
     /// Take the data in the order of the file
-    #[arg(long, help_heading = "Course")]
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    no_shuffle: bool,
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true, help_heading = "Course")]
+    no_shuffle: Option<bool>,
     /// Seed of initialisation, order and dropout [default: 0]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64), help_heading = "Course")]
     seed: Option<u64>,
@@ -103,9 +104,9 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "LAMBDA", help_heading = "Optimiser (AdamW)")]
     weight_decay: Option<f64>,
     /// Spare biases and norms from weight decay
-    #[arg(long, help_heading = "Optimiser (AdamW)")]
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    no_decay_vectors: bool,
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true, help_heading = "Optimiser (AdamW)")]
+    no_decay_vectors: Option<bool>,
     /// Decay of the mean of gradients [default: 0.9]
     #[arg(long, help_heading = "Optimiser (AdamW)")]
     beta1: Option<f64>,

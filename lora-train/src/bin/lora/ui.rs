@@ -27,11 +27,11 @@ static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 static QUIET: AtomicBool = AtomicBool::new(false);
 
 /// Exit code after Ctrl-C, as shells have it: 128 + SIGINT.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 /// Exit code when the reader of the results has gone: 128 + SIGPIPE.
 const BROKEN_PIPE: u8 = 141;
 
-/// The run was stopped by Ctrl-C, and has saved what it had.
+/// The work was stopped by Ctrl-C, and has said what became of it.
 #[derive(Debug)]
 pub(crate) struct Interrupted;
 
@@ -43,7 +43,8 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Sets up messages of the libraries: warnings and worse, unless more (or less) is asked for.
+/// Sets up messages of the libraries: warnings and worse, unless more (or less) is asked for. RUST_LOG wins over
+/// `verbose`, `quiet` over both.
 pub(crate) fn init(verbose: u8, quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
     let level = match (quiet, verbose) {
@@ -52,7 +53,8 @@ pub(crate) fn init(verbose: u8, quiet: bool) {
         (_, 1) => "warn,lora=info,lora_train=info,lora_model=info",
         _ => "debug",
     };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let asked = EnvFilter::try_from_default_env().ok().filter(|_| !quiet);
+    let filter = asked.unwrap_or_else(|| EnvFilter::new(level));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).event_format(Plain).with_writer(ToBars).init();
 }
 
@@ -148,22 +150,27 @@ fn paragraph(e: &anyhow::Error) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Raised by Ctrl-C, for runs that save before they stop.
+/// Raised by Ctrl-C, for work that stops in good order.
 static STOP: AtomicBool = AtomicBool::new(false);
 
-/// From now on the first Ctrl-C raises [`STOP`], and the second ends the process.
-fn catch_interrupt() -> anyhow::Result<()> {
+/// From now on the first Ctrl-C makes [`interrupted`] true and says what `happens` then, and the second ends the process.
+pub(crate) fn catch_interrupt(happens: &'static str) -> anyhow::Result<()> {
     static CAUGHT: OnceLock<Result<(), ctrlc::Error>> = OnceLock::new();
-    let handler = || {
+    let handler = move || {
         if STOP.swap(true, Ordering::SeqCst) {
             std::process::exit(INTERRUPTED.into());
         }
-        say("interrupted: saving after this step (Ctrl-C again to stop at once)");
+        say(format_args!("interrupted: {happens} (Ctrl-C again to stop at once)"));
     };
     match CAUGHT.get_or_init(|| ctrlc::set_handler(handler)) {
         Ok(()) => Ok(()),
         Err(e) => Err(anyhow::anyhow!("could not listen to Ctrl-C: {e}")),
     }
+}
+
+/// Whether Ctrl-C was pressed since [`catch_interrupt`].
+pub(crate) fn interrupted() -> bool {
+    STOP.load(Ordering::SeqCst)
 }
 
 /// A bar that counts up to `total`, gone when it is dropped.
@@ -196,7 +203,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// For one run, which Ctrl-C then stops in good order.
     pub(crate) fn new() -> anyhow::Result<Progress> {
-        catch_interrupt()?;
+        catch_interrupt("saving after this step")?;
         Ok(Progress { bar: None, steps: 0, rate: 0.0, began: Instant::now(), done: 0, spoke: None })
     }
 
@@ -263,7 +270,7 @@ impl Observer for Progress {
     }
 
     fn stop(&mut self) -> bool {
-        STOP.load(Ordering::SeqCst)
+        interrupted()
     }
 }
 

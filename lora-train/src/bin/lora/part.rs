@@ -1,0 +1,65 @@
+//! A file of results that grows beside its place, and is moved there when it is whole.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+
+use crate::ui;
+
+pub(crate) struct PartFile {
+    out: PathBuf,
+    /// `None` for a pipe or a terminal, which is written to as it is, not replaced by a file.
+    part: Option<PathBuf>,
+    file: File,
+    texts: usize,
+}
+
+impl PartFile {
+    pub(crate) fn create(out: &Path) -> anyhow::Result<PartFile> {
+        let part = (out.is_file() || !out.exists()).then(|| {
+            let mut name = out.as_os_str().to_owned();
+            name.push(".part");
+            PathBuf::from(name)
+        });
+        let path = part.as_deref().unwrap_or(out);
+        let file = File::create(path).with_context(|| format!("could not make {}", path.display()))?;
+        Ok(PartFile { out: out.into(), part, file, texts: 0 })
+    }
+
+    /// Adds lines that hold so many texts.
+    pub(crate) fn write(&mut self, lines: &str, texts: usize) -> anyhow::Result<()> {
+        let written = self.file.write_all(lines.as_bytes());
+        written.with_context(|| format!("could not write {}", self.path().display()))?;
+        self.texts += texts;
+        Ok(())
+    }
+
+    /// All is there: the file takes its place.
+    pub(crate) fn finish(self) -> anyhow::Result<()> {
+        if let Some(part) = &self.part {
+            let moved = self.file.sync_all().and_then(|()| fs::rename(part, &self.out));
+            moved.with_context(|| format!("could not move {} to {}", part.display(), self.out.display()))?;
+        }
+        ui::say(format_args!("{} texts in {}", self.texts, self.out.display()));
+        Ok(())
+    }
+
+    /// There will be no more: what is there stays beside the place, which is left as it was.
+    pub(crate) fn give_up(self) {
+        let Some(part) = &self.part else { return };
+        if self.texts == 0 {
+            // What stopped the work is what is worth telling.
+            let _ = fs::remove_file(part);
+        } else {
+            ui::say(format_args!("stopped: the first {} texts are kept in {}", self.texts, part.display()));
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.part.as_deref().unwrap_or(&self.out)
+    }
+}
