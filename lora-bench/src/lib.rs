@@ -3,6 +3,21 @@
 //! - `cargo bench` runs the criterion groups in `benches/`.
 //! - `cargo run --release -p lora-bench --bin e2e` measures a training step, alone or in turn with another stack.
 //! - `interop/` holds the Python sides of comparisons, `results/` what was measured, with commands and machines.
+//!
+//! ```
+//! use lora_bench::{median, numbers};
+//!
+//! // The median time of x·Wᵀ.
+//! let (x, w, mut y) = (numbers(4, 64), numbers(32, 64), numbers(4, 32));
+//! let mut seconds = Vec::new();
+//! for _ in 0..5 {
+//!     let start = std::time::Instant::now();
+//!     lora_kernels::gemm(1.0, x.mat(), w.t(), 0.0, y.make_mut()?)?;
+//!     seconds.push(start.elapsed().as_secs_f64());
+//! }
+//! println!("{:.1} µs", median(&seconds) * 1e6);
+//! # Ok::<(), lora_core::Error>(())
+//! ```
 
 use std::time::{Duration, Instant};
 

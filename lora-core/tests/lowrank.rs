@@ -1,5 +1,6 @@
 //! The low-rank mathematics against plain loops in f64, and against answers known beforehand.
 
+use approx::{assert_abs_diff_eq, assert_relative_eq};
 use lora_core::lowrank::{self, Layout, LowRank, Real, Scaling, Side};
 use ndarray::{Array2, ArrayView2, array, s};
 use rand::{RngExt, SeedableRng};
@@ -274,7 +275,7 @@ fn the_svd_of_an_adapter_never_holds_delta() {
     let n = 200_000;
     let adapter = LowRank::new(Array2::<f32>::ones((1, n)), Array2::ones((n, 1)), 0.5).unwrap();
     let svd = lowrank::svd_of(&adapter).unwrap();
-    assert!((svd.sigma[0] / (0.5 * n as f64) - 1.0).abs() < 1e-12);
+    assert_relative_eq!(svd.sigma[0], 0.5 * n as f64, max_relative = 1e-12);
     assert!(svd.u.iter().chain(&svd.v).all(|x| (x * (n as f64).sqrt() - 1.0).abs() < 1e-10));
 }
 
@@ -352,9 +353,10 @@ fn amplification_of_known_directions() {
             let adapter = LowRank::new(a * -8.0, b * 0.5, -0.25).unwrap();
             for (w0, layout) in [(&w0, Layout::OutIn), (&conv1d, Layout::InOut)] {
                 let found = lowrank::amplification(w0.view(), &adapter, layout).unwrap();
-                assert!((found.delta_norm - delta_norm).abs() < 1e-12, "{case}: {found:?}");
-                assert!((found.projected_norm - projected_norm).abs() < 1e-11, "{case}: {found:?}");
-                assert!((found.factor() - delta_norm / projected_norm).abs() < 1e-11, "{case}: {}", found.factor());
+                println!("{case}: {found:?}"); // shown when one of these fails
+                assert_abs_diff_eq!(found.delta_norm, delta_norm, epsilon = 1e-12);
+                assert_abs_diff_eq!(found.projected_norm, projected_norm, epsilon = 1e-11);
+                assert_abs_diff_eq!(found.factor(), delta_norm / projected_norm, epsilon = 1e-11);
             }
         }
     }

@@ -28,7 +28,9 @@ pub fn devices() -> Result<Vec<Gpu>> {
     // Asked first, because cudarc panics on the first call into a library that is not there.
     // SAFETY: looks for a shared library by name; the driver's initialisers run if it is found.
     if !unsafe { sys::is_culib_present() } {
-        return Err(Error::Cuda { what: "no CUDA driver was found; install the NVIDIA driver, or use --device cpu".into() });
+        return Err(Error::Cuda {
+            what: "no CUDA driver was found; install the NVIDIA driver, or use --device cpu".into(),
+        });
     }
     let failed = |e: result::DriverError| Error::Cuda { what: format!("{e}; is the driver running?") };
     result::init().map_err(failed)?;

@@ -348,13 +348,8 @@ impl<'a, T: Element> HostMut<'a, T> {
                 let (m, n) = (r[1] - r[0], c[1] - c[0]);
                 let skip = if extent(m, n, self.ld) == 0 { 0 } else { r[0] * self.ld + c[0] };
                 // SAFETY: blocks lie inside the matrix and, their boundaries being ascending, never overlap.
-                blocks.push(HostMut {
-                    ptr: unsafe { self.ptr.add(skip) },
-                    rows: m,
-                    cols: n,
-                    ld: self.ld,
-                    life: PhantomData,
-                });
+                let ptr = unsafe { self.ptr.add(skip) };
+                blocks.push(HostMut { ptr, rows: m, cols: n, ld: self.ld, life: PhantomData });
             }
         }
         blocks

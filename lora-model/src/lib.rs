@@ -5,6 +5,42 @@
 //!   adapters from the method that was applied to it ([`lora_core::peft::Adapted`]).
 //! - [`generate`] continues texts: greedy, sampled or by beam search, over cached keys and values.
 //! - [`tokenizer`] turns text into tokens and back.
+//!
+//! ```
+//! use lora_core::peft::{Adapted, Lora, LoraConfig};
+//! use lora_kernels::{DType, Device};
+//! use lora_model::{Gpt2, Model, config::Gpt2Config, generate, generate::GenerationConfig, load, tokenizer::Tokenizer};
+//!
+//! # let temporary = tempfile::tempdir().expect("a folder for temporary files");
+//! # let folder = temporary.path();
+//! let cpu = Device::Cpu;
+//! // A folder as Hugging Face has them, here with a small model that has learnt nothing.
+//! let tokenizer = Tokenizer::train_bpe(["to be or not to be"].into_iter(), 260)?;
+//! let config = Gpt2Config {
+//!     vocab_size: tokenizer.vocab_size(),
+//!     n_positions: 32,
+//!     n_embd: 16,
+//!     n_layer: 1,
+//!     n_head: 2,
+//!     ..Gpt2Config::default()
+//! };
+//! Gpt2::init(config, folder, 0, &cpu)?.save(folder, &Default::default())?;
+//! tokenizer.save(folder)?;
+//!
+//! // From a folder to text, through a LoRA adapter.
+//! let model = load(folder, &cpu)?;
+//! let targets = vec!["c_attn".into()];
+//! let lora = Lora::new(LoraConfig { rank: 4, alpha: 8.0, dropout: 0.0, rslora: false, targets })?;
+//! let adapted = Adapted::new(&lora, &*model, &cpu, DType::F32, 0)?;
+//! assert_eq!(adapted.params.count(), 4 * (16 + 48)); // A [4, 16] and B [48, 4]
+//! let tokenizer = Tokenizer::from_dir(folder)?;
+//! let prompt = tokenizer.encode("to be")?;
+//! let config = GenerationConfig { max_new_tokens: 5, ..GenerationConfig::default() };
+//! let texts = generate::generate(&*model, &adapted, &[prompt], &config, None)?;
+//! println!("{}", tokenizer.decode(&texts[0].tokens, true)?);
+//! # assert_eq!(texts[0].tokens.len(), 5);
+//! # Ok::<(), lora_model::Error>(())
+//! ```
 
 pub mod adapter;
 mod batch;

@@ -36,7 +36,7 @@ pub trait Model: Base + Send + Sync {
     /// Name and tensor of the head's matrix [vocabulary, d].
     fn head(&self) -> (&str, &Tensor);
 
-    /// The final hidden states, [rows, d], of tokens [rows] at positions `[rows]`.
+    /// The final hidden states, [rows, d], of tokens `[rows]` at positions `[rows]`.
     fn hidden(
         &self,
         t: &mut Tape,

@@ -140,7 +140,7 @@ fn damaged_files_are_refused_by_name() {
         (b"{\"model_type\": \"gpt2\"", "not valid JSON"),
     ] {
         fs::write(dir.path().join("config.json"), bytes).unwrap();
-        let text = Gpt2Config::from_dir(dir.path()).unwrap_err().to_string();
+        let text = RawConfig::from_dir(dir.path()).unwrap_err().to_string();
         assert!(text.contains("config.json") && text.contains(wanted), "{text}");
     }
     fs::write(dir.path().join("config.json"), "[".repeat(100_000)).unwrap();

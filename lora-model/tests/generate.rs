@@ -7,7 +7,7 @@ use lora_kernels::Device;
 use lora_model::{
     Error, Gpt2, Model,
     config::Gpt2Config,
-    generate::{Generated, GenerationConfig, distribution, generate},
+    generate::{Generated, GenerationConfig, check, distribution, generate},
     load,
 };
 use serde_json::Value;
@@ -179,12 +179,15 @@ fn a_prompt_does_not_depend_on_the_others() {
         assert!(together.iter().any(|t| t.finished), "some leave the batch early");
         assert!(together.iter().any(|t| t.tokens.len() > 9), "some stay");
         for i in 0..4 {
-            // Its index stays the same: it chooses the random stream.
+            // Its index chooses the random stream: it stays the same, or is given.
             let mut others = vec![vec![1]; i + 1];
             others[i] = PROMPTS[i].to_vec();
             let alone = generate(&*model, &adapted, &others, &config, None).unwrap().remove(i);
             assert_eq!(alone.tokens, together[i].tokens, "prompt {i} of {config:?}");
             assert_eq!(alone.finished, together[i].finished);
+            let config = GenerationConfig { first_stream: i as u64, ..config.clone() };
+            let alone = generate(&*model, &adapted, &prompts()[i..=i], &config, None).unwrap();
+            assert_eq!(alone[0].tokens, together[i].tokens, "prompt {i} of {config:?}");
         }
     }
 }
@@ -342,8 +345,10 @@ fn what_makes_no_sense_is_refused() {
         (vec![1; 99], "99 tokens"),
         (vec![30], "token 30 is outside the model's vocabulary of 30"),
     ] {
-        let e = generate(&model, &adapted, &[vec![1], prompt], &d(), None).unwrap_err().to_string();
-        assert!(e.contains(message), "{e} lacks {message}");
+        let prompts = [vec![1], prompt];
+        let e = generate(&model, &adapted, &prompts, &d(), None).unwrap_err();
+        assert!(matches!(e, Error::Prompt { index: 1, .. }) && e.to_string().contains(message), "{e} lacks {message}");
+        assert_eq!(check(&model, &prompts, &d()).unwrap_err().to_string(), e.to_string());
     }
 }
 

@@ -1,4 +1,5 @@
-//! Tokenizer files read, trained and written; every damaged one refused by name.
+//! Tokenizer files read, trained and written; every damaged one refused by name. `golden/tokenizer.py` wrote what GPT-2's
+//! own tokenizer makes of the texts here; the tokenizer itself is needed to compare with it.
 
 use std::{
     fs,
@@ -32,7 +33,8 @@ const TRICKY: [&str; 17] = [
 /// Names and contents of a folder's files.
 type Files<'a> = &'a [(&'a str, &'a str)];
 
-/// GPT-2's own tokenizer, from the folder of test data that lies beside the workspace or that `LORA_DATA` names.
+/// GPT-2's own tokenizer (`tokenizer.json`, `vocab.json`, `merges.txt`): the folder `gpt2-tokenizer` in the folder of test
+/// data that `LORA_DATA` names, or else in `shared/data` beside the workspace.
 fn gpt2_folder() -> Option<PathBuf> {
     let data = std::env::var_os("LORA_DATA")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from);
@@ -42,6 +44,19 @@ fn gpt2_folder() -> Option<PathBuf> {
     }
     eprintln!("skipped: no {}; set LORA_DATA to a folder with gpt2-tokenizer", folder.display());
     None
+}
+
+/// A folder with `vocab.json` and `merges.txt` alone, out of the `tokenizer.json` in `folder`.
+fn as_two_files(folder: &Path) -> tempfile::TempDir {
+    let file: serde_json::Value = serde_json::from_slice(&fs::read(folder.join("tokenizer.json")).unwrap()).unwrap();
+    let merges = file["model"]["merges"].as_array().unwrap().iter().map(|merge| match merge {
+        serde_json::Value::String(line) => format!("{line}\n"),
+        pair => format!("{} {}\n", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+    });
+    let two = tempfile::tempdir().unwrap();
+    fs::write(two.path().join("vocab.json"), file["model"]["vocab"].to_string()).unwrap();
+    fs::write(two.path().join("merges.txt"), format!("#version: 0.2\n{}", merges.collect::<String>())).unwrap();
+    two
 }
 
 fn trained(vocab_size: usize) -> Tokenizer {
@@ -79,12 +94,52 @@ fn gpt2_from_one_file_and_from_two_is_the_same_tokenizer() {
         assert_eq!(t.encode("a<|endoftext|>b").unwrap(), [64, 50256, 65]);
         assert_eq!(t.decode(&[64, 50256, 65], true).unwrap(), "ab");
     }
-    for text in TRICKY {
-        let ids = json.encode(text).unwrap();
-        assert_eq!(pair.encode(text).unwrap(), ids, "{text:?}");
-        assert_eq!(json.decode(&ids, false).unwrap(), text);
-        assert_eq!(pair.decode(&ids, false).unwrap(), text);
-        assert_eq!(streamed(&pair, &ids), text);
+    for Golden { text, ids } in golden() {
+        for t in [&json, &pair] {
+            assert_eq!(t.encode(&text).unwrap(), ids, "{text:?}");
+            assert_eq!(t.decode(&ids, false).unwrap(), text);
+            assert_eq!(streamed(t, &ids), text);
+        }
+    }
+}
+
+/// A text and its tokens by GPT-2's own tokenizer.
+#[derive(serde::Deserialize)]
+struct Golden {
+    text: String,
+    ids: Vec<u32>,
+}
+
+fn golden() -> Vec<Golden> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer.json");
+    let golden: Vec<Golden> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    assert!(golden.iter().map(|g| g.text.as_str()).eq(TRICKY), "golden/tokenizer.json has other texts");
+    golden
+}
+
+#[test]
+fn one_file_and_two_are_the_same_tokenizer() {
+    // Its ids can be told beforehand: the end of a text, the bytes, then merges of the most frequent pair first.
+    let small = Tokenizer::train_bpe(["lo\nlow low low low"].into_iter(), 259).unwrap();
+    for (token, id) in [(END_OF_TEXT, 0), ("!", 1), ("lo", 257), ("low", 258)] {
+        assert_eq!(small.token_id(token), Some(id), "{token}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for vocab_size in [257, 300, 400] {
+        trained(vocab_size).save(dir.path()).unwrap();
+        let json = Tokenizer::from_dir(dir.path()).unwrap();
+        let two = as_two_files(dir.path());
+        let pair = Tokenizer::from_dir(two.path()).unwrap();
+        assert_eq!((pair.vocab_size(), pair.end_of_text().unwrap()), (vocab_size, json.end_of_text().unwrap()));
+        for Golden { text, ids: gpt2 } in golden() {
+            let ids = json.encode(&text).unwrap();
+            assert_eq!(pair.encode(&text).unwrap(), ids, "{text:?}");
+            assert_eq!(pair.decode(&ids, false).unwrap(), text);
+            assert_eq!(streamed(&pair, &ids), text);
+            // Special tokens are where GPT-2 has them, whatever the rest is cut into.
+            let ends = |ids: &[u32], end| ids.iter().filter(|&&id| id == end).count();
+            assert_eq!(ends(&ids, 0), ends(&gpt2, 50256), "{text:?}");
+        }
     }
 }
 

@@ -250,7 +250,8 @@ pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprin
     let (now, then) = (inputs, &state.inputs);
     if now.base != then.base {
         return problem(
-            "the base model has changed since the run began; give the same weights, or start anew in another folder".into(),
+            "the base model has changed since the run began; give the same weights, or start anew in another folder"
+                .into(),
         );
     }
     if now != then || trainer.sampler().position(state.step) != state.position {

@@ -197,7 +197,9 @@ impl TrainConfig {
             (Some(e), Some(_)) => {
                 return Err(Error::option("epochs", e, "give either --epochs or --steps, not both"));
             }
-            (Some(e), None) => within("epochs", e, f64::MIN_POSITIVE, 1e9, "a number of epochs is positive, and below 1e9")?,
+            (Some(e), None) => {
+                within("epochs", e, f64::MIN_POSITIVE, 1e9, "a number of epochs is positive, and below 1e9")?
+            }
             (None, Some(0)) => return Err(Error::option("steps", 0, "must be at least 1")),
             _ => {}
         }

@@ -5,8 +5,8 @@
 //!                           ├─ full ─▶ model    ├─▶ loss, facts told, bytes, logits of the merged model
 //! records ──────────────────┴─ …                ┘
 //! ```
-//! Every method of [`METHODS`](lora_core::peft::METHODS) runs once. All figures are a function of the [`DemoConfig`],
-//! except for seconds; and they are taken from what was saved and loaded again, not from what was trained in memory.
+//! Every method of [`METHODS`] runs once. All figures are a function of the [`DemoConfig`], except for seconds; and they
+//! are taken from what was saved and loaded again, not from what was trained in memory.
 
 mod base;
 mod measure;

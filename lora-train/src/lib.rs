@@ -3,6 +3,44 @@
 //! - [`data`] reads files and makes batches without padding.
 //! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
+//!
+//! ```
+//! use lora_kernels::Device;
+//! use lora_train::{PretrainConfig, TrainConfig, pretrain, train};
+//!
+//! # let temporary = tempfile::tempdir()?;
+//! # let folder = temporary.path();
+//! let lines = "name : The Vaults||The Vaults is a pub .\nname : The Mill||The Mill is a restaurant .\n";
+//! std::fs::write(folder.join("data.txt"), lines)?;
+//! // Any folder with a model will do; this one is small and made on the spot.
+//! let base = PretrainConfig {
+//!     text: vec![folder.join("data.txt")],
+//!     out: folder.join("base"),
+//!     vocab: 270,
+//!     layers: 1,
+//!     dim: 16,
+//!     heads: 2,
+//!     context: 64,
+//!     steps: Some(1),
+//!     ..PretrainConfig::default()
+//! };
+//! pretrain(&base, false, &mut ())?;
+//!
+//! let config = TrainConfig {
+//!     model: folder.join("base"),
+//!     data: folder.join("data.txt"),
+//!     out: folder.join("adapter"),
+//!     rank: 4,
+//!     steps: Some(2),
+//!     ..TrainConfig::default()
+//! };
+//! let summary = train(&config, false, &mut ())?; // `()` watches nothing: see `Observer`
+//!
+//! let model = lora_model::load(&config.model, &Device::Cpu)?;
+//! let adapted = lora_model::adapter::attach(&config.out, &*model, &Device::Cpu)?;
+//! assert_eq!((summary.steps, summary.trainable), (2, adapted.params.count()));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod checkpoint;
 mod config;
@@ -23,8 +61,8 @@ pub use config::TrainConfig;
 pub use encoder::{Encoder, load_data};
 pub use error::{Error, Result};
 pub use log::Log;
-pub use pretrain::{PretrainConfig, pretrain};
 pub use output::RUN_FILE;
+pub use pretrain::{PretrainConfig, pretrain};
 pub use run::{Observer, RunInfo, Summary, save_result, train};
 pub use trainer::{Evaluation, Step, Trainer, evaluate};
 

@@ -46,6 +46,11 @@ impl Log {
         Ok(Log { path: path.into(), file, set_aside })
     }
 
+    /// Refuses a file that is no log, before anything of a run is written.
+    pub(crate) fn check(path: &Path) -> Result<()> {
+        if path.is_file() { kept(path, 0).map(drop) } else { Ok(()) }
+    }
+
     /// Where the log of another run went that stood under this name.
     pub fn set_aside(&self) -> Option<&Path> {
         self.set_aside.as_deref()

@@ -45,8 +45,7 @@ impl Output {
         }
         let lock = if dir.exists() { lock(dir)? } else { None };
         let holds = |name: &str| dir.join(name).exists();
-        let mut output =
-            Output { dir: dir.clone(), checkpoint: None, notes: Vec::new(), earlier_log: None, lock };
+        let mut output = Output { dir: dir.clone(), checkpoint: None, notes: Vec::new(), earlier_log: None, lock };
         let results = ["adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"];
         let result = results.into_iter().find(|name| holds(name));
         if !resume {

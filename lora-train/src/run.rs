@@ -128,9 +128,11 @@ impl Run<'_> {
         } else if resume {
             observer.note("no checkpoint to continue from: starting from the beginning");
         }
+        config.log.as_deref().map_or(Ok(()), Log::check)?;
         // Nothing has been written up to here: whatever was wrong with the inputs left everything as it was.
         output.claim(config)?;
-        let open_log = |path: &PathBuf| Log::open(path, output.earlier_log.as_ref() == Some(path), trainer.steps_done());
+        let open_log =
+            |path: &PathBuf| Log::open(path, output.earlier_log.as_ref() == Some(path), trainer.steps_done());
         let mut log = config.log.as_ref().map(open_log).transpose()?;
         if let Some(kept) = log.as_ref().and_then(Log::set_aside) {
             observer.note(&format!("the log of an earlier run is kept as {}", kept.display()));

@@ -192,7 +192,8 @@ impl<'a> Trainer<'a> {
     /// [`Error::Diverged`].
     pub(crate) fn check_finite(&self) -> Result<()> {
         let flat = self.adapted.params.flat();
-        let finite = all_finite(flat.mat())? && all_finite(self.moments[0].mat())? && all_finite(self.moments[1].mat())?;
+        let finite =
+            all_finite(flat.mat())? && all_finite(self.moments[0].mat())? && all_finite(self.moments[1].mat())?;
         match finite {
             true => Ok(()),
             false => Err(Error::Diverged { step: self.done, what: "a parameter or its moments", value: f64::NAN }),

@@ -90,7 +90,11 @@ impl Side {
     }
 
     fn last_beside(&self, peer: &Side) -> String {
-        let ours = format!("{:.1} tokens/s, {:.0} MiB", self.tokens[self.tokens.len() - 1], self.memory[self.memory.len() - 1]);
+        let ours = format!(
+            "{:.1} tokens/s, {:.0} MiB",
+            self.tokens[self.tokens.len() - 1],
+            self.memory[self.memory.len() - 1]
+        );
         match (peer.tokens.last(), peer.memory.last()) {
             (Some(t), Some(m)) => format!("{ours}; peer {t:.1} tokens/s, {m:.0} MiB"),
             _ => ours,

@@ -2,9 +2,9 @@ use lora_kernels::{Acc, gather as kernel, scatter};
 
 use crate::{Result, Tape, Tensor, Var};
 
-/// yᵢ = table[idsᵢ], with table [rows, d], ids [n] of u32, y [n, d]: an embedding, or the rows that carry a target.
+/// yᵢ = table\[idsᵢ\], with table [rows, d], ids \[n\] of u32, y [n, d]: an embedding, or the rows that carry a target.
 ///
-/// Backward: dtable[idsᵢ] += dyᵢ, in the order of i.
+/// Backward: dtable\[idsᵢ\] += dyᵢ, in the order of i.
 ///
 /// # Panics
 /// When an id is not a row of the table: who reads ids from a user checks them first.

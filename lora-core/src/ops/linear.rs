@@ -9,7 +9,7 @@ fn in_out(w: &Tensor, layout: Layout) -> Mat<'_> {
     w.mat().t_if(layout == Layout::OutIn)
 }
 
-/// y = x·Wᵀ + b, with x [n, in], W [out, in] (or [in, out], see [`Layout`]), b [out], y [n, out].
+/// y = x·Wᵀ + b, with x [n, in], W [out, in] (or [in, out], see [`Layout`]), b \[out\], y [n, out].
 ///
 /// Backward: dx = dy·W, dW = dyᵀ·x, db = Σᵢ dyᵢ, each only where something trainable lies. With a frozen W, x is not
 /// even kept.

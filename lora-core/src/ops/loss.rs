@@ -3,7 +3,7 @@ use lora_kernels::{self as k, Acc, sum_rows};
 use crate::{Result, Tape, Tensor, Var};
 
 /// The language-model head and its loss: `scale`·Σᵢ CE(xᵢ·Wᵀ, targetsᵢ), with x [n, d] (only rows that have a target),
-/// W [vocabulary, d], targets [n] of u32, and label smoothing ε as PyTorch's `cross_entropy` has it:
+/// W [vocabulary, d], targets \[n\] of u32, and label smoothing ε as PyTorch's `cross_entropy` has it:
 ///
 /// CE(z, t) = log Σⱼ e^{zⱼ} − (1 − ε)·z_t − ε·meanⱼ zⱼ
 ///

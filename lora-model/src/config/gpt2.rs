@@ -94,14 +94,6 @@ impl Gpt2Config {
         Gpt2Config { n_embd: 1600, n_layer: 48, n_head: 25, ..Gpt2Config::default() }
     }
 
-    /// Reads and checks the configuration of a model's folder.
-    ///
-    /// # Errors
-    /// As [`RawConfig::from_dir`] and [`Gpt2Config::from_raw`].
-    pub fn from_dir(dir: &Path) -> Result<Gpt2Config> {
-        Gpt2Config::from_raw(&RawConfig::from_dir(dir)?)
-    }
-
     /// Takes what GPT-2 needs out of a configuration, and checks it.
     ///
     /// # Errors

@@ -53,20 +53,6 @@ impl Batch {
     pub fn sequence_tokens(&self) -> usize {
         self.tokens.len() + self.lengths.len()
     }
-
-    /// Each row's position in its own sequence.
-    pub fn positions(&self) -> Vec<u32> {
-        self.lengths.iter().flat_map(|&n| 0..n as u32).collect()
-    }
-
-    /// Where each sequence starts, and the end of the last: `cu_seqlens`, one more than there are sequences.
-    pub fn boundaries(&self) -> Vec<usize> {
-        let ends = self.lengths.iter().scan(0, |end, &n| {
-            *end += n;
-            Some(*end)
-        });
-        std::iter::once(0).chain(ends).collect()
-    }
 }
 
 impl Dataset {

@@ -48,11 +48,6 @@ impl Dataset {
     pub fn targets(&self) -> usize {
         self.sequences.iter().map(|s| s.tokens.len() - s.targets_from).sum()
     }
-
-    /// Length of the longest sequence, in tokens.
-    pub fn longest(&self) -> usize {
-        self.sequences.iter().map(|s| s.tokens.len()).max().unwrap_or(0)
-    }
 }
 
 /// Encodes files, one after the other, in parallel and in order.

@@ -132,13 +132,13 @@ fn generation() {
     for (args, part) in [
         ("--temperature 0", "temperature = 0"),
         ("--temperature nan", "temperature = NaN"),
-        ("--top-p 0", "top_p = 0"),
-        ("--top-p 1.5", "top_p = 1.5"),
-        ("--max-new-tokens 0", "max_new_tokens = 0"),
-        ("--num-beams 0", "num_beams = 0"),
-        ("--num-beams 2 --sample", "do_sample"),
-        ("--repetition-penalty -1", "repetition_penalty = -1"),
-        ("--length-penalty inf", "length_penalty = inf"),
+        ("--top-p 0", "error: top-p = 0"),
+        ("--top-p 1.5", "top-p = 1.5"),
+        ("--max-new-tokens 0", "max-new-tokens = 0"),
+        ("--num-beams 0", "num-beams = 0"),
+        ("--num-beams 2 --sample", "error: sample = true: beam search"),
+        ("--repetition-penalty -1", "repetition-penalty = -1"),
+        ("--length-penalty inf", "length-penalty = inf"),
         ("--eos nothing", "eos = nothing"),
         ("--eos 99999", "eos = 99999"),
         ("--batch-size 0", "batch-size = 0"),
@@ -149,7 +149,47 @@ fn generation() {
         lab.fails(&format!("generate --model base --prompt a {args}"), &[part]);
     }
     lab.fails("generate --model base", &["--prompt"]);
-    lab.fails("generate --model base --prompt=", &["no tokens"]);
+    lab.fails("generate --model base --prompt=", &["--prompt: it has no tokens"]);
+}
+
+/// The last prompt is refused before the first is continued.
+#[test]
+fn prompts_are_checked_before_any_is_continued() {
+    let lab = Lab::new();
+    lab.write("long.txt", &format!("{}{}||\n", "a : b||\nc : d||\n".repeat(3), "a ".repeat(99)));
+    lab.write("long.jsonl", &format!("{{\"text\": \"a\"}}\n{{\"prompt\": \"{}\"}}\n", "a ".repeat(99)));
+    lab.model("small", |c| c.vocab_size = 262);
+    lab.write("words.txt", "a : b||\nname : Blue Fig||\n");
+    for (args, parts) in [
+        ("--model base --data long.txt", ["long.txt:7: its ", "64 positions"]),
+        ("--model base --data long.jsonl", ["long.jsonl:2: its ", "64 positions"]),
+        ("--model small --data words.txt", ["words.txt:", "outside the model's vocabulary of 262"]),
+    ] {
+        for more in ["", "--out texts.txt", "--out texts.jsonl --num-beams 2"] {
+            let before = names(&lab.path(""));
+            lab.fails(&format!("generate --batch-size 1 {args} {more}"), &parts);
+            assert_eq!(names(&lab.path("")), before, "{args} {more}");
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_told_by_folder_and_tensor() {
+    let lab = Lab::new();
+    lab.train("run", "--rank 2 --steps 1 --targets c_attn.v,c_fc");
+    lab.copy("base", "nan");
+    let mut bytes = lab.bytes("nan/model.safetensors");
+    let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+    const FC: &str = "transformer.h.1.mlp.c_fc.weight";
+    let at = start + header[FC]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(lab.path("nan/model.safetensors"), bytes).unwrap();
+    lab.fails("merge --model nan --adapter run --out out", &["nan with run: ", FC, "NaN at [0, 0]"]);
+    let what = ["nan with run: ", "not finite", "earlier checkpoint"];
+    lab.fails("generate --model nan --adapter run --prompt a", &what);
+    lab.fails("generate --model nan --adapter run --data train.txt --out texts.txt", &what);
+    assert!(names(&lab.path("")).iter().all(|n| !n.contains("part") && n != "out" && n != "texts.txt"));
 }
 
 /// A file of a model's folder, and what becomes of it.
@@ -175,7 +215,11 @@ fn models() {
     let lab = Lab::new();
     const WTE: &str = "transformer.wte.weight";
     let damages: &[Damage] = &[
-        ("config.json", |lab, f| fs::remove_file(lab.path(f)).unwrap(), &["bad/config.json"]),
+        (
+            "config.json",
+            |lab, f| fs::remove_file(lab.path(f)).unwrap(),
+            &["model = bad", "no config.json", "tokenizer.json"],
+        ),
         ("config.json", |lab, f| cut(lab, f, 30), &["bad/config.json", "JSON"]),
         ("config.json", |lab, f| lab.set(f, "model_type", json!("rnn")), &["bad/config.json", "rnn", "gpt2"]),
         (
@@ -295,7 +339,9 @@ fn adapters() {
         "eval --model wide --adapter good --data train.txt",
         &["good/adapter_model.safetensors", "[2, 16]", "[2, 32]"],
     );
-    lab.fails("eval --model good --data train.txt", &["good is an adapter", "--adapter"]);
+    lab.fails("eval --model good --data train.txt", &["model = good: is an adapter", "--adapter"]);
+    refused(&lab, "--model good", &["model = good: is an adapter", "--init-adapter"]);
+    lab.fails("merge --model good --adapter good --out out", &["model = good: is an adapter"]);
     lab.fails("eval --model base --adapter wide --data train.txt", &["wide is a whole model", "--model"]);
     lab.fails("eval --model base --adapter ./nowhere --data train.txt", &["nowhere/adapter_config.json"]);
     assert!(names(&lab.path("")).iter().all(|n| !n.starts_with('.')), "{:?}", names(&lab.path("")));

@@ -123,6 +123,18 @@ fn generation_is_deterministic_and_goes_where_it_is_told() {
     assert_eq!(success("generate", alone).trim_end(), lines[0]);
     assert!(lab.ok(&format!("{base} --data prompts.txt --out texts.txt")).is_empty());
     assert_eq!(lab.read("texts.txt").lines().collect::<Vec<_>>(), lines);
+    assert!(!lab.path("texts.txt.part").exists());
+
+    // Drawn texts do not depend on how the prompts are divided, and equal prompts have texts of their own.
+    let drawn = |size: usize| texts(&format!("--data train.txt --temperature 2 --top-k 0 --batch-size {size}"));
+    let all = drawn(64);
+    assert_eq!(all.len(), 40);
+    assert!([1, 7].into_iter().all(|size| drawn(size) == all));
+    lab.write("same.jsonl", &"{\"prompt\": \"a : b\"}\n".repeat(4));
+    let mut same = texts("--data same.jsonl --temperature 3 --top-k 0 --batch-size 2");
+    same.sort();
+    same.dedup();
+    assert_eq!(same.len(), 4);
 
     lab.ok(&format!("{base} --data prompts.txt --num-beams 3 --eos none --out texts.jsonl"));
     for line in lab.read("texts.jsonl").lines() {
@@ -154,6 +166,115 @@ fn a_merged_model_is_the_base_with_its_adapter() {
     lab.ok("generate --model whole-merged --prompt a");
     assert!(names(&lab.path("")).iter().all(|n| !n.contains("partial")));
     lab.fails("merge --model base --adapter whole --out whole-merged", &["whole-merged", "not empty"]);
+
+    // What a merge that was killed has left goes, unless it is still at work.
+    let stale = lab.path(".again.partial");
+    std::fs::create_dir(&stale).unwrap();
+    std::fs::write(stale.join("model-00001-of-00002.safetensors"), "half").unwrap();
+    let held = std::fs::File::open(&stale).unwrap();
+    held.lock().unwrap();
+    lab.fails("merge --model base --adapter whole --out again", &["another process", "again"]);
+    assert!(stale.exists());
+    drop(held);
+    lab.ok("merge --model base --adapter whole --out again");
+    assert!(!stale.exists());
+    assert_eq!(names(&lab.path("again")), names(&lab.path("whole-merged")));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_keeps_the_texts_so_far_and_no_half_of_a_merged_model() {
+    let lab = Lab::new();
+    let interrupt = |child: std::process::Child| {
+        let sent = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let output = child.wait_with_output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    lab.write("many.txt", &lines(0, 40).repeat(100));
+    let args = "generate --model base --data many.txt --batch-size 2 --max-new-tokens 20 --eos none";
+    let mut child = lab.spawn(&format!("{args} --out texts.txt"));
+    lab.wait_for_lines(&mut child, "texts.txt.part", 4);
+    let (code, stderr) = interrupt(child);
+    assert_eq!(code, Some(130), "{stderr}");
+    assert!(stderr.contains("texts.txt.part") && !stderr.contains("error"), "{stderr}");
+    assert!(!lab.path("texts.txt").exists());
+    let kept = lab.read("texts.txt.part");
+    assert!(kept.ends_with('\n') && (4..4000).contains(&kept.lines().count()));
+
+    lab.model("wide", |c| c.n_embd = 768);
+    lab.ok("train --model wide --data train.txt --out run --steps 1 --batch-size 1 --targets c_attn.q --rank 1");
+    let child = lab.spawn("merge --model wide --adapter run --out merged");
+    let partial = lab.path(".merged.partial");
+    let start = std::time::Instant::now();
+    while !partial.join("tokenizer.json").exists() && !lab.path("merged").exists() {
+        assert!(start.elapsed().as_secs() < 60, "no merge in a minute");
+    }
+    let (code, stderr) = interrupt(child);
+    // It may have been done before.
+    assert_eq!(lab.path("merged").exists(), code == Some(0), "{stderr}");
+    assert!(code == Some(0) || code == Some(130) && stderr.contains("nothing is left"), "{code:?} {stderr}");
+    assert!(!partial.exists());
+}
+
+#[test]
+fn quiet_wins_over_rust_log() {
+    let lab = Lab::new();
+    let stderr = |flag: &str| {
+        let mut c = std::process::Command::new(env!("CARGO_BIN_EXE_lora"));
+        c.args("generate --model base --prompt a --max-new-tokens 99".split(' ')).args(flag.split_whitespace());
+        String::from_utf8(c.current_dir(lab.path("")).env("RUST_LOG", "debug").output().unwrap().stderr).unwrap()
+    };
+    assert!(stderr("").contains("warning: "));
+    assert_eq!(stderr("-q"), "");
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn the_hub_is_asked_only_for_what_the_cache_has_not() {
+    use std::io::{Read, Write};
+
+    let lab = Lab::new();
+    // A hub that has only weights in another format.
+    let hub = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = hub.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in hub.incoming() {
+            let (mut stream, mut request) = (stream.unwrap(), [0; 4096]);
+            let _ = stream.read(&mut request).unwrap();
+            let files = ["config.json", "pytorch_model.bin", "tokenizer.json"].map(|name| json!({"rfilename": name}));
+            let body = json!({"siblings": files, "sha": "abc"}).to_string();
+            let n = body.len();
+            write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {n}\r\nConnection: close\r\n\r\n{body}").unwrap();
+        }
+    });
+    let lora = |endpoint: &str, args: &str| {
+        let mut c = std::process::Command::new(env!("CARGO_BIN_EXE_lora"));
+        c.args(args.split_whitespace()).current_dir(lab.path(""));
+        c.env("HF_HOME", lab.path("hf")).env("HF_ENDPOINT", endpoint).env_remove("RUST_LOG");
+        let output = c.output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let nobody = "http://127.0.0.1:1";
+    let eval = "eval --model some/model --data valid.txt";
+    let (ok, stderr) = lora(nobody, eval);
+    assert!(!ok && stderr.contains("model = some/model") && stderr.contains("the list of files"), "{stderr}");
+    let (ok, stderr) = lora(&format!("http://{address}"), eval);
+    assert!(!ok && stderr.contains("some/model/pytorch_model.bin") && stderr.contains("convert"), "{stderr}");
+
+    let cache = "hf/hub/models--some--model";
+    let snapshot = format!("{cache}/snapshots/abc");
+    lab.copy("base", &snapshot);
+    std::fs::create_dir_all(lab.path(&format!("{cache}/refs"))).unwrap();
+    lab.write(&format!("{cache}/refs/main"), "abc");
+    let (ok, stderr) = lora(nobody, eval);
+    assert!(ok, "a whole model in the cache needs no network: {stderr}");
+    for file in ["model.safetensors", "tokenizer.json", "config.json"] {
+        std::fs::remove_file(lab.path(&format!("{snapshot}/{file}"))).unwrap();
+        let (ok, stderr) = lora(nobody, eval);
+        assert!(!ok && stderr.contains("the list of files"), "{file}: {stderr}");
+        lab.copy("base", &snapshot);
+    }
 }
 
 #[test]
@@ -197,6 +318,15 @@ fn info_tells_what_everything_is() {
         let text = lab.ok(&format!("info {path}"));
         assert!(text.contains(part), "{path}: {text}");
     }
+    // A run of another method has none of LoRA's options.
+    lab.train("full", "--method full --steps 1 --save-every 1");
+    lab.ok("pretrain --text train.txt valid.txt --out new --vocab 260 --layers 1 --dim 4 --heads 1 --steps 1");
+    for path in ["full", "full/checkpoints/step-00000001", "new"] {
+        let config = about(path)["config"].clone();
+        assert_eq!(config["method"], "full");
+        assert!(["rank", "alpha", "rslora", "targets"].iter().all(|key| config[key].is_null()), "{config}");
+    }
+    assert_eq!(about("new")["config"]["data"], "train.txt, valid.txt");
     lab.fails("info train.txt", &["train.txt", "safetensors"]);
     lab.fails("info run/checkpoints", &["config.json", "adapter_config.json"]);
     lab.fails("info nothing", &["nothing"]);
@@ -217,6 +347,20 @@ fn a_file_configures_and_flags_override() {
     // What a run writes down is itself a configuration.
     lab.ok("train --config run/run.toml --out again --log again.jsonl");
     assert_eq!(lab.log("log.jsonl"), lab.log("again.jsonl"));
+    // What the file turns on, a flag turns off; the number of steps gives way to one of epochs.
+    lab.write("on.toml", "no-shuffle = true\nrslora = true\nno_decay_vectors = true\nsteps = 2\n");
+    for (flags, on) in [
+        ("", json!([true, true, true])),
+        ("--rslora --no-shuffle=true", json!([true, true, true])),
+        ("--no-shuffle=false --rslora=false --no-decay-vectors=false --epochs 1", json!([false, false, false])),
+    ] {
+        let out = format!("on{}", flags.len());
+        lab.train(&out, &format!("--config on.toml {flags}"));
+        let config = lab.json(&format!("info {out} --json"))["config"].clone();
+        assert_eq!(json!([config["no-shuffle"], config["rslora"], config["no-decay-vectors"]]), on, "{flags}");
+        assert_eq!(config["steps"].is_null(), flags.contains("epochs"), "{config}");
+    }
+    lab.fails("train --model base --data train.txt --out bad --rslora=perhaps", &["--rslora", "perhaps"]);
     for (text, parts) in [
         ("steps = 3\nlearning_rate = 1\n", &["bad.toml", "line 2", "learning-rate"][..]),
         ("steps = 3\nbatch_size = \"many\"\n", &["bad.toml", "line 2", "many"]),
@@ -265,7 +409,7 @@ fn the_help_tells_the_defaults() {
         starts.windows(2).map(|w| help[w[0]..w[1]].split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     let defaults = serde_json::to_value(lora_train::TrainConfig::default()).unwrap();
     for (key, value) in defaults.as_object().unwrap() {
-        let own = flags.iter().find(|f| f.split(' ').next() == Some(&format!("--{key}")));
+        let own = flags.iter().find(|f| f.split([' ', '[']).next() == Some(&format!("--{key}")));
         let own = own.unwrap_or_else(|| panic!("{key} is no flag"));
         let shown = match value {
             Value::Number(n) => format!("{}", n.as_f64().unwrap()),

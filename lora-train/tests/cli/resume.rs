@@ -120,7 +120,8 @@ fn damaged_checkpoints_are_passed_over() {
     let output = lab.lora(&format!("{RUN} --out run --log log.jsonl --resume"));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
-    for part in ["step-00000099 is no whole", "step-00000031 is no whole", "step-00000028 is no whole", "after step 24"] {
+    for part in ["step-00000099 is no whole", "step-00000031 is no whole", "step-00000028 is no whole", "after step 24"]
+    {
         assert!(stderr.contains(part), "{part}: {stderr}");
     }
     assert_eq!(lab.log("log.jsonl"), log);
