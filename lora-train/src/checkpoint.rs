@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lora_core::{Params, Tensor};
+use lora_core::{Params, Tensor, hash::fnv1a};
 use lora_model::{
     Model,
     checkpoint::{TensorFile, TensorSpec, write_tensors},
@@ -84,10 +84,6 @@ impl Fingerprint {
         }
         Ok(Fingerprint { sequences: data.sequences.len(), tokens, data: hash, base: fnv1a(bytes) })
     }
-}
-
-fn fnv1a(bytes: impl IntoIterator<Item = u8>) -> u64 {
-    bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
 }
 
 mod hexadecimal {
