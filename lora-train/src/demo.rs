@@ -89,7 +89,7 @@ impl DemoConfig {
         let DemoConfig { pretrain, adapt, .. } = DemoConfig::default();
         DemoConfig {
             prose: 1_000_000,
-            pretrain: PretrainConfig { steps: Some(600), ..pretrain },
+            pretrain: PretrainConfig { steps: Some(500), ..pretrain },
             records: 2000,
             held_out: 64,
             adapt: TrainConfig { steps: Some(200), ..adapt },

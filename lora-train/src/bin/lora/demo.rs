@@ -50,7 +50,10 @@ pub(crate) fn run(args: DemoArgs) -> anyhow::Result<()> {
             demo::run(&config, dir.path(), &mut watcher)?
         }
     };
-    let Some(report) = report else { return Err(ui::Interrupted.into()) };
+    let Some(report) = report else {
+        ui::say("interrupted: nothing is kept but a finished base");
+        return Err(ui::Interrupted.into());
+    };
     if args.json {
         return ui::print_json(&report);
     }
