@@ -122,14 +122,20 @@ pub(crate) fn sum<T: Real, const N: usize>(xs: [&[T]; N], f: impl Fn([T; N]) -> 
             |p| p.1[l],
         ));
     }
-    let mut width = LANES / 2;
+    total(acc)
+}
+
+/// The sum of the lanes, in pairs.
+#[inline(always)]
+pub(crate) fn total<T: Real, const N: usize>(mut lanes: [T; N]) -> T {
+    let mut width = N / 2;
     while width > 0 {
         for l in 0..width {
-            acc[l] += acc[l + width];
+            lanes[l] += lanes[l + width];
         }
         width /= 2;
     }
-    acc[0]
+    lanes[0]
 }
 
 /// The largest element; −∞ of none.

@@ -3,6 +3,7 @@
 use crate::{
     dropout::{CHUNK, Mask},
     real::Real,
+    reduce::total,
 };
 
 const LANES: usize = 16;
@@ -49,19 +50,6 @@ pub(super) fn exp<T: Real>(x: &mut [T]) -> (T, T) {
         *a += *x;
     }
     (max, total(acc))
-}
-
-/// The sum of the lanes, pairwise.
-#[inline(always)]
-fn total<T: Real>(mut acc: [T; LANES]) -> T {
-    let mut n = LANES / 2;
-    while n > 0 {
-        for l in 0..n {
-            acc[l] += acc[l + n];
-        }
-        n /= 2;
-    }
-    acc[0]
 }
 
 /// A row of P, from key 0 on, becomes P ∘ M.
