@@ -6,8 +6,7 @@ use lora_bench::numbers;
 use lora_core::{
     Grads, Result, Tape, Tensor, Var,
     lowrank::Layout,
-    ops,
-    peft::{Adapted, Base, Lora, LoraConfig, Site},
+    peft::{Adapted, Base, Linear, Lora, LoraConfig, Site},
 };
 use lora_kernels::{DType, Device};
 
@@ -33,9 +32,8 @@ impl Base for Layer {
 
 impl Layer {
     fn forward(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
-        let w = adapted.weight(t, "layer.weight", &self.w);
-        let y = ops::linear(t, x, &w, Layout::InOut, None)?;
-        adapted.adapt(t, "layer", x, y)
+        let w = adapted.weight(t, "layer.weight", &self.w).unwrap();
+        adapted.project(t, "layer", x, &Linear { w, layout: Layout::InOut, bias: None })
     }
 }
 

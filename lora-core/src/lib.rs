@@ -21,7 +21,7 @@
 //! let x = t.constant(&Tensor::from_slice(&cpu, &[1, 2], &[1f32, 2.0])?);
 //! let w = t.constant(&Tensor::from_slice(&cpu, &[2, 2], &[1f32, 0.0, 0.0, 1.0])?);
 //! let y = ops::linear(&mut t, &x, &w, Layout::OutIn, None)?;
-//! let (a_var, b_var) = (t.param(a), t.param(b));
+//! let (a_var, b_var) = (t.param(a)?, t.param(b)?);
 //! let u = ops::linear(&mut t, &x, &a_var, Layout::OutIn, None)?;
 //! let y = ops::linear_onto(&mut t, y, 0..2, &u, &b_var, 0.5)?;
 //! assert_eq!(y.value().to_vec::<f32>()?, [1.0, 2.0]); // B = 0: the base's output
@@ -35,7 +35,6 @@
 
 mod error;
 mod gradcheck;
-pub mod hash;
 pub mod lowrank;
 pub mod ops;
 mod params;
@@ -45,6 +44,7 @@ mod tensor;
 
 pub use error::{Error, Result};
 pub use gradcheck::{Worst, gradcheck};
+pub use lora_kernels::hash;
 pub use params::{Grads, Init, ParamId, Params, ParamsBuilder};
 pub use tape::{Backward, Noise, Open, Slot, Tape, Var};
 pub use tensor::Tensor;

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use lora_kernels::{Acc, Buffer, DType, Device, MatMut};
 use rand::{RngExt, SeedableRng};
@@ -49,6 +49,13 @@ struct Entry {
     vector: bool,
 }
 
+impl Entry {
+    /// Rows and columns as a matrix.
+    fn matrix(&self) -> (usize, usize) {
+        (self.shape.iter().rev().skip(1).product(), self.shape.last().copied().unwrap_or(1))
+    }
+}
+
 /// Collects what a method wants to train, before any memory is taken.
 #[derive(Debug, Default)]
 pub struct ParamsBuilder {
@@ -84,9 +91,13 @@ impl ParamsBuilder {
         self.len
     }
 
-    /// Takes the memory and fills it in. Each parameter draws from a stream of its own, chosen by its name, so that it
+    /// Takes the memory and fills it in. Computations see the parameters in `dtype`; they are kept, and their gradients are
+    /// summed, in its accumulator's type ([`DType::accumulator`]): f32 for bf16, so that small updates are not rounded away.
+    /// Each parameter draws from a stream of its own, chosen by its name, so that it
     /// begins the same way whatever else trains.
     pub fn build(self, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
+        let compute = dtype;
+        let dtype = compute.accumulator();
         let mut flat = Buffer::empty(device, dtype, self.len)?;
         for (e, init) in self.entries.iter().zip(&self.inits) {
             let len: usize = e.shape.iter().product();
@@ -99,7 +110,7 @@ impl ParamsBuilder {
                     continue;
                 }
                 Init::Copy(t) => {
-                    let t = t.to_dtype(dtype)?.reshape(&[1, len]);
+                    let t = t.to(device, dtype)?.reshape(&[1, len]);
                     lora_kernels::axpby(1.0, t.mat(), 0.0, to.reborrow())?;
                     continue;
                 }
@@ -114,7 +125,7 @@ impl ParamsBuilder {
                 _ => flat.write(e.offset, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())?,
             }
         }
-        Ok(Params { entries: self.entries.into(), flat: Arc::new(flat) })
+        Ok(Params { entries: self.entries.into(), flat: Arc::new(flat), compute, cast: Arc::default() })
     }
 }
 
@@ -124,6 +135,10 @@ impl ParamsBuilder {
 pub struct Params {
     entries: Arc<[Entry]>,
     flat: Arc<Buffer>,
+    /// The type in which computations see the values.
+    compute: DType,
+    /// All values in that type, made when they are asked for first and forgotten when the values change.
+    cast: Arc<OnceLock<Arc<Buffer>>>,
 }
 
 impl Params {
@@ -169,19 +184,40 @@ impl Params {
         Tensor::view(&e.shape, self.flat.clone(), e.offset)
     }
 
+    /// The parameter's value as computations see it: in the type that the parameters were built for, sharing memory.
+    pub fn compute_tensor(&self, id: ParamId) -> Result<Tensor> {
+        if self.compute == self.dtype() {
+            return Ok(self.tensor(id));
+        }
+        if self.cast.get().is_none() {
+            let mut cast = Buffer::empty(&self.device(), self.compute, self.count())?;
+            lora_kernels::axpby(1.0, self.flat().mat(), 0.0, MatMut::new(&mut cast, 0, 1, self.count()))?;
+            // Another thread's cast of the same values would be as good.
+            let _ = self.cast.set(Arc::new(cast));
+        }
+        let cast = self.cast.get().expect("set just now").clone();
+        let e = &self.entries[id.0];
+        Ok(Tensor::view(&e.shape, cast, e.offset))
+    }
+
+    /// The type in which computations see the values.
+    pub fn compute_dtype(&self) -> DType {
+        self.compute
+    }
+
     /// Number of trainable scalars.
     pub fn count(&self) -> usize {
         self.flat.len()
     }
 
-    /// Type of the values.
+    /// The type in which the values are kept.
     pub fn dtype(&self) -> DType {
         self.flat.dtype()
     }
 
     /// Where the memory lies.
     pub fn device(&self) -> Device {
-        self.flat.device()
+        self.flat.device().clone()
     }
 
     /// All values as one row.
@@ -194,6 +230,7 @@ impl Params {
         if Arc::get_mut(&mut self.flat).is_none() {
             self.flat = Arc::new(self.flat.try_clone(0..self.flat.len())?);
         }
+        self.cast = Arc::default();
         let len = self.flat.len();
         Ok(MatMut::new(Arc::get_mut(&mut self.flat).expect("unshared: checked or just made"), 0, 1, len))
     }
@@ -205,7 +242,7 @@ impl Params {
     pub fn set(&mut self, id: ParamId, value: &Tensor) -> Result<()> {
         let range = self.range(id);
         assert_eq!(value.len(), range.len(), "{}: {:?} set to {:?}", self.name(id), self.shape(id), value.shape());
-        let value = value.to_dtype(self.dtype())?.reshape(&[1, range.len()]);
+        let value = value.to(&self.device(), self.dtype())?.reshape(&[1, range.len()]);
         Ok(lora_kernels::axpby(1.0, value.mat(), 0.0, self.flat_mut()?.cols_in(range))?)
     }
 }
@@ -228,6 +265,11 @@ enum State {
     Zero,
     /// What backward wrote.
     Written,
+}
+
+/// The β of what is written next: whatever is stale is overwritten.
+fn begun(state: &mut State) -> f64 {
+    if std::mem::replace(state, State::Written) == State::Stale { 0.0 } else { 1.0 }
 }
 
 impl Grads {
@@ -274,11 +316,29 @@ impl Grads {
     /// Where the next gradient of this parameter goes.
     pub(crate) fn acc(&mut self, id: ParamId) -> Acc<'_> {
         let e = &self.entries[id.0];
-        let cols = e.shape.last().copied().unwrap_or(1);
-        let rows = e.shape.iter().rev().skip(1).product();
-        let before = std::mem::replace(&mut self.state[id.0], State::Written);
-        let beta = if before == State::Stale { 0.0 } else { 1.0 };
-        Acc { to: MatMut::new(&mut self.flat, e.offset, rows, cols), beta }
+        let (rows, cols) = e.matrix();
+        Acc { beta: begun(&mut self.state[id.0]), to: MatMut::new(&mut self.flat, e.offset, rows, cols) }
+    }
+
+    /// Where the next gradients of several parameters go, for a kernel that writes them together; none when a parameter is
+    /// named twice.
+    pub(crate) fn accs(&mut self, ids: &[ParamId]) -> Option<Vec<Acc<'_>>> {
+        let mut order: Vec<usize> = (0..ids.len()).collect();
+        order.sort_by_key(|&i| ids[i]);
+        if order.windows(2).any(|pair| ids[pair[0]] == ids[pair[1]]) {
+            return None;
+        }
+        let (len, mut at) = (self.flat.len(), 0);
+        let mut rest = MatMut::new(&mut self.flat, 0, 1, len);
+        let mut accs: Vec<Option<Acc>> = ids.iter().map(|_| None).collect();
+        for i in order {
+            let e = &self.entries[ids[i].0];
+            let (rows, cols) = e.matrix();
+            let (to, after) = rest.split_cols(e.offset - at).1.split_cols(rows * cols);
+            (rest, at) = (after, e.offset + rows * cols);
+            accs[i] = Some(Acc { to: to.reshape(rows, cols), beta: begun(&mut self.state[ids[i].0]) });
+        }
+        accs.into_iter().collect()
     }
 
     fn place(&self, i: usize) -> (usize, usize) {

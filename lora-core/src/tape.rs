@@ -1,4 +1,4 @@
-use lora_kernels::{Acc, Device, Dropout, axpby};
+use lora_kernels::{Acc, Device, Dropout, axpby, fill};
 
 use crate::{Grads, ParamId, Params, Result, Tensor};
 
@@ -101,8 +101,8 @@ impl Tape {
     }
 
     /// A trainable parameter.
-    pub fn param(&self, id: ParamId) -> Var {
-        Var { value: self.params.tensor(id), slot: self.recording.then_some(Slot::Param(id)) }
+    pub fn param(&self, id: ParamId) -> Result<Var> {
+        Ok(Var { value: self.params.compute_tensor(id)?, slot: self.recording.then_some(Slot::Param(id)) })
     }
 
     /// Where new tensors of this computation lie.
@@ -160,8 +160,8 @@ impl Tape {
     /// When `loss` is not a scalar.
     pub fn backward(self, loss: Var, grads: &mut Grads) -> Result<()> {
         assert_eq!(loss.value.len(), 1, "backward starts from a scalar, not from {:?}", loss.value.shape());
-        let one = Tensor::from_slice(&loss.value.device(), &[1], &[1f32])?;
-        let seed = one.to_dtype(loss.value.dtype())?.reshape(loss.value.shape());
+        let mut seed = Tensor::empty(&loss.value.device(), loss.value.dtype(), loss.value.shape())?;
+        fill(1.0, seed.make_mut()?)?;
         self.backward_from(loss, seed, grads)
     }
 
@@ -218,6 +218,25 @@ impl Backward<'_> {
         self.close(open)
     }
 
+    /// As [`Backward::add`], for a kernel that adds to the gradients of several values in one call, in their order.
+    pub fn add_all(
+        &mut self,
+        values: &[(Slot, Vec<usize>)],
+        like: &Tensor,
+        write: impl FnOnce(Vec<Acc>) -> Result<()>,
+    ) -> Result<()> {
+        let id = |(slot, _): &(Slot, _)| if let Slot::Param(id) = slot { Some(*id) } else { None };
+        if let Some(ids) = values.iter().map(id).collect::<Option<Vec<_>>>() {
+            if let Some(accs) = self.grads.accs(&ids) {
+                return write(accs);
+            }
+        }
+        let open: Result<Vec<_>> = values.iter().map(|(slot, shape)| self.open(*slot, shape, like)).collect();
+        let mut open = open?;
+        write(open.iter_mut().map(Open::acc).collect::<Result<_>>()?)?;
+        open.into_iter().try_for_each(|open| self.close(open))
+    }
+
     /// Adds a whole tensor to the gradient of a value; as the first one it is taken as it is, without a copy.
     pub fn pass(&mut self, slot: Slot, dy: Tensor) -> Result<()> {
         let acc = match slot {
@@ -241,7 +260,13 @@ impl Backward<'_> {
         };
         Ok(match sum {
             Some(value) => Open { slot, value, beta: 1.0 },
-            None => Open { slot, value: Tensor::empty(&like.device(), like.dtype(), shape)?, beta: 0.0 },
+            None => {
+                let dtype = match slot {
+                    Slot::Param(_) => like.dtype().accumulator(),
+                    Slot::Node(_) => like.dtype(),
+                };
+                Open { slot, value: Tensor::empty(&like.device(), dtype, shape)?, beta: 0.0 }
+            }
         })
     }
 

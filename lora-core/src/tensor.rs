@@ -1,5 +1,6 @@
 use std::{fmt, ops::Range, sync::Arc};
 
+use half::{bf16, f16};
 use lora_kernels::{Buffer, DType, Device, Element, Mat, MatMut};
 
 use crate::Result;
@@ -79,7 +80,7 @@ impl Tensor {
 
     /// Where the memory lies.
     pub fn device(&self) -> Device {
-        self.buf.device()
+        self.buf.device().clone()
     }
 
     /// The tensor as a matrix [rows, cols].
@@ -121,6 +122,8 @@ impl Tensor {
         Ok(match self.dtype() {
             DType::F64 => self.to_vec()?,
             DType::U32 => self.to_vec::<u32>()?.into_iter().map(f64::from).collect(),
+            DType::Bf16 => self.to_vec::<bf16>()?.into_iter().map(f64::from).collect(),
+            DType::F16 => self.to_vec::<f16>()?.into_iter().map(f64::from).collect(),
             _ => self.to_vec::<f32>()?.into_iter().map(f64::from).collect(),
         })
     }
@@ -130,14 +133,33 @@ impl Tensor {
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
+        let (device, shape) = (self.device(), &self.shape);
+        if !device.is_cpu() {
+            let mut to = Tensor::empty(&device, dtype, shape)?;
+            lora_kernels::axpby(1.0, self.mat(), 0.0, to.make_mut()?)?;
+            return Ok(to);
+        }
         let values = self.to_f64()?;
         match dtype {
-            DType::F64 => Tensor::from_slice(&self.device(), &self.shape, &values),
-            DType::F32 => {
-                Tensor::from_slice(&self.device(), &self.shape, &values.iter().map(|&v| v as f32).collect::<Vec<_>>())
-            }
+            DType::F64 => Tensor::from_slice(&device, shape, &values),
+            DType::F32 => Tensor::from_slice(&device, shape, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
+            DType::Bf16 => Tensor::from_slice(&device, shape, &values.into_iter().map(bf16::from_f64).collect::<Vec<_>>()),
+            DType::F16 => Tensor::from_slice(&device, shape, &values.into_iter().map(f16::from_f64).collect::<Vec<_>>()),
             other => Err(lora_kernels::Error::DType { kernel: "to_dtype", dtype: other }.into()),
         }
+    }
+
+    /// The same values on another device; shares memory when it is already there.
+    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
+        if *device == self.device() {
+            return Ok(self.clone());
+        }
+        Ok(Tensor::from_buffer(&self.shape, self.buf.to_device(self.offset..self.offset + self.len(), device)?))
+    }
+
+    /// The same values on another device, in another floating-point type. What changes both is converted on the device.
+    pub fn to(&self, device: &Device, dtype: DType) -> Result<Tensor> {
+        self.to_device(device)?.to_dtype(dtype)
     }
 
     /// Whether a write would need no copy.

@@ -10,7 +10,7 @@ use lora_core::{
     Error, Grads, Params, Result, Tape, Tensor, Var, gradcheck,
     lowrank::Layout,
     ops,
-    peft::{Adapted, Base, METHODS, MethodRow, Options, Site, find},
+    peft::{Adapted, Base, Linear, METHODS, MethodRow, Options, Site, find},
 };
 use lora_kernels::{AdamW, Attention, DType, Device, Sequences, adamw, axpby};
 
@@ -62,7 +62,7 @@ impl Toy {
     }
 
     fn hidden(&self, t: &mut Tape, adapted: &Adapted) -> Result<Var> {
-        let var = |t: &Tape, name: &str| adapted.weight(t, name, &self.tensors[name]);
+        let var = |t: &Tape, name: &str| adapted.weight(t, name, &self.tensors[name]).unwrap();
         let table = var(t, "wte.weight");
         let mut h = ops::gather(t, &table, &ids(&[3, 0, 6, 3, 1, 2]))?;
         for i in 0..LAYERS {
@@ -70,13 +70,13 @@ impl Toy {
             let (gamma, beta) = (of(t, "ln.weight"), of(t, "ln.bias"));
             let x = ops::layer_norm(t, &h, &gamma, &beta, 1e-5)?;
             let (w, b) = (of(t, "c_attn.weight"), of(t, "c_attn.bias"));
-            let qkv = ops::linear(t, &x, &w, Layout::InOut, Some(&b))?;
-            let qkv = adapted.adapt(t, &format!("layers.{i}.c_attn"), &x, qkv)?;
+            let base = Linear { w, layout: Layout::InOut, bias: Some(b) };
+            let qkv = adapted.project(t, &format!("layers.{i}.c_attn"), &x, &base)?;
             let cfg = Attention { heads: 2, kv_heads: 2, head_dim: D / 2, scale: 0.7, causal: true, dropout: None };
             let x = ops::attention(t, cfg, &Sequences::new(&[4, 2]), &qkv)?;
             let (w, b) = (of(t, "c_proj.weight"), of(t, "c_proj.bias"));
-            let y = ops::linear(t, &x, &w, Layout::OutIn, Some(&b))?;
-            let y = adapted.adapt(t, &format!("layers.{i}.c_proj"), &x, y)?;
+            let base = Linear { w, layout: Layout::OutIn, bias: Some(b) };
+            let y = adapted.project(t, &format!("layers.{i}.c_proj"), &x, &base)?;
             h = ops::add(t, h, y)?;
         }
         Ok(h)
@@ -85,7 +85,7 @@ impl Toy {
     fn loss(&self, t: &mut Tape, adapted: &Adapted) -> Result<Var> {
         let h = self.hidden(t, adapted)?;
         let h = ops::gather(t, &h, &ids(&[1, 2, 3, 5]))?;
-        let w = adapted.weight(t, "wte.weight", &self.tensors["wte.weight"]);
+        let w = adapted.weight(t, "wte.weight", &self.tensors["wte.weight"]).unwrap();
         ops::loss_head(t, &h, &w, &ids(&[6, 3, 1, 0]), 0.0, 0.25)
     }
 
@@ -291,7 +291,7 @@ fn training_changes_what_trains_and_no_byte_of_what_is_frozen() {
         // What the method says it changes is all that it changes.
         let changed = adapted.merged(base).unwrap();
         for (name, tensor) in &base.tensors {
-            let var = adapted.weight(&Tape::new(&adapted.params), name, tensor);
+            let var = adapted.weight(&Tape::new(&adapted.params), name, tensor).unwrap();
             assert!(!var.is_tracked() || changed.contains_key(name), "{what}: {name} trains and is not saved");
             assert!(var.is_tracked() || bits(var.value()) == bits(tensor), "{what}: {name} is frozen and differs");
         }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{NOISE, ids, make_noisy, random, relative, tensor};
-use lora_core::{Init, Params, ParamsBuilder, Result, Tape, Var, gradcheck, lowrank::Layout, ops};
+use lora_core::{Grads, Init, Params, ParamsBuilder, Result, Tape, Var, gradcheck, lowrank::Layout, ops};
 use lora_kernels::{Activation, Attention, DType, Device, Dropout, Sequences, philox};
 use ndarray::{Array2, ArrayView2, s};
 
@@ -213,6 +213,69 @@ fn linear_cases(all: &mut Vec<Case>) {
     ));
 }
 
+/// A projection with low-rank updates of some of its columns, in one operation and by plain loops.
+fn lora_cases(all: &mut Vec<Case>) {
+    let s = -1.5;
+    for layout in [Layout::OutIn, Layout::InOut] {
+        let w: &[usize] = if layout == Layout::OutIn { &[7, 3] } else { &[3, 7] };
+        for parts in [&[(0..7, 2)][..], &[(2..5, 1)], &[(0..2, 1), (2..4, 2), (6..7, 1)]] {
+            for bias in [false, true] {
+                let names = [("a_0", "b_0"), ("a_1", "b_1"), ("a_2", "b_2")];
+                let shapes: Vec<_> = parts.iter().map(|(cols, r)| ([*r, 3], [cols.len(), *r])).collect();
+                let mut inputs: Vec<(&'static str, &[usize])> = vec![("x", &[4, 3]), ("w", w)];
+                for ((a, b), (a_shape, b_shape)) in names.into_iter().zip(&shapes) {
+                    inputs.extend([(a, &a_shape[..]), (b, &b_shape[..])]);
+                }
+                if bias {
+                    inputs.push(("bias", &[7]));
+                }
+                let (op_parts, oracle_parts) = (parts.to_vec(), parts.to_vec());
+                all.push(case(
+                    format!("lora_linear {layout:?} {parts:?}, bias {bias}"),
+                    &inputs,
+                    move |t, v| {
+                        let mut v = v.into_iter();
+                        let (x, w) = (v.next().unwrap(), v.next().unwrap());
+                        let part = |(cols, _): &(std::ops::Range<usize>, usize)| ops::LoraPart {
+                            cols: cols.clone(),
+                            a: v.next().unwrap(),
+                            b: v.next().unwrap(),
+                        };
+                        let parts: Vec<_> = op_parts.iter().map(part).collect();
+                        ops::lora_linear(t, &x, &w, layout, v.next().as_ref(), &parts, s)
+                    },
+                    move |m| {
+                        let mut y = linear(&m[0], &m[1], layout);
+                        for (i, (cols, _)) in oracle_parts.iter().enumerate() {
+                            let u = linear(&m[0], &m[2 + 2 * i], Layout::OutIn);
+                            let mut part = y.slice_mut(s![.., cols.clone()]);
+                            part += &(linear(&u, &m[3 + 2 * i], Layout::OutIn) * s);
+                        }
+                        if bias { y + &m[2 + 2 * oracle_parts.len()] } else { y }
+                    },
+                ));
+            }
+        }
+    }
+    all.push(case(
+        "lora_linear of a batch with three dimensions, whose parts share A",
+        &[("x", &[2, 2, 3]), ("w", &[5, 3]), ("a", &[2, 3]), ("b", &[2, 2])],
+        move |t, v| {
+            let part = |cols| ops::LoraPart { cols, a: v[2].share(), b: v[3].share() };
+            ops::lora_linear(t, &v[0], &v[1], Layout::OutIn, None, &[part(0..2), part(3..5)], s)
+        },
+        move |m| {
+            let mut y = linear(&m[0], &m[1], Layout::OutIn);
+            let update = linear(&linear(&m[0], &m[2], Layout::OutIn), &m[3], Layout::OutIn) * s;
+            for cols in [0..2, 3..5] {
+                let mut part = y.slice_mut(s![.., cols]);
+                part += &update;
+            }
+            y
+        },
+    ));
+}
+
 fn elementwise_cases(all: &mut Vec<Case>) {
     all.push(case(
         "add",
@@ -412,6 +475,7 @@ fn block_case(all: &mut Vec<Case>) {
 fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     linear_cases(&mut all);
+    lora_cases(&mut all);
     elementwise_cases(&mut all);
     row_cases(&mut all);
     attention_cases(&mut all);
@@ -452,7 +516,7 @@ impl Case {
             vars.push(match trains {
                 false => t.constant(&tensor(params.dtype(), shape, &v)),
                 true => {
-                    let p = t.param(params.find(name).unwrap());
+                    let p = t.param(params.find(name).unwrap()).unwrap();
                     match p.slot() {
                         Some(s) if computed => {
                             let copy = tensor(params.dtype(), shape, &p.value().to_f64()?);
@@ -534,6 +598,44 @@ fn gradients_are_those_of_finite_differences() {
             }
         }
     }
+}
+
+/// One operation or several: the same values and the same gradients.
+#[test]
+fn lora_linear_is_linear_and_linear_onto() {
+    let (n, k, out, s) = (6, 5, 8, 0.75);
+    let shapes: [(&str, &[usize]); 6] =
+        [("x", &[n, k]), ("w", &[k, out]), ("a_0", &[2, k]), ("b_0", &[3, 2]), ("a_1", &[2, k]), ("b_1", &[4, 2])];
+    let mut b = ParamsBuilder::new();
+    for ((name, shape), seed) in shapes.iter().zip(1..) {
+        b.add(*name, shape, Init::Copy(tensor(DType::F64, shape, &random(seed, shape.iter().product(), 1.0))));
+    }
+    let params = b.build(&Device::Cpu, DType::F64, 0).unwrap();
+    let dy = tensor(DType::F64, &[n, out], &random(9, n * out, 1.0));
+    let run = |fused: bool| {
+        let mut t = Tape::new(&params);
+        let mut v = params.ids().map(|id| t.param(id).unwrap()).collect::<Vec<_>>().into_iter();
+        let mut next = || v.next().unwrap();
+        let (x, w) = (next(), next());
+        let parts = [0..3, 4..8].map(|cols| ops::LoraPart { cols, a: next(), b: next() });
+        let y = if fused {
+            ops::lora_linear(&mut t, &x, &w, Layout::InOut, None, &parts, s).unwrap()
+        } else {
+            let mut y = ops::linear(&mut t, &x, &w, Layout::InOut, None).unwrap();
+            for part in &parts {
+                let u = ops::linear(&mut t, &x, &part.a, Layout::OutIn, None).unwrap();
+                y = ops::linear_onto(&mut t, y, part.cols.clone(), &u, &part.b, s).unwrap();
+            }
+            y
+        };
+        let values = y.value().to_f64().unwrap();
+        let mut grads = Grads::new(&params).unwrap();
+        t.backward_from(y, dy.clone(), &mut grads).unwrap();
+        let gradients = params.ids().flat_map(|id| grads.get(id).unwrap().unwrap().to_f64().unwrap());
+        values.into_iter().chain(gradients).collect::<Vec<_>>()
+    };
+    let error = relative(&run(true), &run(false));
+    assert!(error <= 1e-14, "{error}");
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn grad(g: &Grads, id: ParamId) -> Vec<f32> {
 
 /// A value with a gradient, computed from the parameter `p`; nobody but the result holds its tensor.
 fn computed(t: &mut Tape, p: &Params) -> Var {
-    let v = t.param(id(p, "p"));
+    let v = t.param(id(p, "p")).unwrap();
     let (s, copy) = (v.slot().unwrap(), v.value().to_f64().unwrap());
     t.record(tensor(DType::F32, v.value().shape(), &copy), true, move |dy, g| g.pass(s, dy))
 }
@@ -46,6 +46,16 @@ type Use = fn(&mut Tape, &Params, &Var, &Var) -> Result<Var>;
 fn attention() -> (Attention, Sequences) {
     let cfg = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: 1.0, causal: true, dropout: None };
     (cfg, Sequences::new(&[4]))
+}
+
+/// A projection with one low-rank part; `a` and `b` name parameters where they train.
+fn lora(t: &mut Tape, x: &Var, w: &Var, a: Option<ParamId>, b: Option<ParamId>) -> Result<Var> {
+    let var = |t: &Tape, id: Option<ParamId>| match id {
+        Some(id) => t.param(id),
+        None => Ok(t.constant(&random_tensor(4, &[6, 6]))),
+    };
+    let part = ops::LoraPart { cols: 0..6, a: var(t, a)?, b: var(t, b)? };
+    ops::lora_linear(t, x, w, Layout::OutIn, None, &[part], 0.5)
 }
 
 #[test]
@@ -61,13 +71,13 @@ fn nothing_is_saved_that_only_a_frozen_weight_would_need() {
         ("linear, x trains", true, false, true, |t, _, x, w| ops::linear(t, x, w, Layout::InOut, None)),
         ("linear, x trains", true, false, true, |t, _, x, w| ops::linear(t, x, w, Layout::OutIn, None)),
         ("linear, x and b train", true, false, true, |t, p, x, w| {
-            ops::linear(t, x, w, Layout::OutIn, Some(&t.param(id(p, "b"))))
+            ops::linear(t, x, w, Layout::OutIn, Some(&t.param(id(p, "b")).unwrap()))
         }),
         ("linear, b trains", false, false, false, |t, p, x, w| {
-            ops::linear(t, x, w, Layout::OutIn, Some(&t.param(id(p, "b"))))
+            ops::linear(t, x, w, Layout::OutIn, Some(&t.param(id(p, "b")).unwrap()))
         }),
         ("linear, w trains", false, true, false, |t, p, x, _| {
-            ops::linear(t, x, &t.param(id(p, "p")), Layout::OutIn, None)
+            ops::linear(t, x, &t.param(id(p, "p")).unwrap(), Layout::OutIn, None)
         }),
         ("linear, frozen", false, false, false, |t, _, x, w| ops::linear(t, x, w, Layout::OutIn, None)),
         ("linear_onto, x trains", true, false, true, |t, _, x, w| {
@@ -75,9 +85,13 @@ fn nothing_is_saved_that_only_a_frozen_weight_would_need() {
             ops::linear_onto(t, y, 0..6, x, w, 1.0)
         }),
         ("linear_onto, y trains", false, false, false, |t, p, x, w| {
-            let y = ops::gather(t, &t.param(id(p, "p")), &ids(&[0, 1, 2, 3]))?;
+            let y = ops::gather(t, &t.param(id(p, "p")).unwrap(), &ids(&[0, 1, 2, 3]))?;
             ops::linear_onto(t, y, 0..6, x, w, 1.0)
         }),
+        ("lora_linear, x trains", true, false, true, |t, _, x, w| lora(t, x, w, None, None)),
+        ("lora_linear, b trains", false, false, false, |t, p, x, w| lora(t, x, w, None, Some(id(p, "p")))),
+        ("lora_linear, a trains", false, true, false, |t, p, x, w| lora(t, x, w, Some(id(p, "p")), None)),
+        ("lora_linear, frozen", false, false, false, |t, _, x, w| lora(t, x, w, None, None)),
         ("add", true, false, false, |t, _, x, _| {
             let y = t.constant(&random_tensor(6, &[4, 6]));
             ops::add(t, x.share(), y)
@@ -134,7 +148,7 @@ fn results_are_made_in_place_unless_somebody_holds_them() {
         let z = if saved { Some(ops::activation(&mut t, KIND, &y).unwrap()) } else { None };
         let other = shared.then(|| y.share());
         assert_eq!(y.value().is_unshared(), !saved && !shared, "saved {saved}, shared {shared}");
-        let (u, w) = (t.constant(&u), t.param(id(&p, "w")));
+        let (u, w) = (t.constant(&u), t.param(id(&p, "w")).unwrap());
         let y = ops::linear_onto(&mut t, y, 0..4, &u, &w, 1.0).unwrap();
         assert_ne!(y.value().to_vec::<f32>().unwrap(), was);
         if let Some(other) = other {
@@ -176,8 +190,8 @@ fn an_addition_of_two_values_that_both_are_needed_later_writes_neither() {
 
 /// Two losses that share one parameter each way: p in both, q in the first and r in the second.
 fn losses(t: &mut Tape, p: &Params, which: usize) -> Var {
-    let x = ops::activation(t, KIND, &t.param(id(p, "p"))).unwrap();
-    let w = t.param(id(p, ["q", "r"][which]));
+    let x = ops::activation(t, KIND, &t.param(id(p, "p")).unwrap()).unwrap();
+    let w = t.param(id(p, ["q", "r"][which])).unwrap();
     ops::loss_head(t, &x, &w, &ids(&[0, 4, 2]), 0.0, 0.5).unwrap()
 }
 
@@ -267,7 +281,7 @@ fn nothing_below_the_lowest_trainable_value_and_nothing_unused_runs_backwards() 
     assert_eq!(Rc::strong_count(&ran), 1, "the step of a constant keeps what it captured");
     let unused = count(random_tensor(3, &[3, 4]), true, &mut t);
     let _unused = ops::activation(&mut t, KIND, &unused).unwrap();
-    let x = t.param(id(&p, "p"));
+    let x = t.param(id(&p, "p")).unwrap();
     let y = ops::add(&mut t, x, below).unwrap();
     let used = count(random_tensor(4, &[3, 4]), true, &mut t);
     let y = ops::add(&mut t, y, used).unwrap();
@@ -277,7 +291,7 @@ fn nothing_below_the_lowest_trainable_value_and_nothing_unused_runs_backwards() 
     assert_eq!(grad(&g, id(&p, "p")), [2.0; 12]);
 
     let mut t = Tape::inference(&p);
-    let x = t.param(id(&p, "p"));
+    let x = t.param(id(&p, "p")).unwrap();
     assert!(!ops::activation(&mut t, KIND, &x).unwrap().is_tracked(), "inference records nothing");
 }
 
@@ -290,7 +304,7 @@ fn parameters_change_for_no_tape_and_no_tensor_that_holds_them() {
     p.set(i, &random_tensor(9, &[3, 4])).unwrap();
     assert_ne!(bits(&p.flat()), start);
     assert_eq!(bits(&other.flat()), start, "a clone changed");
-    assert_eq!(bits(tape.param(i).value()), start[p.range(i)], "a tape's parameter changed");
+    assert_eq!(bits(tape.param(i).unwrap().value()), start[p.range(i)], "a tape's parameter changed");
     assert_eq!(bits(&tensor_of_q), start[p.range(id(&p, "q"))]);
 }
 
@@ -332,7 +346,7 @@ fn initial_values_depend_on_the_seed_and_the_parameter_alone() {
 /// Dropout on the activations and on the probabilities of attention, of some sequences of a step.
 fn noisy(p: &Params, qkv: &Tensor, lengths: &[usize], noise: Noise) -> (Tensor, Vec<u64>) {
     let mut t = Tape::new(p).with_noise(noise);
-    let scale = t.param(id(p, "scale"));
+    let scale = t.param(id(p, "scale")).unwrap();
     let x = t.constant(qkv);
     let x = ops::rms_norm(&mut t, &x, &scale, 1e-5).unwrap();
     let x = ops::dropout(&mut t, x, 0.3).unwrap();

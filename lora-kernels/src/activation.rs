@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use crate::{
     Acc, Mat, MatMut, Result,
     real::{Real, dispatch},
@@ -49,6 +52,10 @@ impl Activation {
 /// # Panics
 /// When the shapes or types differ.
 pub fn activation(kind: Activation, x: Mat, y: MatMut) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::activation(gpu, kind, x, y);
+    }
     dispatch!("activation", y.dtype(), T => {
         let (x, y) = (x.host::<T>(), y.host::<T>());
         // One loop per function, so that nothing is decided inside it.
@@ -76,6 +83,10 @@ pub fn activation(kind: Activation, x: Mat, y: MatMut) -> Result<()> {
 /// # Panics
 /// When the shapes or types differ.
 pub fn activation_backward(kind: Activation, x: Mat, dy: Mat, dx: Acc) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = x.gpu() {
+        return cuda::activation_backward(gpu, kind, x, dy, dx);
+    }
     dispatch!("activation_backward", x.dtype(), T => {
         let (x, dy, beta, dx) = (x.host::<T>(), dy.host::<T>(), T::of(dx.beta), dx.to.host::<T>());
         macro_rules! map {
@@ -102,6 +113,10 @@ pub fn activation_backward(kind: Activation, x: Mat, dy: Mat, dx: Acc) -> Result
 /// # Panics
 /// When the shapes or types differ.
 pub fn silu_gate(gate: Mat, up: Mat, y: MatMut) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::silu_gate(gpu, gate, up, y);
+    }
     dispatch!("silu_gate", y.dtype(), T => {
         each("silu_gate", [gate.host::<T>(), up.host()], [y.host()], #[inline(always)] |[gate, up], [y]| {
             let (gate, up) = (&gate[..y.len()], &up[..y.len()]);
@@ -117,6 +132,10 @@ pub fn silu_gate(gate: Mat, up: Mat, y: MatMut) -> Result<()> {
 /// When the shapes or types differ.
 pub fn silu_gate_backward(gate: Mat, up: Mat, dy: Mat, dgate: Option<Acc>, dup: Option<Acc>) -> Result<()> {
     const NAME: &str = "silu_gate_backward";
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = dy.gpu() {
+        return cuda::silu_gate_backward(gpu, gate, up, dy, dgate, dup);
+    }
     dispatch!("silu_gate_backward", dy.dtype(), T => {
         let (gate, up, dy) = (gate.host::<T>(), up.host::<T>(), dy.host::<T>());
         if let Some(Acc { to, beta }) = dgate {

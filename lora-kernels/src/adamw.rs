@@ -1,7 +1,12 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::Buffer;
 use crate::{
-    Mat, MatMut, Result,
+    DType, Mat, MatMut, Result,
     mat::HostMat,
     real::{Real, dispatch, simd},
     reduce::{GRAIN, each, rows_per_task, sum},
@@ -31,33 +36,97 @@ pub struct AdamW {
 /// p ← p − η/(1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
 /// ```
 ///
-/// Scalars are taken in f64 and rounded once.
+/// Scalars are taken in f64 and rounded once. On a CUDA device (f32 alone) the bits are those of the CPU.
 ///
 /// # Panics
 /// When the shapes or types differ, or the step is 0.
 pub fn adamw(cfg: &AdamW, p: MatMut, g: Mat, m: MatMut, v: MatMut) -> Result<()> {
-    assert!(cfg.step > 0, "adamw: steps count from 1");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = p.gpu() {
+        return cuda::adamw(gpu, cfg, None, p, g, m, v);
+    }
     dispatch!("adamw", p.dtype(), T => {
-        let power = |b: f64| 1.0 - b.powf(cfg.step as f64);
-        let keep = T::of(1.0 - cfg.lr * cfg.weight_decay);
-        let (new1, beta2, new2) = (T::of(1.0 - cfg.beta1), T::of(cfg.beta2), T::of(1.0 - cfg.beta2));
-        let (step, root, eps) =
-            (T::of(-(cfg.lr / power(cfg.beta1))), T::of(power(cfg.beta2).sqrt()), T::of(cfg.eps));
-        each("adamw", [g.host::<T>()], [p.host(), m.host(), v.host()], #[inline(always)] |[g], [p, m, v]| {
-            let n = p.len();
-            let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
-            for i in 0..n {
-                m[i] = (g[i] - m[i]).mul_add(new1, m[i]);
-                v[i] = v[i] * beta2 + new2 * g[i] * g[i];
-                p[i] = p[i] * keep + step * m[i] / (Real::sqrt(v[i]) / root + eps);
-            }
-        });
+        cfg.update::<T>(T::ONE, p, g, m, v);
         Ok(())
     })
 }
 
-/// Σ x², in f64 whatever the type: the square of a gradient's norm. Fixed chunks, added in order.
+/// As [`adamw`], with `factor`·g for g, where `factor` [1, 1] comes from [`clip_factor`]. When it is no finite number,
+/// everything stays as it is: a step that must not be done costs no read-back to be found out.
+///
+/// # Panics
+/// When the shapes or types differ, or the step is 0.
+pub fn adamw_clipped(cfg: &AdamW, factor: Mat, p: MatMut, g: Mat, m: MatMut, v: MatMut) -> Result<()> {
+    assert_eq!((factor.rows(), factor.cols()), (1, 1), "adamw_clipped: one factor");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = p.gpu() {
+        return cuda::adamw(gpu, cfg, Some(factor), p, g, m, v);
+    }
+    dispatch!("adamw_clipped", p.dtype(), T => {
+        let factor = factor.host::<T>().row(0)[0];
+        if factor.f64().is_finite() {
+            cfg.update(factor, p, g, m, v);
+        }
+        Ok(())
+    })
+}
+
+/// The numbers of a step in the precision T.
+struct Rule<T> {
+    keep: T,
+    new1: T,
+    beta2: T,
+    new2: T,
+    step: T,
+    root: T,
+    eps: T,
+}
+
+impl AdamW {
+    fn rule<T: Real>(&self) -> Rule<T> {
+        assert!(self.step > 0, "adamw: steps count from 1");
+        let power = |b: f64| 1.0 - b.powf(self.step as f64);
+        Rule {
+            keep: T::of(1.0 - self.lr * self.weight_decay),
+            new1: T::of(1.0 - self.beta1),
+            beta2: T::of(self.beta2),
+            new2: T::of(1.0 - self.beta2),
+            step: T::of(-(self.lr / power(self.beta1))),
+            root: T::of(power(self.beta2).sqrt()),
+            eps: T::of(self.eps),
+        }
+    }
+
+    fn update<T: Real>(&self, factor: T, p: MatMut, g: Mat, m: MatMut, v: MatMut) {
+        let r = self.rule::<T>();
+        each(
+            "adamw",
+            [g.host::<T>()],
+            [p.host(), m.host(), v.host()],
+            #[inline(always)]
+            |[g], [p, m, v]| {
+                let n = p.len();
+                let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
+                for i in 0..n {
+                    let g = g[i] * factor;
+                    m[i] = (g - m[i]).mul_add(r.new1, m[i]);
+                    v[i] = v[i] * r.beta2 + r.new2 * g * g;
+                    p[i] = p[i] * r.keep + r.step * m[i] / (Real::sqrt(v[i]) / r.root + r.eps);
+                }
+            },
+        );
+    }
+}
+
+/// Σ x², in f64 whatever the type: the square of a gradient's norm. Fixed chunks, added in order; the square of an f32
+/// is exact in f64, so that the relative error is below 2⁻⁵²·(terms that one thread adds in a row).
 pub fn sum_squares(x: Mat) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if x.gpu().is_some() {
+        let mut sum = Buffer::empty(x.device(), DType::F64, 1)?;
+        sum_squares_into(x, MatMut::new(&mut sum, 0, 1, 1))?;
+        return Ok(sum.to_vec::<f64>(0..1)?[0]);
+    }
     dispatch!("sum_squares", x.dtype(), T => {
         Ok(total(x.host::<T>(), #[inline(always)] |x| {
             let (chunks, rest) = x.as_chunks::<8>();
@@ -72,8 +141,70 @@ pub fn sum_squares(x: Mat) -> Result<f64> {
     })
 }
 
+/// [`sum_squares`] into `out` [1, 1] of f64, on x's device: nobody waits for it.
+///
+/// # Panics
+/// When `out` is not one f64.
+pub fn sum_squares_into(x: Mat, out: MatMut) -> Result<()> {
+    assert_eq!((out.rows(), out.cols(), out.dtype()), (1, 1, DType::F64), "sum_squares_into: one f64");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = x.gpu() {
+        return cuda::sum_squares(gpu, x, out);
+    }
+    out.host::<f64>().row_mut(0)[0] = sum_squares(x)?;
+    Ok(())
+}
+
+/// What [`adamw_clipped`] multiplies a gradient by, from `sum_squares` [1, 1] of f64, the square of its norm:
+///
+/// ```text
+/// norm = √sum_squares    factor ← limit / (norm + 10⁻⁶) where limit > 0 and norm > limit, else 1
+/// ```
+///
+/// as PyTorch's `clip_grad_norm_` does. NaN, so that the step is not done,
+/// - when `loss` [1, 1] is no finite number,
+/// - when sum_squares is none, or not below the largest f32 (beyond it AdamW's mean of squares overflows, and nothing
+///   would move any more),
+/// - when `factor` [1, 1] was none before: once a step was left out, all that follow are, until the caller sets the
+///   factor to 1 again, as it does before the first.
+///
+/// So a caller may look at the factor as rarely as it likes, and finds parameters and moments as they were before the
+/// first step that went wrong.
+///
+/// # Panics
+/// When the shapes differ, sum_squares is not f64, or loss and factor are not of one type.
+pub fn clip_factor(loss: Mat, sum_squares: Mat, limit: f64, factor: MatMut) -> Result<()> {
+    for m in [loss, sum_squares, factor.as_mat()] {
+        assert_eq!((m.rows(), m.cols()), (1, 1), "clip_factor: single numbers");
+    }
+    assert_eq!(sum_squares.dtype(), DType::F64, "clip_factor: a sum of squares in f64");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = factor.gpu() {
+        return cuda::clip_factor(gpu, loss, sum_squares, limit, factor);
+    }
+    dispatch!("clip_factor", factor.dtype(), T => {
+        let (loss, sum) = (loss.host::<T>().row(0)[0].f64(), sum_squares.host::<f64>().row(0)[0]);
+        let mut factor = factor.host::<T>();
+        let factor = &mut factor.row_mut(0)[0];
+        let norm = sum.sqrt();
+        *factor = if !(factor.f64().is_finite() && loss.is_finite() && sum < f64::from(f32::MAX)) {
+            T::of(f64::NAN)
+        } else if limit > 0.0 && norm > limit {
+            T::of(limit / (norm + 1e-6))
+        } else {
+            T::ONE
+        };
+        Ok(())
+    })
+}
+
 /// Whether no element is infinite or NaN.
 pub fn all_finite(x: Mat) -> Result<bool> {
+    #[cfg(feature = "cuda")]
+    if x.gpu().is_some() {
+        // In f64 no sum of squares of the device's types overflows.
+        return Ok(sum_squares(x)?.is_finite());
+    }
     dispatch!("all_finite", x.dtype(), T => {
         // 0·x is 0 for a finite x, NaN for any other.
         Ok(total(x.host::<T>(), #[inline(always)] |x| sum([x], #[inline(always)] |[x]| x * T::ZERO).f64()) == 0.0)
@@ -109,7 +240,7 @@ fn total<T: Real>(x: HostMat<T>, f: impl Fn(&[T]) -> f64 + Sync) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DType, testing::*};
+    use crate::testing::*;
 
     fn cfg(step: u64) -> AdamW {
         AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step }
@@ -164,6 +295,73 @@ mod tests {
         }
     }
 
+    /// One number of a type.
+    fn one(dtype: DType, value: f64) -> Padded {
+        Padded::new(dtype, 1, 1, 0, &[value])
+    }
+
+    /// [`clip_factor`] of a norm, with the factor that was there before.
+    fn factor(dtype: DType, loss: f64, norm: f64, limit: f64, before: f64) -> f64 {
+        let mut factor = one(dtype, before);
+        let sum = one(DType::F64, norm * norm);
+        clip_factor(one(dtype, loss).mat(), sum.mat(), limit, factor.mat_mut()).unwrap();
+        factor.get()[0]
+    }
+
+    #[test]
+    fn gradients_are_clipped_to_the_limit_and_bad_steps_are_left_out() {
+        for dtype in FLOATS {
+            for (norm, limit, want) in
+                [(4.0, 1.0, 1.0 / (4.0 + 1e-6)), (4.0, 8.0, 1.0), (4.0, 4.0, 1.0), (4.0, 0.0, 1.0), (0.0, 1.0, 1.0)]
+            {
+                close("factor", &[factor(dtype, 2.5, norm, limit, 1.0)], &[want], tol(dtype, 6e-8));
+            }
+            assert!(factor(dtype, 2.5, 1.84e19, 1.0, 0.5) > 0.0, "a norm whose square f32 can hold");
+            for (loss, norm, before) in [
+                (f64::NAN, 1.0, 1.0),
+                (f64::INFINITY, 1.0, 1.0),
+                (1.0, f64::NAN, 1.0),
+                (1.0, f64::INFINITY, 1.0),
+                (1.0, 1.85e19, 1.0),
+                (1.0, 1.0, f64::NAN),
+            ] {
+                assert!(factor(dtype, loss, norm, 1.0, before).is_nan(), "loss {loss}, norm {norm}, before {before}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_factor_scales_the_gradient_and_nan_changes_nothing() {
+        let n = 37;
+        for dtype in FLOATS {
+            // As if the gradient had been scaled before: the same bits.
+            let run = |scaled: Option<f64>, by: Option<f64>| {
+                let mut g = Padded::new(dtype, 1, n, 2, &random(1, n, 1.0));
+                if let Some(alpha) = scaled {
+                    crate::scale(alpha, g.mat_mut()).unwrap();
+                }
+                let mut x = [2, 3].map(|seed| Padded::new(dtype, 1, n, 1, &random(seed, n, 1.0)));
+                let mut v = Padded::new(dtype, 1, n, 1, &vec![0.25; n]);
+                let [p, m] = &mut x;
+                match by {
+                    None => adamw(&cfg(3), p.mat_mut(), g.mat(), m.mat_mut(), v.mat_mut()).unwrap(),
+                    Some(by) => {
+                        let by = one(dtype, by);
+                        adamw_clipped(&cfg(3), by.mat(), p.mat_mut(), g.mat(), m.mat_mut(), v.mat_mut()).unwrap();
+                    }
+                }
+                [p.get(), m.get(), v.get()].concat()
+            };
+            let start = [random(2, n, 1.0), random(3, n, 1.0), vec![0.25; n]].concat();
+            assert_eq!(run(Some(0.3), None), run(None, Some(0.3)));
+            assert_eq!(run(None, None), run(None, Some(1.0)));
+            assert_ne!(run(None, None), start);
+            for bad in [f64::NAN, f64::INFINITY] {
+                assert_eq!(run(None, Some(bad)), start, "{bad}");
+            }
+        }
+    }
+
     #[test]
     fn sums_and_finiteness_over_all_chunks() {
         for dtype in FLOATS {
@@ -171,6 +369,9 @@ mod tests {
                 let x = random(3, rows * cols, 2.0);
                 let mut px = Padded::new(dtype, rows, cols, pad, &x);
                 close("Σ x²", &[sum_squares(px.mat()).unwrap()], &[dot(&x, &x)], 1e-12);
+                let mut sum = Padded::poison(DType::F64, 1, 1, 0);
+                sum_squares_into(px.mat(), sum.mat_mut()).unwrap();
+                assert_eq!(sum.get(), [sum_squares(px.mat()).unwrap()]);
                 assert!(all_finite(px.mat()).unwrap());
                 for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                     for at in [0, x.len().wrapping_sub(1), x.len() / 2] {

@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use rayon::prelude::*;
 
 use crate::{
@@ -42,6 +45,10 @@ pub fn philox(key: u64, ctr: [u32; 4]) -> [u32; 4] {
 pub fn dropout(d: &Dropout, x: Mat, y: Acc) -> Result<()> {
     let Acc { to: y, beta } = y;
     assert_eq!((x.rows(), x.cols(), x.dtype()), (y.rows(), y.cols(), y.dtype()), "dropout: x and y are alike");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::dropout(gpu, d, x, &Acc { to: y, beta });
+    }
     dispatch!("dropout", y.dtype(), T => {
         let (mask, beta) = (d.mask::<T>(), T::of(beta));
         let (x, rows) = (x.host::<T>(), rows_per_task(y.cols()));
@@ -83,8 +90,8 @@ pub(crate) struct Mask<T> {
     seed: u64,
     step: u32,
     /// Lanes from here on are kept.
-    threshold: u32,
-    scale: T,
+    pub(crate) threshold: u32,
+    pub(crate) scale: T,
 }
 
 impl Dropout {

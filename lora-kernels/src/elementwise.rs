@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use crate::{
     Acc, Buffer, Element, Mat, MatMut, Result,
     mat::HostMut,
@@ -14,9 +17,15 @@ const SHORT: usize = 64;
 
 /// `y = α·x + β·y`, element by element. With β = 0 the old contents of y are not read: a scaled copy.
 ///
+/// On a CUDA device x and y may be of different floating-point types: with α = 1 and β = 0 this is the cast.
+///
 /// # Panics
-/// When the shapes or types differ.
+/// When the shapes differ, or on the CPU the types.
 pub fn axpby(alpha: f64, x: Mat, beta: f64, y: MatMut) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::axpby(gpu, alpha, x, beta, y);
+    }
     dispatch!("axpby", y.dtype(), T => {
         let (a, b) = (T::of(alpha), T::of(beta));
         each("axpby", [x.host::<T>()], [y.host::<T>()], #[inline(always)] |[x], [y]| {
@@ -33,6 +42,10 @@ pub fn axpby(alpha: f64, x: Mat, beta: f64, y: MatMut) -> Result<()> {
 
 /// `y = α·y` in place, with IEEE's rules: 0·NaN and 0·∞ are NaN. (To overwrite, there is [`fill`].)
 pub fn scale(alpha: f64, y: MatMut) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::scale(gpu, alpha, y);
+    }
     dispatch!("scale", y.dtype(), T => {
         let a = T::of(alpha);
         each("scale", [], [y.host::<T>()], #[inline(always)] |[], [y]| {
@@ -44,8 +57,29 @@ pub fn scale(alpha: f64, y: MatMut) -> Result<()> {
     })
 }
 
+/// `y = factor·y` in place, with a factor [1, 1] that lies where y does: gradient clipping on a device without reading the
+/// norm back. A factor of exactly 1 leaves y untouched. On a CUDA device the factor may be f32 whatever the type of y.
+///
+/// # Panics
+/// When there is not one factor, or on the CPU when the types differ.
+pub fn scale_by(factor: Mat, y: MatMut) -> Result<()> {
+    assert_eq!((factor.rows(), factor.cols()), (1, 1), "scale_by: one factor");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::scale_by(gpu, factor, y);
+    }
+    dispatch!("scale_by", y.dtype(), T => {
+        let factor = factor.host::<T>().row(0)[0].f64();
+        if factor == 1.0 { Ok(()) } else { scale(factor, y) }
+    })
+}
+
 /// Sets every element of y to `value`; its old contents are not read.
 pub fn fill(value: f64, y: MatMut) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::fill(gpu, value, y);
+    }
     dispatch!("fill", y.dtype(), T => {
         let v = T::of(value);
         each("fill", [], [y.host::<T>()], #[inline(always)] |[], [y]| y.fill(v));
@@ -59,6 +93,10 @@ pub fn fill(value: f64, y: MatMut) -> Result<()> {
 /// When the shapes or types differ.
 pub fn add_bias(bias: Mat, y: MatMut) -> Result<()> {
     assert_eq!((bias.rows(), bias.cols()), (1, y.cols()), "add_bias: one number per column");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::add_bias(gpu, bias, y);
+    }
     dispatch!("add_bias", y.dtype(), T => {
         let (bias, y) = (bias.host::<T>(), y.host::<T>());
         let bias = bias.row(0);
@@ -77,17 +115,22 @@ pub fn add_bias(bias: Mat, y: MatMut) -> Result<()> {
 
 /// The sums of the columns, `db[j] = Σᵢ dy[i, j] + β·db[j]`: the gradient of a bias. dy is [rows, n], db [1, n].
 ///
-/// Rows are added within fixed tiles, the tiles in order.
+/// Rows are added within fixed tiles, the tiles in order. On a CUDA device the sums are taken in f32, and db may be f32
+/// whatever the type of dy.
 ///
 /// # Panics
-/// When the shapes or types differ.
+/// When the shapes differ, or on the CPU the types.
 pub fn sum_rows(dy: Mat, db: Acc) -> Result<()> {
     assert_eq!((1, dy.cols()), (db.to.rows(), db.to.cols()), "sum_rows: one sum per column");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = dy.gpu() {
+        return cuda::sum_rows(gpu, dy, db);
+    }
     dispatch!("sum_rows", dy.dtype(), T => {
         let dy = dy.host::<T>();
         let cols = bounds(dy.cols, TILE_COLS);
         let rows = bounds(dy.rows, TILE / dy.cols.clamp(1, TILE_COLS));
-        let mut partial = Buffer::empty(&db.to.device(), T::DTYPE, (rows.len() - 1) * dy.cols)?;
+        let mut partial = Buffer::empty(db.to.device(), T::DTYPE, (rows.len() - 1) * dy.cols)?;
         let mut partial = HostMut::from_slice(partial.host_mut::<T>(), rows.len() - 1, dy.cols);
         let each_row: Vec<usize> = (0..rows.len()).collect();
         run(partial.reborrow().grid(&each_row, &cols), |i, mut acc| {
@@ -179,6 +222,9 @@ mod tests {
                     scale(alpha, y.mat_mut()).unwrap();
                     let want: Vec<f64> = x.iter().map(|x| alpha * x).collect();
                     close("scale", &y.get(), &want, tol(dtype, 2e-7));
+                    let mut y = Padded::new(dtype, rows, cols, pad, &x);
+                    scale_by(Padded::new(dtype, 1, 1, 0, &[alpha]).mat(), y.mat_mut()).unwrap();
+                    close("scale_by", &y.get(), &want, tol(dtype, 2e-7));
                     let mut y = Padded::poison(dtype, rows, cols, pad);
                     fill(alpha, y.mat_mut()).unwrap();
                     close("fill", &y.get(), &vec![alpha; rows * cols], tol(dtype, 2e-7));

@@ -12,7 +12,13 @@ pub enum Error {
         /// The size of the buffer that was asked for.
         bytes: usize,
         /// The device's name.
-        device: &'static str,
+        device: String,
+    },
+    /// No device has this name.
+    #[error("there is no device {name:?}; use cpu, cuda, cuda:N for the device of number N, or auto where it is offered")]
+    UnknownDevice {
+        /// The name.
+        name: String,
     },
     /// A kernel was called on elements of a type that it does not compute on.
     #[error("{kernel}: no kernel for {dtype:?}; convert the tensor to f32 first")]

@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use crate::{
     Acc, Mat, Result,
     elementwise::add,
@@ -7,15 +10,20 @@ use crate::{
 
 /// Rows of a table by number: `y[i] = table[ids[i]] + β·y[i]`. table [rows, d], ids [1, n] of [`DType::U32`], y [n, d].
 ///
-/// An embedding, with β = 1 for the second one added to it, and the choice of rows that the loss head needs.
+/// An embedding, with β = 1 for the second one added to it, and the choice of rows that the loss head needs. On a CUDA
+/// device, whose ids the host does not see, a row of an id outside the table becomes NaN.
 ///
 /// # Panics
-/// When the shapes or types differ, or an id is not below the table's rows.
+/// When the shapes or types differ or, on the CPU, an id is not below the table's rows.
 ///
 /// [`DType::U32`]: crate::DType::U32
 pub fn gather(table: Mat, ids: Mat, y: Acc) -> Result<()> {
     assert_eq!((1, y.to.rows()), (ids.rows(), ids.cols()), "gather: one id per row");
     assert_eq!(table.cols(), y.to.cols(), "gather: rows of one length");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.to.gpu() {
+        return cuda::gather(gpu, table, ids, &y);
+    }
     let ids = checked("gather", ids, table.rows());
     dispatch!("gather", table.dtype(), T => {
         let (table, beta, y) = (table.host::<T>(), T::of(y.beta), y.to.host::<T>());
@@ -38,13 +46,19 @@ pub fn gather(table: Mat, ids: Mat, y: Acc) -> Result<()> {
 /// The backward pass of [`gather`]: `dtable = β·dtable`, then `dtable[ids[i]] += dy[i]` for all i. dy [n, d],
 /// ids [1, n], dtable [rows, d].
 ///
-/// Each row of the table is summed by one task, in the order of i.
+/// Each row of the table is summed by one task, in the order of i. On a CUDA device 32 rows or more of one id are dealt
+/// to eight warps, whose sums are added in order, dtable may be f32 whatever the type of dy, and rows of dy whose id lies
+/// outside the table are left out.
 ///
 /// # Panics
-/// When the shapes or types differ, or an id is not below the table's rows.
+/// When the shapes or types differ or, on the CPU, an id is not below the table's rows.
 pub fn scatter(dy: Mat, ids: Mat, dtable: Acc) -> Result<()> {
     assert_eq!((1, dy.rows()), (ids.rows(), ids.cols()), "scatter: one id per row");
     assert_eq!(dy.cols(), dtable.to.cols(), "scatter: rows of one length");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = dy.gpu() {
+        return cuda::scatter(gpu, dy, ids, dtable);
+    }
     let ids = checked("scatter", ids, dtable.to.rows());
     // (id, row of dy), by id and within it by row.
     let mut order: Vec<(u32, usize)> = ids.iter().copied().zip(0..).collect();

@@ -1,9 +1,18 @@
 #![allow(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod cublaslt;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+mod plan;
+#[cfg(feature = "cuda")]
+pub(crate) mod wgmma;
+
 use gemm::Parallelism;
 
 use crate::{
-    Mat, MatMut, Result,
+    Activation, Buffer, Mat, MatMut, Result, activation, add_bias, axpby,
     mat::{HostMat, HostMut},
     real::{Real, dispatch},
 };
@@ -11,15 +20,150 @@ use crate::{
 /// General matrix product `C = α·A·B + β·C`, with A [m, k], B [k, n], C [m, n]; transposes are descriptors of A and B.
 /// With β = 0 the old contents of C are not read.
 ///
+/// C has the type of A and B, or their [accumulator's](crate::DType::accumulator): sums are taken in that one anyway.
+///
 /// Each element is summed in an order that depends only on the shapes: the result has the same bits for any number of
 /// threads. Error: |ΔC| ≤ about k·ε·|α|·|A|·|B| elementwise, as for any summation of k products.
 ///
 /// # Panics
 /// When the shapes do not fit or the types differ.
 pub fn gemm(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
+    gemm_with(alpha, a, b, beta, c, &Epilogue::default())
+}
+
+/// What happens to a product on its way into C.
+#[derive(Clone, Copy, Default)]
+pub struct Epilogue<'a> {
+    /// Added to every row: [1, n], of the type of A and B or their accumulator's.
+    pub bias: Option<Mat<'a>>,
+    /// Applied to every element, after the bias.
+    pub activation: Option<Activation>,
+    /// Added at the end: [m, n], of C's type.
+    pub residual: Option<Mat<'a>>,
+}
+
+/// `C = act(α·A·B + β·C + bias) + residual`: [`gemm`] and what often follows it. On CUDA devices one kernel, which
+/// rounds to C's type once.
+///
+/// # Panics
+/// When the shapes do not fit or the types differ.
+pub fn gemm_with(alpha: f64, a: Mat, b: Mat, beta: f64, mut c: MatMut, epilogue: &Epilogue) -> Result<()> {
     assert_eq!((a.rows(), a.cols(), b.cols()), (c.rows(), b.rows(), c.cols()), "gemm: [m, k]·[k, n] into [m, n]");
-    assert_eq!((a.dtype(), b.dtype()), (c.dtype(), c.dtype()), "gemm: one type");
-    dispatch!("gemm", c.dtype(), T => {
+    check_types(a, b, &c);
+    let Epilogue { bias, activation: kind, residual } = *epilogue;
+    if let Some(bias) = bias {
+        assert_eq!((bias.rows(), bias.cols()), (1, c.cols()), "gemm: a bias is [1, n]");
+        assert!([a.dtype(), a.dtype().accumulator()].contains(&bias.dtype()), "gemm: a bias of another type");
+    }
+    if let Some(residual) = residual {
+        assert_eq!((residual.rows(), residual.cols()), (c.rows(), c.cols()), "gemm: a residual is as large as C");
+        assert_eq!(residual.dtype(), c.dtype(), "gemm: a residual of another type");
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = c.gpu() {
+        return cuda::gemm(gpu, &cuda::Problem::single(alpha, a, b, beta, c, *epilogue));
+    }
+    product(alpha, a, b, beta, c.reborrow())?;
+    if let Some(bias) = bias {
+        add_bias(bias, c.reborrow())?;
+    }
+    if let Some(kind) = kind {
+        let (rows, cols) = (c.rows(), c.cols());
+        let mut x = Buffer::empty(c.device(), c.dtype(), rows * cols)?;
+        axpby(1.0, c.as_mat(), 0.0, MatMut::new(&mut x, 0, rows, cols))?;
+        activation(kind, Mat::new(&x, 0, rows, cols), c.reborrow())?;
+    }
+    match residual {
+        Some(residual) => axpby(1.0, residual, 1.0, c),
+        None => Ok(()),
+    }
+}
+
+/// How the matrices of a batch lie in one matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stack {
+    /// One below the other: blocks of rows.
+    Rows,
+    /// Side by side: blocks of columns.
+    Cols,
+    /// One matrix, used by every product.
+    Shared,
+}
+
+impl Stack {
+    /// The i-th of `count` matrices.
+    fn pick(self, x: Mat, i: usize, count: usize) -> Mat {
+        match self {
+            Stack::Rows => x.rows_in(part(x.rows(), i, count)),
+            Stack::Cols => x.cols_in(part(x.cols(), i, count)),
+            Stack::Shared => x,
+        }
+    }
+
+    fn pick_mut(self, x: MatMut, i: usize, count: usize) -> MatMut {
+        let (rows, cols) = (x.rows(), x.cols());
+        match self {
+            Stack::Rows => x.rows_in(part(rows, i, count)),
+            Stack::Cols => x.cols_in(part(cols, i, count)),
+            Stack::Shared => panic!("gemm_batched: every product needs a C of its own"),
+        }
+    }
+}
+
+fn part(n: usize, i: usize, count: usize) -> std::ops::Range<usize> {
+    assert!(n.is_multiple_of(count), "gemm_batched: {n} rows or columns are not {count} equal blocks");
+    i * (n / count)..(i + 1) * (n / count)
+}
+
+/// A batch of products of the same shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// How many.
+    pub count: usize,
+    /// Where the A's are.
+    pub a: Stack,
+    /// Where the B's are.
+    pub b: Stack,
+    /// Where the C's are; not [`Stack::Shared`].
+    pub c: Stack,
+}
+
+/// `Cᵢ = α·Aᵢ·Bᵢ + β·Cᵢ` for every i of a batch, each as [`gemm`]. The three matrices hold all of the batch: with
+/// [`Stack::Rows`] A is [count·m, k], with [`Stack::Cols`] [m, count·k], with [`Stack::Shared`] [m, k].
+///
+/// # Panics
+/// When the shapes do not fit, the types differ, a matrix does not divide into equal blocks, or C is shared.
+pub fn gemm_batched(alpha: f64, a: Mat, b: Mat, beta: f64, mut c: MatMut, batch: &Batch) -> Result<()> {
+    check_types(a, b, &c);
+    let Batch { count, .. } = *batch;
+    if count == 0 {
+        return Ok(());
+    }
+    let (first_a, first_b) = (batch.a.pick(a, 0, count), batch.b.pick(b, 0, count));
+    let first_c = batch.c.pick_mut(c.reborrow(), 0, count);
+    assert_eq!(
+        (first_a.rows(), first_a.cols(), first_b.cols()),
+        (first_c.rows(), first_b.rows(), first_c.cols()),
+        "gemm_batched: [m, k]·[k, n] into [m, n]"
+    );
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = c.gpu() {
+        return cuda::gemm(gpu, &cuda::Problem::batched(alpha, a, b, beta, c, batch));
+    }
+    for i in 0..count {
+        let c = batch.c.pick_mut(c.reborrow(), i, count);
+        product(alpha, batch.a.pick(a, i, count), batch.b.pick(b, i, count), beta, c)?;
+    }
+    Ok(())
+}
+
+fn check_types(a: Mat, b: Mat, c: &MatMut) {
+    assert_eq!(a.dtype(), b.dtype(), "gemm: A and B of different types");
+    assert!([a.dtype(), a.dtype().accumulator()].contains(&c.dtype()), "gemm: C of another type than A and B");
+}
+
+fn product(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
+    dispatch!("gemm", a.dtype(), T => {
         let threads = rayon::current_num_threads();
         // Below about a microsecond of work per thread, waking the others costs more than it gives.
         let work = c.rows() * c.cols() * a.cols();
@@ -164,5 +308,66 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn filled(rng: &mut ChaCha8Rng, n: usize) -> Buffer {
+        let x: Vec<f64> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
+        Buffer::from_slice(&Device::Cpu, &x).unwrap()
+    }
+
+    #[test]
+    fn an_epilogue_is_bias_then_activation_then_residual() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let (m, n, k) = (5, 7, 4);
+        let [a, b, c, bias, residual] = [m * k, k * n, m * n, n, m * n].map(|len| filled(&mut rng, len));
+        let (a, b) = (Mat::new(&a, 0, m, k), Mat::new(&b, 0, k, n));
+        let values = |x: &Buffer| x.to_vec::<f64>(0..x.len()).unwrap();
+        let mut plain = c.try_clone(0..m * n).unwrap();
+        gemm(0.5, a, b, 2.0, MatMut::new(&mut plain, 0, m, n)).unwrap();
+        let (plain, added, last) = (values(&plain), values(&bias), values(&residual));
+        for (with_bias, with_residual) in [(true, false), (false, true), (true, true), (false, false)] {
+            let mut got = c.try_clone(0..m * n).unwrap();
+            let epilogue = Epilogue {
+                bias: with_bias.then(|| Mat::new(&bias, 0, 1, n)),
+                activation: Some(Activation::Relu),
+                residual: with_residual.then(|| Mat::new(&residual, 0, m, n)),
+            };
+            gemm_with(0.5, a, b, 2.0, MatMut::new(&mut got, 0, m, n), &epilogue).unwrap();
+            for (i, got) in values(&got).into_iter().enumerate() {
+                let x = plain[i] + if with_bias { added[i % n] } else { 0.0 };
+                assert_eq!(got, x.max(0.0) + if with_residual { last[i] } else { 0.0 }, "at {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_is_its_products() {
+        let mut rng = ChaCha8Rng::seed_from_u64(4);
+        let (count, m, n, k) = (3, 4, 5, 6);
+        let (a, b) = (filled(&mut rng, count * m * k), filled(&mut rng, count * k * n));
+        let mut c = Buffer::zeros(&Device::Cpu, a.dtype(), count * m * n).unwrap();
+        // A's below each other; B's side by side, seen through a transpose; C's side by side.
+        let (x, y) = (Mat::new(&a, 0, count * m, k), Mat::new(&b, 0, count * n, k).t());
+        let batch = Batch { count, a: Stack::Rows, b: Stack::Cols, c: Stack::Cols };
+        gemm_batched(1.0, x, y, 0.0, MatMut::new(&mut c, 0, m, count * n), &batch).unwrap();
+        let c = c.to_vec::<f64>(0..count * m * n).unwrap();
+        for i in 0..count {
+            let mut one = Buffer::zeros(&Device::Cpu, a.dtype(), m * n).unwrap();
+            let (x, y) = (Mat::new(&a, i * m * k, m, k), Mat::new(&b, i * n * k, n, k).t());
+            gemm(1.0, x, y, 0.0, MatMut::new(&mut one, 0, m, n)).unwrap();
+            for (j, want) in one.to_vec::<f64>(0..m * n).unwrap().into_iter().enumerate() {
+                assert_eq!(c[j / n * count * n + i * n + j % n], want, "product {i} at {j}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "every product needs a C of its own")]
+    fn a_shared_result_is_refused() {
+        let a = Buffer::zeros(&Device::Cpu, crate::DType::F32, 4).unwrap();
+        let mut c = Buffer::zeros(&Device::Cpu, crate::DType::F32, 4).unwrap();
+        let batch = Batch { count: 2, a: Stack::Shared, b: Stack::Shared, c: Stack::Shared };
+        let (a, c) = (Mat::new(&a, 0, 2, 2), MatMut::new(&mut c, 0, 2, 2));
+        gemm_batched(1.0, a, a, 0.0, c, &batch).unwrap();
     }
 }

@@ -1,11 +1,20 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use crate::{
-    Acc, Buffer, Mat, MatMut, Result, gemm,
+    Acc, Buffer, Error, Mat, MatMut, Result, gemm,
     real::{Real, dispatch, simd},
     reduce::{max, rows_per_task, run, sum},
 };
 
-/// Memory for one chunk of logits in [`loss_head`].
+/// Memory for one chunk of logits in [`loss_head`] on the CPU.
 const CHUNK_BYTES: usize = 32 << 20;
+
+/// The same on a CUDA device, whose products need many rows to keep all its multiprocessors busy.
+const DEVICE_CHUNK_BYTES: usize = 256 << 20;
+
+/// Rows of a tile of a product on a CUDA device: chunks are multiples of it, so that no tile is partly empty.
+const TILE: usize = 128;
 
 /// Terms that are added in the matrix's own precision before they go into a sum in f64.
 const BLOCK: usize = 512;
@@ -17,12 +26,19 @@ const BLOCK: usize = 512;
 /// loss = ln Σ e^z − (1 − ε)·z_t − ε/V · Σ z    z ← scale · (p − (1 − ε)·onehot(t) − ε/V)
 /// ```
 ///
-/// logits [n, V], overwritten with their gradient; targets [1, n] of u32; losses [n, 1], not scaled.
+/// logits [n, V], overwritten with their gradient; targets [1, n] of u32; losses [n, 1], not scaled, in the logits'
+/// [`accumulator`](crate::DType::accumulator).
 ///
 /// # Panics
-/// When the shapes or types differ, or a target is not below V.
+/// When the shapes or types differ, or a target is not below V. On a CUDA device targets are not looked at before they
+/// are used: there the loss and the gradients of a row whose target is not below V are NaN.
 pub fn cross_entropy(logits: MatMut, targets: Mat, smoothing: f64, scale: f64, losses: MatMut) -> Result<()> {
-    let targets = checked("cross_entropy", logits.rows(), logits.cols(), targets, &losses);
+    check_shapes("cross_entropy", logits.rows(), targets, &losses);
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = logits.gpu() {
+        return cuda::cross_entropy(gpu, None, targets, smoothing, scale, logits, losses);
+    }
+    let targets = checked("cross_entropy", logits.cols(), targets);
     dispatch!("cross_entropy", logits.dtype(), T => {
         let (z, losses) = (logits.host::<T>(), losses.host::<T>());
         let step = rows_per_task(z.cols);
@@ -40,9 +56,14 @@ pub fn cross_entropy(logits: MatMut, targets: Mat, smoothing: f64, scale: f64, l
 /// The losses of [`cross_entropy`] alone, for evaluation: logits [n, V] stay as they are.
 ///
 /// # Panics
-/// When the shapes or types differ, or a target is not below V.
+/// As [`cross_entropy`].
 pub fn nll(logits: Mat, targets: Mat, smoothing: f64, losses: MatMut) -> Result<()> {
-    let targets = checked("nll", logits.rows(), logits.cols(), targets, &losses);
+    check_shapes("nll", logits.rows(), targets, &losses);
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = logits.gpu() {
+        return cuda::nll(gpu, logits, targets, smoothing, losses);
+    }
+    let targets = checked("nll", logits.cols(), targets);
     dispatch!("nll", logits.dtype(), T => {
         let (z, losses) = (logits.host::<T>(), losses.host::<T>());
         let step = rows_per_task(z.cols);
@@ -63,12 +84,52 @@ pub fn nll(logits: Mat, targets: Mat, smoothing: f64, losses: MatMut) -> Result<
 /// ```
 ///
 /// w [d, V] may be the transpose of a stored [V, d] matrix (a tied embedding); dw has the layout that is stored, here
-/// [V, d]. Rows are taken in chunks of at most 32 MiB of logits, so [n, V] is never held at once.
+/// [V, d]. Rows are taken in chunks of at most 32 MiB of logits (256 MiB on a CUDA device), so [n, V] is never held at
+/// once. With x and w of a 16-bit type, logits and losses are f32, dz is rounded to the type of x, and dx and dw are
+/// either.
 ///
 /// # Panics
-/// When the shapes or types differ, or a target is not below V.
+/// As [`cross_entropy`].
 #[allow(clippy::too_many_arguments)]
 pub fn loss_head(
+    x: Mat,
+    w: Mat,
+    targets: Mat,
+    smoothing: f64,
+    scale: f64,
+    losses: MatMut,
+    dx: Option<Acc>,
+    dw: Option<Acc>,
+) -> Result<()> {
+    let (n, v) = (x.rows(), w.cols());
+    assert_eq!(x.cols(), w.rows(), "loss_head: x [n, d] and w [d, V]");
+    check_shapes("loss_head", n, targets, &losses);
+    let bytes = v * x.dtype().accumulator().size();
+    let rows = if x.device().is_cpu() {
+        // Before anything is written.
+        checked("loss_head", v, targets);
+        chunk_rows(n, CHUNK_BYTES / bytes.max(1), 1)
+    } else {
+        chunk_rows(n, DEVICE_CHUNK_BYTES / bytes.max(1), TILE)
+    };
+    in_chunks(rows, x, w, targets, smoothing, scale, losses, dx, dw)
+}
+
+/// Rows of each chunk but the last of n rows: chunks of almost equal size with at most `most` rows, or one, and
+/// multiples of `tile` where `most` allows it.
+fn chunk_rows(n: usize, most: usize, tile: usize) -> usize {
+    let tile = if most < tile { 1 } else { tile };
+    let most = (most / tile * tile).max(1);
+    if n <= most {
+        return n;
+    }
+    n.div_ceil(n.div_ceil(most)).next_multiple_of(tile)
+}
+
+/// [`loss_head`], `rows` rows at a time.
+#[allow(clippy::too_many_arguments)]
+fn in_chunks(
+    rows: usize,
     x: Mat,
     w: Mat,
     targets: Mat,
@@ -79,41 +140,68 @@ pub fn loss_head(
     mut dw: Option<Acc>,
 ) -> Result<()> {
     let (n, v) = (x.rows(), w.cols());
-    assert_eq!(x.cols(), w.rows(), "loss_head: x [n, d] and w [d, V]");
-    checked("loss_head", n, v, targets, &losses);
-    let transposed = dispatch!("loss_head", w.dtype(), T => Ok(w.host::<T>().transposed))?;
-    let most = (CHUNK_BYTES / (v * x.dtype().size()).max(1)).max(1);
-    // Chunks of equal size; one even of no rows, because dw takes its β in any case.
-    let chunks = n.div_ceil(most).max(1);
-    let rows = n.div_ceil(chunks);
-    let mut logits = Buffer::empty(&x.device(), x.dtype(), rows * v)?;
-    for i in 0..chunks {
+    let wide = x.dtype().accumulator();
+    let gradients = dx.is_some() || dw.is_some();
+    // On a CUDA device every row begins at a multiple of 16 bytes, in f32 and in 16 bits: faster loads and products.
+    let stride = if x.device().is_cpu() { v } else { v.next_multiple_of(8) };
+    let mut logits = Buffer::empty(x.device(), wide, rows * stride)?;
+    let mut narrow = match gradients && wide != x.dtype() {
+        true => Some(Buffer::empty(x.device(), x.dtype(), rows * stride)?),
+        false => None,
+    };
+    // One even of no rows, because dw takes its β in any case.
+    for i in 0..n.div_ceil(rows.max(1)).max(1) {
         let r = (i * rows).min(n)..((i + 1) * rows).min(n);
-        let x = x.rows_in(r.clone());
-        let mut z = MatMut::new(&mut logits, 0, r.len(), v);
-        gemm(1.0, x, w, 0.0, z.reborrow())?;
+        let (x, targets) = (x.rows_in(r.clone()), targets.cols_in(r.clone()));
         let losses = losses.reborrow().rows_in(r.clone());
-        if dx.is_none() && dw.is_none() {
-            nll(z.as_mat(), targets.cols_in(r), smoothing, losses)?;
+        let mut z = MatMut::new(&mut logits, 0, r.len(), stride).cols_in(0..v);
+        gemm(1.0, x, w, 0.0, z.reborrow())?;
+        if !gradients {
+            nll(z.as_mat(), targets, smoothing, losses)?;
             continue;
         }
-        cross_entropy(z.reborrow(), targets.cols_in(r.clone()), smoothing, scale, losses)?;
+        let dz = match &mut narrow {
+            None => {
+                cross_entropy(z.reborrow(), targets, smoothing, scale, losses)?;
+                z
+            }
+            Some(narrow) => {
+                let mut dz = MatMut::new(narrow, 0, r.len(), stride).cols_in(0..v);
+                narrowed(z.as_mat(), targets, smoothing, scale, dz.reborrow(), losses)?;
+                dz
+            }
+        };
         if let Some(dx) = &mut dx {
-            gemm(1.0, z.as_mat(), w.t(), dx.beta, dx.to.reborrow().rows_in(r))?;
+            gemm(1.0, dz.as_mat(), w.t(), dx.beta, dx.to.reborrow().rows_in(r))?;
         }
         if let Some(dw) = &mut dw {
             let beta = if i == 0 { dw.beta } else { 1.0 };
-            let (a, b) = if transposed { (z.as_mat(), x) } else { (x, z.as_mat()) };
+            let (a, b) = if w.is_transposed() { (dz.as_mat(), x) } else { (x, dz.as_mat()) };
             gemm(1.0, a.t(), b, beta, dw.to.reborrow())?;
         }
     }
     Ok(())
 }
 
-/// The targets, one per row and all below `classes`; one loss per row.
-fn checked<'a>(kernel: &str, rows: usize, classes: usize, targets: Mat<'a>, losses: &MatMut) -> &'a [u32] {
+/// [`cross_entropy`] of f32 logits, which stay, with the gradient rounded to a 16-bit type: on CUDA devices alone, since
+/// no kernel of the CPU takes those types.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+fn narrowed(z: Mat, targets: Mat, smoothing: f64, scale: f64, dz: MatMut, losses: MatMut) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = z.gpu() {
+        return cuda::cross_entropy(gpu, Some(z), targets, smoothing, scale, dz, losses);
+    }
+    Err(Error::DType { kernel: "loss_head", dtype: dz.dtype() })
+}
+
+/// One target per row, one loss per row.
+fn check_shapes(kernel: &str, rows: usize, targets: Mat, losses: &MatMut) {
     assert_eq!((targets.rows(), targets.cols()), (1, rows), "{kernel}: one target per row");
     assert_eq!((losses.rows(), losses.cols()), (rows, 1), "{kernel}: one loss per row");
+}
+
+/// The targets, in host memory and all below `classes`.
+fn checked<'a>(kernel: &str, classes: usize, targets: Mat<'a>) -> &'a [u32] {
     let targets = targets.host::<u32>().row(0);
     if let Some((i, t)) = targets.iter().enumerate().find(|&(_, &t)| t as usize >= classes) {
         panic!("{kernel}: target {t} of row {i} is none of {classes} classes");
@@ -337,6 +425,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn chunks_are_of_equal_size_and_cover_all_rows() {
+        // n, most, tile → rows of a chunk.
+        for (n, most, tile, rows) in [
+            (0, 10, 1, 0),
+            (7, 10, 1, 7),
+            (10, 10, 1, 10),
+            (11, 10, 1, 6),
+            (21, 10, 1, 7),
+            (5, 0, 1, 1),
+            (5, 0, 128, 1),
+            (1335, 1335, 128, 768),
+            (1280, 1335, 128, 1280),
+            (1281, 1335, 128, 768),
+            (3000, 1335, 128, 1024),
+            (3000, 127, 128, 125),
+            (200, 128, 128, 128),
+        ] {
+            let got = chunk_rows(n, most, tile);
+            assert_eq!(got, rows, "{n} rows, at most {most}, tiles of {tile}");
+            assert!(got <= most.max(1) && (got == n || most < tile || got.is_multiple_of(tile)));
+        }
+        // GPT-2's vocabulary on a CUDA device.
+        assert_eq!(chunk_rows(8192, DEVICE_CHUNK_BYTES / (4 * 50_257), TILE), 1280);
     }
 
     #[test]

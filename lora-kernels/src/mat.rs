@@ -2,6 +2,11 @@
 
 use std::{marker::PhantomData, ops::Range};
 
+#[cfg(feature = "cuda")]
+use std::sync::Arc;
+
+#[cfg(feature = "cuda")]
+use crate::cuda::Gpu;
 use crate::{Buffer, DType, Device, Element};
 
 /// A matrix of elements inside a [`Buffer`]: what every kernel reads.
@@ -11,17 +16,18 @@ use crate::{Buffer, DType, Device, Element};
 #[derive(Clone, Copy)]
 pub struct Mat<'a> {
     ptr: *const u8,
+    device: &'a Device,
     dtype: DType,
     rows: usize,
     cols: usize,
     ld: usize,
     transposed: bool,
-    life: PhantomData<&'a Buffer>,
 }
 
 /// A matrix that a kernel writes: as [`Mat`], never transposed.
 pub struct MatMut<'a> {
     ptr: *mut u8,
+    device: &'a Device,
     dtype: DType,
     rows: usize,
     cols: usize,
@@ -62,7 +68,7 @@ impl<'a> Mat<'a> {
         assert!(end.is_some_and(|e| e <= buf.len()), "{rows}×{cols} at {offset} of {} elements", buf.len());
         // SAFETY: `offset` is at most the buffer's length.
         let ptr = unsafe { buf.ptr().add(offset * buf.dtype().size()) };
-        Mat { ptr, dtype: buf.dtype(), rows, cols, ld: cols, transposed: false, life: PhantomData }
+        Mat { ptr, device: buf.device(), dtype: buf.dtype(), rows, cols, ld: cols, transposed: false }
     }
 
     /// Logical rows.
@@ -81,8 +87,49 @@ impl<'a> Mat<'a> {
     }
 
     /// Where the memory lies.
-    pub fn device(&self) -> Device {
-        Device::Cpu
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// The CUDA device that the memory lies on, if it does.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> Option<&'a Arc<Gpu>> {
+        match self.device {
+            Device::Cpu => None,
+            Device::Cuda(gpu) => Some(gpu),
+        }
+    }
+
+    /// Elements from one stored row to the next.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn ld(&self) -> usize {
+        self.ld
+    }
+
+    /// The address of the first element on its device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
+    /// Whether rows and columns are exchanged against how the elements are stored.
+    pub(crate) fn is_transposed(&self) -> bool {
+        self.transposed
+    }
+
+    /// Whether `below` continues this matrix in a device's memory: its rows follow those of this one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_above(&self, below: Mat) -> bool {
+        let end = self.address() + (self.rows * self.ld * self.dtype.size()) as u64;
+        let alike = (self.cols, self.ld, self.dtype, self.device) == (below.cols, below.ld, below.dtype, below.device);
+        alike && self.gpu().is_some() && !self.transposed && !below.transposed && end == below.address()
+    }
+
+    /// This matrix and the one that continues it ([`Mat::is_above`]) as one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn joined(self, below: Mat<'a>) -> Mat<'a> {
+        assert!(self.is_above(below), "matrices that do not lie together");
+        Mat { rows: self.rows + below.rows, ..self }
     }
 
     /// The transpose.
@@ -118,6 +165,7 @@ impl<'a> Mat<'a> {
     /// The matrix for the host's kernels, as stored.
     pub(crate) fn host<T: Element>(self) -> HostMat<'a, T> {
         assert_eq!(self.dtype, T::DTYPE, "matrix read as another type");
+        assert!(self.device.is_cpu(), "a matrix on {} among those on the host", self.device);
         HostMat {
             ptr: self.ptr.cast(),
             rows: self.rows,
@@ -140,7 +188,8 @@ impl<'a> MatMut<'a> {
         let dtype = buf.dtype();
         // SAFETY: `offset` is at most the buffer's length.
         let ptr = unsafe { buf.ptr_mut().add(offset * dtype.size()) };
-        MatMut { ptr, dtype, rows, cols, ld: cols, life: PhantomData }
+        let buf: &'a Buffer = buf;
+        MatMut { ptr, device: buf.device(), dtype, rows, cols, ld: cols, life: PhantomData }
     }
 
     /// Rows.
@@ -159,8 +208,29 @@ impl<'a> MatMut<'a> {
     }
 
     /// Where the memory lies.
-    pub fn device(&self) -> Device {
-        Device::Cpu
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// The CUDA device that the memory lies on, if it does.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> Option<&'a Arc<Gpu>> {
+        match self.device {
+            Device::Cpu => None,
+            Device::Cuda(gpu) => Some(gpu),
+        }
+    }
+
+    /// Elements from one stored row to the next.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn ld(&self) -> usize {
+        self.ld
+    }
+
+    /// The address of the first element on its device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn address(&self) -> u64 {
+        self.ptr as u64
     }
 
     /// A shorter borrow of the same matrix.
@@ -172,12 +242,12 @@ impl<'a> MatMut<'a> {
     pub fn as_mat(&self) -> Mat<'_> {
         Mat {
             ptr: self.ptr,
+            device: self.device,
             dtype: self.dtype,
             rows: self.rows,
             cols: self.cols,
             ld: self.ld,
             transposed: false,
-            life: PhantomData,
         }
     }
 
@@ -191,6 +261,23 @@ impl<'a> MatMut<'a> {
     pub fn cols_in(self, r: Range<usize>) -> MatMut<'a> {
         let rows = 0..self.rows;
         self.part(rows, r)
+    }
+
+    /// This matrix and the one that continues it ([`Mat::is_above`]) as one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn joined(self, below: MatMut<'a>) -> MatMut<'a> {
+        assert!(self.as_mat().is_above(below.as_mat()), "matrices that do not lie together");
+        MatMut { rows: self.rows + below.rows, life: PhantomData, ..self }
+    }
+
+    /// The elements of a matrix without gaps in another shape.
+    ///
+    /// # Panics
+    /// When the number of elements differs, or there are gaps between the rows.
+    pub fn reshape(self, rows: usize, cols: usize) -> MatMut<'a> {
+        assert!(self.rows <= 1 || self.ld == self.cols, "a matrix with gaps between its rows in another shape");
+        assert_eq!(self.rows * self.cols, rows * cols, "{}×{} as {rows}×{cols}", self.rows, self.cols);
+        MatMut { rows, cols, ld: cols, life: PhantomData, ..self }
     }
 
     /// The first `n` columns and the others: two matrices that can be written at the same time.
@@ -213,6 +300,7 @@ impl<'a> MatMut<'a> {
     /// The matrix for the host's kernels.
     pub(crate) fn host<T: Element>(self) -> HostMut<'a, T> {
         assert_eq!(self.dtype, T::DTYPE, "matrix written as another type");
+        assert!(self.device.is_cpu(), "a matrix on {} among those on the host", self.device);
         HostMut { ptr: self.ptr.cast(), rows: self.rows, cols: self.cols, ld: self.ld, life: PhantomData }
     }
 }

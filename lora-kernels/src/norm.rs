@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use crate::{
     Acc, Buffer, Device, Mat, MatMut, Result,
     elementwise::add_up,
@@ -13,7 +16,8 @@ use crate::{
 /// ```
 ///
 /// x, y [rows, n], γ, β [1, n]; `stats` [rows, 2] receives (μ, 1/√(σ² + ε)) for the backward pass. The mean is taken
-/// twice, the second time of the centred row, so that a mean far larger than σ costs no digits.
+/// twice, the second time of the centred row, so that a mean far larger than σ costs no digits. On a CUDA device the
+/// statistics are f32 whatever the type of the rest.
 ///
 /// # Panics
 /// When the shapes or types differ.
@@ -23,6 +27,10 @@ pub fn layer_norm(x: Mat, gamma: Mat, beta: Mat, eps: f64, y: MatMut, stats: Mat
     assert_eq!((gamma.rows(), gamma.cols()), (1, n), "layer_norm: one γ per column");
     assert_eq!((beta.rows(), beta.cols()), (1, n), "layer_norm: one β per column");
     assert_eq!((stats.rows(), stats.cols()), (rows, 2), "layer_norm: two statistics per row");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::forward(gpu, x, gamma, Some(beta), eps, y, stats);
+    }
     dispatch!("layer_norm", y.dtype(), T => {
         let (x, gamma, beta) = (x.host::<T>(), gamma.host::<T>(), beta.host::<T>());
         let (gamma, beta) = (gamma.row(0), beta.row(0));
@@ -52,6 +60,8 @@ pub fn layer_norm(x: Mat, gamma: Mat, beta: Mat, eps: f64, y: MatMut, stats: Mat
 /// dx = (g − mean(g) − x̂ · mean(g·x̂)) / √(σ² + ε)    dγ = Σ_rows dy·x̂    dβ = Σ_rows dy
 /// ```
 ///
+/// On a CUDA device dγ and dβ may be f32 whatever the type of the rest.
+///
 /// # Panics
 /// When the shapes or types differ.
 pub fn layer_norm_backward(
@@ -67,6 +77,10 @@ pub fn layer_norm_backward(
     assert_eq!((dy.rows(), dy.cols()), (rows, n), "layer_norm_backward: x and dy have one shape");
     assert_eq!((gamma.rows(), gamma.cols()), (1, n), "layer_norm_backward: one γ per column");
     assert_eq!((stats.rows(), stats.cols()), (rows, 2), "layer_norm_backward: two statistics per row");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = x.gpu() {
+        return cuda::backward(gpu, true, x, gamma, stats, dy, dx, [dgamma, dbeta]);
+    }
     dispatch!("layer_norm_backward", x.dtype(), T => {
         let (x, gamma, stats, dy) = (x.host::<T>(), gamma.host::<T>(), stats.host::<T>(), dy.host::<T>());
         let (gamma, inv_n) = (gamma.row(0), T::of(1.0 / n as f64));
@@ -99,7 +113,8 @@ pub fn layer_norm_backward(
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), row by row over n columns:
-/// `y = x / √(Σ x² / n + ε) · γ`. x, y [rows, n], γ [1, n]; `stats` [rows, 1] receives 1/√(…) for the backward pass.
+/// `y = x / √(Σ x² / n + ε) · γ`. x, y [rows, n], γ [1, n]; `stats` [rows, 1] receives 1/√(…) for the backward pass, on a
+/// CUDA device as f32.
 ///
 /// # Panics
 /// When the shapes or types differ.
@@ -108,6 +123,10 @@ pub fn rms_norm(x: Mat, gamma: Mat, eps: f64, y: MatMut, stats: MatMut) -> Resul
     assert_eq!((x.rows(), x.cols()), (rows, n), "rms_norm: x and y have one shape");
     assert_eq!((gamma.rows(), gamma.cols()), (1, n), "rms_norm: one γ per column");
     assert_eq!((stats.rows(), stats.cols()), (rows, 1), "rms_norm: one statistic per row");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::forward(gpu, x, gamma, None, eps, y, stats);
+    }
     dispatch!("rms_norm", y.dtype(), T => {
         let (x, gamma) = (x.host::<T>(), gamma.host::<T>());
         let gamma = gamma.row(0);
@@ -128,7 +147,7 @@ pub fn rms_norm(x: Mat, gamma: Mat, eps: f64, y: MatMut, stats: MatMut) -> Resul
 }
 
 /// The backward pass of [`rms_norm`]. With s = 1/√(Σ x² / n + ε) and g = dy·γ, row by row,
-/// `dx = s·(g − x·s²·mean(g·x))` and `dγ = Σ_rows dy·x·s`.
+/// `dx = s·(g − x·s²·mean(g·x))` and `dγ = Σ_rows dy·x·s`. On a CUDA device dγ may be f32 whatever the type of the rest.
 ///
 /// # Panics
 /// When the shapes or types differ.
@@ -137,6 +156,10 @@ pub fn rms_norm_backward(x: Mat, gamma: Mat, stats: Mat, dy: Mat, dx: Option<Acc
     assert_eq!((dy.rows(), dy.cols()), (rows, n), "rms_norm_backward: x and dy have one shape");
     assert_eq!((gamma.rows(), gamma.cols()), (1, n), "rms_norm_backward: one γ per column");
     assert_eq!((stats.rows(), stats.cols()), (rows, 1), "rms_norm_backward: one statistic per row");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = x.gpu() {
+        return cuda::backward(gpu, false, x, gamma, stats, dy, dx, [dgamma, None]);
+    }
     dispatch!("rms_norm_backward", x.dtype(), T => {
         let (x, gamma, stats, dy) = (x.host::<T>(), gamma.host::<T>(), stats.host::<T>(), dy.host::<T>());
         let (gamma, inv_n) = (gamma.row(0), T::of(1.0 / n as f64));

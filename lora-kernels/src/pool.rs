@@ -38,28 +38,72 @@ pub fn pool_stats() -> PoolStats {
 /// For a program that lives on after its computing: between a training run and hours of waiting, or before another
 /// process needs the memory. Within a loop of steps it would only bring the page faults back.
 pub fn release_idle_memory() {
-    POOL.lock().unwrap_or_else(|e| e.into_inner()).release();
+    POOL.lock().unwrap_or_else(|e| e.into_inner()).release(&Host);
+}
+
+/// Where a pool's blocks come from.
+pub(crate) trait Source {
+    /// How a block is addressed.
+    type Ptr: Copy;
+    /// A new block of at least `bytes` bytes.
+    fn allocate(&self, bytes: usize) -> Result<Self::Ptr>;
+    /// Gives a block back.
+    ///
+    /// # Safety
+    /// `ptr` came from [`Source::allocate`] with this size, and nobody holds it any more.
+    unsafe fn free(&self, ptr: Self::Ptr, bytes: usize);
+    /// The error that no block of that size can be had.
+    fn out_of_memory(&self, bytes: usize) -> Error;
+}
+
+/// The host's own memory.
+struct Host;
+
+/// The address of a block of host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct HostPtr(NonNull<u8>);
+
+// SAFETY: the address of a block of plain memory with a single owner.
+unsafe impl Send for HostPtr {}
+
+impl Source for Host {
+    type Ptr = HostPtr;
+
+    fn allocate(&self, bytes: usize) -> Result<HostPtr> {
+        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| self.out_of_memory(bytes))?;
+        // SAFETY: the layout has a nonzero size, because `size_class` returns at least ALIGN.
+        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) });
+        ptr.map(HostPtr).ok_or_else(|| self.out_of_memory(bytes))
+    }
+
+    unsafe fn free(&self, ptr: HostPtr, bytes: usize) {
+        // SAFETY: `ptr` came from `alloc_zeroed` with this size and alignment, and nobody holds it any more.
+        unsafe { dealloc(ptr.0.as_ptr(), Layout::from_size_align_unchecked(bytes, ALIGN)) };
+    }
+
+    fn out_of_memory(&self, bytes: usize) -> Error {
+        Error::OutOfMemory { bytes, device: "cpu".into() }
+    }
 }
 
 /// A block of host memory; initialised bytes, contents unspecified. Returns to the pool when dropped.
 pub(crate) struct Block {
-    ptr: NonNull<u8>,
+    ptr: HostPtr,
     bytes: usize,
 }
 
-// SAFETY: a block is plain memory with a single owner; access follows Rust's borrow of the owner.
-unsafe impl Send for Block {}
-// SAFETY: as above; shared access only reads.
+// SAFETY: a block is plain memory with a single owner; shared access only reads.
 unsafe impl Sync for Block {}
 
 impl Block {
     /// Takes a block of at least `bytes` bytes.
     pub(crate) fn take(bytes: usize) -> Result<Block> {
-        POOL.lock().unwrap_or_else(|e| e.into_inner()).take(bytes)
+        let (ptr, bytes) = POOL.lock().unwrap_or_else(|e| e.into_inner()).take(&Host, bytes)?;
+        Ok(Block { ptr, bytes })
     }
 
     pub(crate) fn ptr(&self) -> *mut u8 {
-        self.ptr.as_ptr()
+        self.ptr.0.as_ptr()
     }
 }
 
@@ -69,47 +113,84 @@ impl Drop for Block {
     }
 }
 
-struct Pool {
+/// Idle blocks of one source, and what was taken from it.
+pub(crate) struct Pool<P> {
     /// Idle blocks by size.
-    idle: BTreeMap<usize, Vec<NonNull<u8>>>,
-    stats: PoolStats,
+    idle: BTreeMap<usize, Vec<P>>,
+    pub(crate) stats: PoolStats,
 }
 
-// SAFETY: the pointers are owned blocks of plain memory, reached only under the mutex.
-unsafe impl Send for Pool {}
+static POOL: Mutex<Pool<HostPtr>> = Mutex::new(Pool::new());
 
-static POOL: Mutex<Pool> =
-    Mutex::new(Pool { idle: BTreeMap::new(), stats: PoolStats { reserved: 0, idle: 0, misses: 0 } });
+impl<P> Pool<P> {
+    const fn new() -> Self {
+        Pool { idle: BTreeMap::new(), stats: PoolStats { reserved: 0, idle: 0, misses: 0 } }
+    }
+}
 
-impl Pool {
-    /// The smallest idle block that fits and wastes less than half of itself, or a new one. A miss gives one idle
-    /// block of the next smaller sizes back to the system: batches vary in length, and without this every new longest
-    /// batch would leave the whole set of shorter blocks behind.
-    fn take(&mut self, bytes: usize) -> Result<Block> {
+impl<P> Default for Pool<P> {
+    fn default() -> Self {
+        Pool::new()
+    }
+}
+
+impl<P: Copy> Pool<P> {
+    /// A block and its size: the smallest idle one that fits and wastes less than half of itself, or a new one. A miss
+    /// gives one idle block of the next smaller sizes back to the source: batches vary in length, and without this every
+    /// new longest batch would leave the whole set of shorter blocks behind. When the source has no more, all idle blocks
+    /// go back before it is asked again.
+    pub(crate) fn take(&mut self, source: &(impl Source<Ptr = P> + ?Sized), bytes: usize) -> Result<(P, usize)> {
         let bytes = size_class(bytes);
         if let Some((&size, _)) = self.idle.range(bytes..=bytes.saturating_mul(2)).next() {
-            return Ok(Block { ptr: self.pop(size), bytes: size });
+            return Ok((self.pop(size), size));
         }
         self.stats.misses += 1;
         if let Some((&size, _)) = self.idle.range(bytes / 2..bytes).next_back() {
             let ptr = self.pop(size);
-            self.free(ptr, size);
+            self.free(source, ptr, size);
         }
-        let oom = Error::OutOfMemory { bytes, device: "cpu" };
-        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| Error::OutOfMemory { bytes, device: "cpu" })?;
-        // SAFETY: the layout has a nonzero size, because `size_class` returns at least ALIGN.
-        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(oom)?;
+        let ptr = source.allocate(bytes).or_else(|e| match self.stats.idle {
+            0 => Err(e),
+            _ => {
+                self.release(source);
+                source.allocate(bytes)
+            }
+        })?;
         self.stats.reserved += bytes;
-        Ok(Block { ptr, bytes })
+        Ok((ptr, bytes))
     }
 
-    fn put(&mut self, ptr: NonNull<u8>, bytes: usize) {
+    /// A block and its size, as [`Pool::take`]; nothing goes back to the source meanwhile.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn take_or_add(
+        &mut self,
+        source: &(impl Source<Ptr = P> + ?Sized),
+        bytes: usize,
+    ) -> Result<(P, usize)> {
+        let bytes = size_class(bytes);
+        if let Some((&size, _)) = self.idle.range(bytes..=bytes.saturating_mul(2)).next() {
+            return Ok((self.pop(size), size));
+        }
+        let ptr = source.allocate(bytes)?;
+        self.stats.reserved += bytes;
+        Ok((ptr, bytes))
+    }
+
+    /// Takes out all idle blocks.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn drain(&mut self) -> Vec<(P, usize)> {
+        let idle = std::mem::take(&mut self.idle);
+        self.stats.idle = 0;
+        idle.into_iter().flat_map(|(size, blocks)| blocks.into_iter().map(move |p| (p, size))).collect()
+    }
+
+    pub(crate) fn put(&mut self, ptr: P, bytes: usize) {
         self.idle.entry(bytes).or_default().push(ptr);
         self.stats.idle += bytes;
     }
 
     /// Removes one idle block of exactly this size, which must exist.
-    fn pop(&mut self, size: usize) -> NonNull<u8> {
+    fn pop(&mut self, size: usize) -> P {
         let blocks = self.idle.get_mut(&size).expect("the size was found in the map");
         let ptr = blocks.pop().expect("empty lists are removed");
         if blocks.is_empty() {
@@ -119,17 +200,18 @@ impl Pool {
         ptr
     }
 
-    fn free(&mut self, ptr: NonNull<u8>, bytes: usize) {
-        // SAFETY: `ptr` came from `alloc_zeroed` with this size and alignment, and nobody holds it any more.
-        unsafe { dealloc(ptr.as_ptr(), Layout::from_size_align_unchecked(bytes, ALIGN)) };
+    fn free(&mut self, source: &(impl Source<Ptr = P> + ?Sized), ptr: P, bytes: usize) {
+        // SAFETY: the pool's blocks came from its source, and an idle one belongs to nobody else.
+        unsafe { source.free(ptr, bytes) };
         self.stats.reserved -= bytes;
     }
 
-    fn release(&mut self) {
+    /// Gives all idle blocks back to the source.
+    pub(crate) fn release(&mut self, source: &(impl Source<Ptr = P> + ?Sized)) {
         for (size, blocks) in std::mem::take(&mut self.idle) {
             for ptr in blocks {
                 self.stats.idle -= size;
-                self.free(ptr, size);
+                self.free(source, ptr, size);
             }
         }
     }
@@ -147,15 +229,6 @@ mod tests {
     use super::*;
 
     /// A pool of its own, so that tests running beside this one do not disturb the counts.
-    fn pool() -> Pool {
-        Pool { idle: BTreeMap::new(), stats: PoolStats::default() }
-    }
-
-    fn give(pool: &mut Pool, b: Block) {
-        pool.put(b.ptr, b.bytes);
-        std::mem::forget(b);
-    }
-
     #[test]
     fn classes_cover_their_request_and_waste_little() {
         for bytes in [0, 1, 63, 64, 65, 1000, 4097, 1 << 20, (1 << 20) + 1, 123_456_789] {
@@ -168,25 +241,48 @@ mod tests {
 
     #[test]
     fn blocks_are_reused_and_longer_batches_replace_shorter_ones() {
-        let mut pool = pool();
-        let a = pool.take(100_000).unwrap();
-        let p = a.ptr();
-        give(&mut pool, a);
-        let b = pool.take(99_000).unwrap();
-        assert_eq!((b.ptr(), pool.stats.misses), (p, 1), "a slightly smaller request takes the same block");
-        give(&mut pool, b);
-        let c = pool.take(130_000).unwrap();
+        let mut pool = Pool::new();
+        let (a, size) = pool.take(&Host, 100_000).unwrap();
+        pool.put(a, size);
+        let (b, size) = pool.take(&Host, 99_000).unwrap();
+        assert_eq!((b, pool.stats.misses), (a, 1), "a slightly smaller request takes the same block");
+        pool.put(b, size);
+        let (c, size) = pool.take(&Host, 130_000).unwrap();
         assert_eq!((pool.stats.misses, pool.stats.idle), (2, 0), "the shorter block went back to the system");
-        give(&mut pool, c);
-        let small = pool.take(1_000).unwrap();
+        pool.put(c, size);
+        let (small, size) = pool.take(&Host, 1_000).unwrap();
         assert_eq!(pool.stats.misses, 3, "a large block is not spent on a small request");
-        give(&mut pool, small);
-        pool.release();
+        pool.put(small, size);
+        pool.release(&Host);
         assert_eq!((pool.stats.reserved, pool.stats.idle), (0, 0));
     }
 
     #[test]
     fn an_absurd_size_is_an_error() {
-        assert!(matches!(pool().take(usize::MAX / 2), Err(Error::OutOfMemory { .. })));
+        assert!(matches!(Pool::new().take(&Host, usize::MAX / 2), Err(Error::OutOfMemory { .. })));
+    }
+
+    #[test]
+    fn a_full_source_is_asked_again_when_idle_blocks_went_back() {
+        /// Room for one block.
+        struct One(std::cell::Cell<bool>);
+        impl Source for One {
+            type Ptr = u8;
+            fn allocate(&self, bytes: usize) -> Result<u8> {
+                if self.0.replace(true) { Err(self.out_of_memory(bytes)) } else { Ok(7) }
+            }
+            unsafe fn free(&self, _: u8, _: usize) {
+                self.0.set(false);
+            }
+            fn out_of_memory(&self, bytes: usize) -> Error {
+                Error::OutOfMemory { bytes, device: "one".into() }
+            }
+        }
+        let (mut pool, one) = (Pool::new(), One(false.into()));
+        let (a, size) = pool.take(&one, 1_000_000).unwrap();
+        assert!(pool.take(&one, 64).is_err());
+        pool.put(a, size);
+        pool.take(&one, 64).unwrap();
+        assert_eq!(pool.stats.reserved, 64);
     }
 }

@@ -1,3 +1,6 @@
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use rayon::prelude::*;
 
 use crate::{
@@ -17,8 +20,11 @@ use crate::{
 /// `inverse` turns back (s → −s), which is also the gradient: dx = rope(dy, inverse). x, y: [tokens, heads · head_dim];
 /// positions: [1, tokens] of `U32`; cos, sin: [positions, head_dim / 2]. Source: Su et al., "RoFormer", 2021, section 3.2.
 ///
+/// On a CUDA device the tables may be f32 whatever the type of x, and a token whose position lies outside of them becomes
+/// NaN, since the host does not see positions there.
+///
 /// # Panics
-/// When the shapes or types do not fit or a position lies outside the tables.
+/// When the shapes or types do not fit or, on the CPU, a position lies outside the tables.
 #[allow(clippy::too_many_arguments)] // the tables and what is turned by them
 pub fn rope(x: Mat, positions: Mat, cos: Mat, sin: Mat, head_dim: usize, inverse: bool, y: Acc) -> Result<()> {
     let Acc { to: y, beta } = y;
@@ -27,6 +33,10 @@ pub fn rope(x: Mat, positions: Mat, cos: Mat, sin: Mat, head_dim: usize, inverse
     assert!(head_dim > 0 && head_dim.is_multiple_of(2), "rope: heads of {head_dim} columns have no halves");
     assert!(y.cols().is_multiple_of(head_dim), "rope: {} columns in heads of {head_dim}", y.cols());
     assert_eq!([cos.cols(), sin.cols()], [head_dim / 2; 2], "rope: cos and sin are [positions, head_dim / 2]");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = y.gpu() {
+        return cuda::rope(gpu, x, positions, cos, sin, head_dim, inverse, &Acc { to: y, beta });
+    }
     dispatch!("rope", y.dtype(), T => {
         let (x, cos, sin) = (x.host::<T>(), cos.host::<T>(), sin.host::<T>());
         let (positions, beta) = (positions.host::<u32>().row(0), T::of(beta));

@@ -1,5 +1,6 @@
 //! What the kernels' tests share: matrices with gaps, comparisons, finite differences, thread pools.
 
+use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -21,14 +22,21 @@ pub(crate) struct Padded {
 impl Padded {
     /// `pad` columns more than `cols`, one of them on the left.
     pub(crate) fn new(dtype: DType, rows: usize, cols: usize, pad: usize, data: &[f64]) -> Padded {
+        Padded::on(&Device::Cpu, dtype, rows, cols, pad, data)
+    }
+
+    /// The same on a given device.
+    pub(crate) fn on(device: &Device, dtype: DType, rows: usize, cols: usize, pad: usize, data: &[f64]) -> Padded {
         assert_eq!(data.len(), rows * cols);
         let mut wide = vec![f64::NAN; rows * (cols + pad)];
         for r in 0..rows {
             wide[r * (cols + pad) + pad.min(1)..][..cols].copy_from_slice(&data[r * cols..][..cols]);
         }
         let buf = match dtype {
-            DType::F32 => Buffer::from_slice(&Device::Cpu, &wide.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-            _ => Buffer::from_slice(&Device::Cpu, &wide),
+            DType::F32 => Buffer::from_slice(device, &wide.iter().map(|&v| v as f32).collect::<Vec<_>>()),
+            DType::Bf16 => Buffer::from_slice(device, &wide.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>()),
+            DType::F16 => Buffer::from_slice(device, &wide.iter().map(|&v| f16::from_f64(v)).collect::<Vec<_>>()),
+            _ => Buffer::from_slice(device, &wide),
         };
         Padded { buf: buf.unwrap(), rows, cols, pad }
     }
@@ -61,6 +69,8 @@ impl Padded {
     pub(crate) fn get(&self) -> Vec<f64> {
         let wide: Vec<f64> = match self.buf.dtype() {
             DType::F32 => self.buf.to_vec::<f32>(0..self.buf.len()).unwrap().into_iter().map(f64::from).collect(),
+            DType::Bf16 => self.buf.to_vec::<bf16>(0..self.buf.len()).unwrap().into_iter().map(f64::from).collect(),
+            DType::F16 => self.buf.to_vec::<f16>(0..self.buf.len()).unwrap().into_iter().map(f64::from).collect(),
             _ => self.buf.to_vec(0..self.buf.len()).unwrap(),
         };
         let (ld, left) = (self.cols + self.pad, self.pad.min(1));
@@ -79,6 +89,18 @@ pub(crate) fn ids(ids: &[u32]) -> Buffer {
 pub(crate) fn random(seed: u64, n: usize, scale: f32) -> Vec<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..n).map(|_| f64::from(rng.random_range(-scale..scale))).collect()
+}
+
+/// The numbers as `dtype` holds them.
+#[cfg(feature = "cuda")]
+pub(crate) fn rounded(dtype: DType, data: &[f64]) -> Vec<f64> {
+    let round = |&v: &f64| match dtype {
+        DType::F32 => f64::from(v as f32),
+        DType::Bf16 => bf16::from_f64(v).to_f64(),
+        DType::F16 => f16::from_f64(v).to_f64(),
+        _ => v,
+    };
+    data.iter().map(round).collect()
 }
 
 /// |got − want| ≤ tol·(1 + |want|) everywhere; NaN never.

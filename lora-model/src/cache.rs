@@ -36,10 +36,16 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache of `sequences` sequences for `layers` layers, with room for `rows` positions (it grows when they
+    /// An empty cache of `sequences` sequences for `layers` layers of `cols` columns of keys, with room for `rows` positions (it grows when they
     /// are used up).
-    pub fn new(device: &Device, layers: usize, cols: usize, sequences: usize, rows: usize) -> Result<KvCache> {
-        let pool = || Tensor::empty(device, DType::F32, &[rows.max(1), cols]);
+    pub fn new(
+        device: &Device,
+        dtype: DType,
+        (layers, cols): (usize, usize),
+        sequences: usize,
+        rows: usize,
+    ) -> Result<KvCache> {
+        let pool = || Tensor::empty(device, dtype, &[rows.max(1), cols]);
         let layers = (0..layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_>>()?;
         Ok(KvCache { layers, sequences: vec![Vec::new(); sequences], new: vec![0; sequences], used: 0 })
     }

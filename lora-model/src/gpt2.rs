@@ -6,7 +6,7 @@ use lora_core::{
     ops,
     peft::{Adapted, Base, Site},
 };
-use lora_kernels::{Attention, Device};
+use lora_kernels::{Attention, DType, Device};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
@@ -55,12 +55,14 @@ impl Gpt2 {
     ///
     /// # Errors
     /// A configuration that makes no sense; weights that are missing, damaged or of another shape.
-    pub fn load(dir: &Path, raw: RawConfig, device: &Device) -> Result<Gpt2> {
+    pub fn load(dir: &Path, raw: RawConfig, device: &Device, dtype: DType) -> Result<Gpt2> {
         let config = Gpt2Config::from_raw(&raw)?;
         let weights = Checkpoint::open(dir)?.rename(|name| own_name(name, &config))?;
         weights.expect(&specs(&config))?;
         let layout = weights.layout().clone();
-        Gpt2::build(config, raw, layout, |name, shape| weights.tensor(name, shape, device))
+        Gpt2::build(config, raw, layout, |name, shape| {
+            Ok(weights.tensor(name, shape, &Device::Cpu)?.to(device, dtype)?)
+        })
     }
 
     /// A fresh model to pretrain, initialised as the paper says: normal with deviation 0.02, residual projections scaled
@@ -260,7 +262,7 @@ impl Model for Gpt2 {
         positions: &Tensor,
         context: &mut Context,
     ) -> Result<Var> {
-        let (wte, wpe) = (self.wte.var(t, adapted), self.wpe.var(t, adapted));
+        let (wte, wpe) = (self.wte.var(t, adapted)?, self.wpe.var(t, adapted)?);
         let (x, p) = (ops::gather(t, &wte, tokens)?, ops::gather(t, &wpe, positions)?);
         let h = ops::add(t, x, p)?;
         let mut h = ops::dropout(t, h, self.config.embd_pdrop)?;

@@ -4,7 +4,7 @@ use lora_core::{
     Result, Tape, Tensor, Var,
     lowrank::Layout,
     ops,
-    peft::{Adapted, Site},
+    peft::{Adapted, Linear, Site},
 };
 
 /// A tensor under its Hugging Face name.
@@ -16,7 +16,7 @@ pub(crate) struct Weight {
 
 impl Weight {
     /// The weight as a variable: trainable when the method trains it, else constant.
-    pub(crate) fn var(&self, t: &Tape, adapted: &Adapted) -> Var {
+    pub(crate) fn var(&self, t: &Tape, adapted: &Adapted) -> Result<Var> {
         adapted.weight(t, &self.name, &self.tensor)
     }
 }
@@ -32,9 +32,8 @@ pub(crate) struct Projection {
 
 impl Projection {
     pub(crate) fn apply(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
-        let (w, b) = (self.weight.var(t, adapted), self.bias.var(t, adapted));
-        let y = ops::linear(t, x, &w, self.layout, Some(&b))?;
-        adapted.adapt(t, &self.module, x, y)
+        let (w, b) = (self.weight.var(t, adapted)?, self.bias.var(t, adapted)?);
+        adapted.project(t, &self.module, x, &Linear { w, layout: self.layout, bias: Some(b) })
     }
 
     /// The place that it offers to adapters.
@@ -58,7 +57,7 @@ pub(crate) struct LayerNorm {
 
 impl LayerNorm {
     pub(crate) fn apply(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
-        let (gamma, beta) = (self.weight.var(t, adapted), self.bias.var(t, adapted));
+        let (gamma, beta) = (self.weight.var(t, adapted)?, self.bias.var(t, adapted)?);
         ops::layer_norm(t, x, &gamma, &beta, self.eps)
     }
 }

@@ -59,4 +59,4 @@ pub use batch::{Batch, Limits};
 pub use cache::{Context, KvCache};
 pub use error::{Error, Result};
 pub use gpt2::Gpt2;
-pub use model::{Model, load};
+pub use model::{Model, load, load_as};

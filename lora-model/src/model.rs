@@ -65,7 +65,7 @@ pub trait Model: Base + Send + Sync {
         let x = ops::gather(t, &h, &batch.target_rows)?;
         drop(h);
         let (name, w) = self.head();
-        let w = adapted.weight(t, name, w);
+        let w = adapted.weight(t, name, w)?;
         Ok(ops::loss_head(t, &x, &w, &batch.target_ids, smoothing, scale)?)
     }
 
@@ -78,8 +78,7 @@ pub trait Model: Base + Send + Sync {
 
     /// An empty cache for `sequences` sequences with room for `rows` positions in all.
     fn cache(&self, sequences: usize, rows: usize) -> Result<KvCache> {
-        let (layers, cols) = self.kv_shape();
-        Ok(KvCache::new(&self.device(), layers, cols, sequences, rows)?)
+        Ok(KvCache::new(&self.device(), self.dtype(), self.kv_shape(), sequences, rows)?)
     }
 
     /// Adds `new[i]` tokens to sequence i of the cache (`tokens` has them sequence by sequence) and gives the logits after
@@ -132,20 +131,28 @@ pub trait Model: Base + Send + Sync {
 }
 
 fn head_logits((name, w): (&str, &Tensor), t: &Tape, adapted: &Adapted, x: &Tensor) -> Result<Tensor> {
-    let w = adapted.weight(t, name, w);
-    let mut logits = Tensor::empty(&x.device(), DType::F32, &[x.rows(), w.value().rows()])?;
+    let w = adapted.weight(t, name, w)?;
+    let mut logits = Tensor::empty(&x.device(), x.dtype().accumulator(), &[x.rows(), w.value().rows()])?;
     gemm(1.0, x.mat(), w.value().t(), 0.0, logits.make_mut()?)?;
     Ok(logits)
 }
 
-/// Loads the model in a folder, whatever its architecture.
+/// Loads the model in a folder, whatever its architecture, in f32.
 ///
 /// # Errors
 /// An unknown architecture, a configuration that makes no sense, weights that are missing, damaged or of another shape;
 /// each names the file.
 pub fn load(dir: &Path, device: &Device) -> Result<Box<dyn Model>> {
+    load_as(dir, device, DType::F32)
+}
+
+/// As [`load`], with weights and activations of the given type: bf16 or f16 on a CUDA device.
+///
+/// # Errors
+/// Those of [`load`]; no memory on the device.
+pub fn load_as(dir: &Path, device: &Device, dtype: DType) -> Result<Box<dyn Model>> {
     let config = RawConfig::from_dir(dir)?;
     match config.architecture()? {
-        Architecture::Gpt2 => Ok(Box::new(Gpt2::load(dir, config, device)?)),
+        Architecture::Gpt2 => Ok(Box::new(Gpt2::load(dir, config, device, dtype)?)),
     }
 }

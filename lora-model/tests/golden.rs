@@ -1,4 +1,5 @@
-//! Agreement with PyTorch, Transformers and PEFT on a small GPT-2: `golden/make.py` wrote what they say, in f64.
+//! Agreement with PyTorch, Transformers and PEFT on a small GPT-2, on every device at hand: `golden/make.py` wrote what
+//! they say, in f64.
 
 use std::{
     collections::BTreeMap,
@@ -10,12 +11,42 @@ use lora_core::{
     peft::{Adapted, Full},
 };
 use lora_kernels::{AdamW, DType, Device, adamw, scale, sum_squares};
-use lora_model::{Batch, Model, adapter, checkpoint::TensorFile, load};
+use lora_model::{Batch, Model, adapter, checkpoint::TensorFile, load_as};
 use serde::Deserialize;
 
 const CPU: Device = Device::Cpu;
-/// Largest |x − ref| / |ref| of logits, gradients and losses.
-const CLOSE: f64 = 1e-5;
+
+/// Where the model computes.
+struct Place {
+    device: Device,
+    dtype: DType,
+    /// Largest |x − ref| / |ref| of logits, gradients and losses.
+    close: f64,
+}
+
+/// The host, and every GPU in f32 and bf16.
+fn places() -> Vec<Place> {
+    let gpus = gpus().into_iter().flat_map(|device| {
+        let single = Place { device: device.clone(), dtype: DType::F32, close: 1e-5 };
+        [single, Place { device, dtype: DType::Bf16, close: 2e-2 }]
+    });
+    [Place { device: CPU, dtype: DType::F32, close: 1e-5 }].into_iter().chain(gpus).collect()
+}
+
+/// With their features the emulated device and the first CUDA device.
+fn gpus() -> Vec<Device> {
+    [
+        #[cfg(feature = "emulator")]
+        lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),
+        #[cfg(feature = "cuda")]
+        Device::cuda(0),
+    ]
+    .into_iter()
+    .filter_map(|gpu: Result<Device, lora_kernels::Error>| {
+        gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok()
+    })
+    .collect()
+}
 
 #[derive(Deserialize)]
 struct Golden {
@@ -61,28 +92,36 @@ fn folder() -> PathBuf {
 }
 
 struct Case {
+    place: Place,
     golden: Golden,
     tensors: TensorFile,
     model: Box<dyn Model>,
 }
 
 impl Case {
-    fn new() -> Case {
+    /// One for each place.
+    fn all() -> impl Iterator<Item = Case> {
+        places().into_iter().map(Case::new)
+    }
+
+    fn new(place: Place) -> Case {
+        println!("on {} in {:?}", place.device, place.dtype);
         let text = std::fs::read_to_string(folder().join("golden.json")).unwrap();
         Case {
             golden: serde_json::from_str(&text).unwrap(),
             tensors: TensorFile::open(&folder().join("golden.safetensors")).unwrap(),
-            model: load(&folder().join("model"), &CPU).unwrap(),
+            model: load_as(&folder().join("model"), &place.device, place.dtype).unwrap(),
+            place,
         }
     }
 
     /// The base alone, all of it trainable, or with one of PEFT's adapters.
     fn adapted(&self, name: &str) -> Adapted {
-        let base = self.model.as_ref();
+        let (base, device) = (self.model.as_ref(), &self.place.device);
         match name {
-            "base" => Adapted::none(&CPU).unwrap(),
-            "full" => Adapted::new(&Full, base, &CPU, DType::F32, 0).unwrap(),
-            name => adapter::attach(&folder().join(name), base, &CPU).unwrap(),
+            "base" => Adapted::none(device).unwrap(),
+            "full" => Adapted::new(&Full, base, device, self.place.dtype, 0).unwrap(),
+            name => adapter::attach(&folder().join(name), base, device).unwrap(),
         }
     }
 
@@ -150,16 +189,21 @@ fn within(what: &str, error: f64, most: f64) {
 
 #[test]
 fn logits() {
-    let case = Case::new();
-    for name in ["base", "adapter", "adapter_all"] {
-        let logits = case.model.logits(&case.adapted(name), &case.whole()).unwrap();
-        within(name, relative(&logits, &case.reference(&format!("logits.{name}"))), CLOSE);
+    for case in Case::all() {
+        for name in ["base", "adapter", "adapter_all"] {
+            let logits = case.model.logits(&case.adapted(name), &case.whole()).unwrap();
+            within(name, relative(&logits, &case.reference(&format!("logits.{name}"))), case.place.close);
+        }
     }
 }
 
 #[test]
 fn losses_and_every_gradient() {
-    let case = Case::new();
+    Case::all().for_each(|case| losses_and_every_gradient_of(&case));
+}
+
+fn losses_and_every_gradient_of(case: &Case) {
+    let close = case.place.close;
     let smoothing = case.golden.label_smoothing;
     for (name, label, smoothing, loss) in [
         ("adapter", "adapter", 0.0, case.golden.loss["adapter"]),
@@ -170,13 +214,13 @@ fn losses_and_every_gradient() {
         let adapted = case.adapted(name);
         let mut grads = Grads::new(&adapted.params).unwrap();
         let got = case.backward(&adapted, &[0, 3], smoothing, &mut grads);
-        within(&format!("loss of {label}"), (got - loss).abs() / loss, CLOSE);
+        within(&format!("loss of {label}"), (got - loss).abs() / loss, close);
         assert_eq!(grads.unwritten(), Vec::<&str>::new(), "{label}");
         let mut worst = 0.0f64;
         for id in adapted.params.ids() {
             let key = format!("grad.{label}.{}", stored_name(&adapted, id));
             let error = relative(&grads.get(id).unwrap().unwrap(), &case.reference(&key));
-            assert!(error <= CLOSE, "{key}: {error:.2e}");
+            assert!(error <= close, "{key}: {error:.2e}");
             worst = worst.max(error);
         }
         // And no gradient of PyTorch's is left out.
@@ -188,27 +232,36 @@ fn losses_and_every_gradient() {
 
 #[test]
 fn micro_batches_change_nothing() {
-    let case = Case::new();
+    Case::all().for_each(|case| micro_batches_change_nothing_of(&case));
+}
+
+fn micro_batches_change_nothing_of(case: &Case) {
+    // Rounding to bf16 happens in other places when a batch is split.
+    let most = if case.place.dtype == DType::F32 { 1e-6 } else { case.place.close };
     for name in ["adapter", "adapter_all", "full"] {
         let adapted = case.adapted(name);
         let mut whole = Grads::new(&adapted.params).unwrap();
         let mut split = Grads::new(&adapted.params).unwrap();
         let loss = case.backward(&adapted, &[0, 3], 0.0, &mut whole);
         let again = case.backward(&adapted, &[0, 2, 3], 0.0, &mut split);
-        within("loss", (again - loss).abs() / loss, 1e-6);
+        within("loss", (again - loss).abs() / loss, most);
         let mut worst = 0.0f64;
         for id in adapted.params.ids() {
             let [a, b] = [&split, &whole].map(|g| g.get(id).unwrap().unwrap());
             worst = worst.max(relative(&a, &b));
         }
-        within(name, worst, 1e-6);
+        within(name, worst, most);
     }
 }
 
 /// Ten steps of AdamW, with clipping as PyTorch's `clip_grad_norm_` does it.
 #[test]
 fn ten_steps_of_training() {
-    let case = Case::new();
+    Case::all().for_each(|case| ten_steps_of_training_of(&case));
+}
+
+fn ten_steps_of_training_of(case: &Case) {
+    let (device, close) = (&case.place.device, case.place.close);
     let AdamWConfig { betas, eps, weight_decay } = case.golden.training.adamw;
     for (name, label) in [("adapter", "adapter"), ("adapter", "adapter_scheduled"), ("full", "full")] {
         let run: Run = serde_json::from_value(case.golden.training.runs[label].clone()).unwrap();
@@ -216,7 +269,7 @@ fn ten_steps_of_training() {
         let mut adapted = case.adapted(name);
         let n = adapted.params.count();
         let mut grads = Grads::new(&adapted.params).unwrap();
-        let zeros = Tensor::zeros(&CPU, DType::F32, &[n]).unwrap();
+        let zeros = Tensor::zeros(device, DType::F32, &[n]).unwrap();
         let (mut m, mut v) = (zeros.clone(), zeros.clone());
         let (mut worst_loss, mut worst_norm) = (0.0f64, 0.0f64);
         for (i, ((loss, &lr), norm)) in run.losses.iter().zip(&run.lrs).zip(&run.grad_norms).enumerate() {
@@ -232,14 +285,14 @@ fn ten_steps_of_training() {
             let p = adapted.params.flat_mut().unwrap();
             adamw(&cfg, p, g.as_mat(), m.make_mut().unwrap(), v.make_mut().unwrap()).unwrap();
         }
-        within(&format!("losses of {label}"), worst_loss, CLOSE);
-        within(&format!("norms of {label}"), worst_norm, CLOSE);
+        within(&format!("losses of {label}"), worst_loss, close);
+        within(&format!("norms of {label}"), worst_norm, close);
         if name == "full" {
             continue; // the golden file leaves its parameters out
         }
         for id in adapted.params.ids() {
             let key = format!("final.{label}.{}", stored_name(&adapted, id));
-            within(&key, relative(&adapted.params.tensor(id), &case.reference(&key)), 1e-4);
+            within(&key, relative(&adapted.params.tensor(id), &case.reference(&key)), 10.0 * close);
         }
     }
 }

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use lora_core::peft;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, data::Format, schedule::Schedule};
+use crate::{Error, Place, Result, data::Format, schedule::Schedule};
 
 /// Everything that a training run depends on: the flags of `lora train`, the keys of its TOML file, and what a checkpoint
 /// remembers. Every field is a flag of the same name (`batch-size`), and has its default.
@@ -70,9 +70,9 @@ pub struct TrainConfig {
     pub base_dropout: Option<f64>,
     /// Seed of initialisation, order and dropout.
     pub seed: u64,
-    /// `cpu`.
+    /// `cpu`, `cuda`, `cuda:N`, or `auto`: CUDA when there is a device; see [`Place`](crate::Place).
     pub device: String,
-    /// `f32`.
+    /// The type of the base's weights and of activations: `f32`, `bf16`, `f16`, or `auto`: bf16 on CUDA, else f32.
     pub dtype: String,
     /// Steps between evaluations on `valid`, with one at the end; 0 is at the end of every epoch.
     pub eval_every: u64,
@@ -118,7 +118,7 @@ impl Default for TrainConfig {
             base_dropout: None,
             seed: 0,
             device: "cpu".into(),
-            dtype: "f32".into(),
+            dtype: "auto".into(),
             eval_every: 0,
             save_every: 0,
             keep: 0,
@@ -203,12 +203,7 @@ impl TrainConfig {
             (None, Some(0)) => return Err(Error::option("steps", 0, "must be at least 1")),
             _ => {}
         }
-        if self.device != "cpu" {
-            return Err(Error::option("device", &self.device, "this build computes on: cpu"));
-        }
-        if self.dtype != "f32" {
-            return Err(Error::option("dtype", &self.dtype, "this build computes in: f32"));
-        }
+        Place::check(&self.device, &self.dtype)?;
         self.method_options()?;
         Ok(())
     }

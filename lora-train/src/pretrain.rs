@@ -6,11 +6,10 @@ use std::{
 };
 
 use lora_core::peft::{Adapted, Full};
-use lora_kernels::{DType, Device};
 use lora_model::{Gpt2, Model, config::Gpt2Config, files, tokenizer::Tokenizer};
 
 use crate::{
-    Encoder, Error, Observer, Result, Summary, TrainConfig,
+    Encoder, Error, Observer, Place, Result, Summary, TrainConfig,
     data::{self, Content, Corpus, Format},
     output::Output,
     run::Run,
@@ -67,6 +66,10 @@ pub struct PretrainConfig {
     pub seed: u64,
     /// File that gets one JSON object per step.
     pub log: Option<PathBuf>,
+    /// `cpu`, `cuda`, `cuda:N` or `auto`; see [`Place`].
+    pub device: String,
+    /// `f32`, `bf16`, `f16`, or `auto`: bf16 on CUDA, else f32.
+    pub dtype: String,
 }
 
 impl Default for PretrainConfig {
@@ -95,6 +98,8 @@ impl Default for PretrainConfig {
             keep: 1,
             seed: 0,
             log: None,
+            device: "cpu".into(),
+            dtype: "auto".into(),
         }
     }
 }
@@ -119,7 +124,8 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
     let corpora: Vec<Corpus> = config.text.iter().map(read).collect::<data::Result<_>>()?;
 
     let tokenizer = Tokenizer::train_bpe(corpora.iter().flat_map(texts), config.vocab)?;
-    let device = Device::Cpu;
+    let Place { device, dtype, note } = Place::open(&config.device, &config.dtype)?;
+    note.iter().for_each(|note| observer.note(note));
     let shape = config.shape(tokenizer.vocab_size(), tokenizer.end_of_text()?);
     let model = Gpt2::init(shape, &config.out, config.seed, &device)?;
     let encoder = Encoder::new(tokenizer, &model)?;
@@ -128,7 +134,7 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
     drop(corpora);
     let valid = config.valid.as_ref().map(|path| Result::Ok(encode(&[read(path)?])?)).transpose()?;
 
-    let adapted = Adapted::new(&Full, &model, &device, DType::F32, config.seed)?;
+    let adapted = Adapted::new(&Full, &model, &device, dtype, config.seed)?;
     let save = |dir: &Path, adapted: &Adapted| {
         files::create_folder(dir)?;
         encoder.tokenizer().save(dir)?;
@@ -230,6 +236,8 @@ impl PretrainConfig {
             save_every: self.save_every,
             keep: self.keep,
             log: self.log.clone(),
+            device: self.device.clone(),
+            dtype: self.dtype.clone(),
             ..TrainConfig::default()
         }
     }

@@ -6,11 +6,10 @@ use std::{
 };
 
 use lora_core::peft::Adapted;
-use lora_kernels::{DType, Device};
 use lora_model::{Model, files, tokenizer::Tokenizer};
 
 use crate::{
-    Encoder, Evaluation, Log, Result, Step, TrainConfig, Trainer,
+    Encoder, Evaluation, Log, Place, Result, Step, TrainConfig, Trainer,
     checkpoint::{self, Fingerprint},
     data::Dataset,
     hub, load_data,
@@ -79,15 +78,16 @@ impl Observer for () {}
 pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
     config.check()?;
     let output = Output::open(config, resume)?;
-    let device = Device::Cpu;
+    let Place { device, dtype, note } = Place::open(&config.device, &config.dtype)?;
+    note.iter().for_each(|note| observer.note(note));
     let base_dir = hub::resolve(&config.model)?;
-    let mut model = lora_model::load(&base_dir, &device)?;
+    let mut model = lora_model::load_as(&base_dir, &device, dtype)?;
     if let Some(p) = config.base_dropout {
         model.set_base_dropout(p);
     }
     let model = &*model;
     let adapted = match &config.init_adapter {
-        None => Adapted::new(&*config.method_options()?, model, &device, DType::F32, config.seed)?,
+        None => Adapted::new(&*config.method_options()?, model, &device, dtype, config.seed)?,
         Some(dir) => {
             let mut file = lora_model::adapter::load(dir)?;
             config.clone().adopt(dir, &file.config, |key| key != "dropout")?;

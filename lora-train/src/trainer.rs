@@ -1,7 +1,7 @@
 //! One optimiser step, and evaluation: the arithmetic of training without files.
 
 use lora_core::{Grads, Noise, Tape, Tensor, peft::Adapted};
-use lora_kernels::{AdamW, adamw, all_finite, scale, sum_squares};
+use lora_kernels::{AdamW, DType, adamw_clipped, all_finite, axpby, clip_factor, fill, sum_squares_into};
 use lora_model::Model;
 use serde::Serialize;
 
@@ -48,6 +48,7 @@ pub struct Trainer<'a> {
     grads: Grads,
     /// AdamW's mean of gradients and of their squares, flat like the parameters.
     pub(crate) moments: [Tensor; 2],
+    scalars: Scalars,
     /// Steps done.
     pub(crate) done: u64,
     /// Steps of the whole run.
@@ -55,6 +56,15 @@ pub struct Trainer<'a> {
     sampler: Sampler,
     first: bool,
     unreached: Vec<String>,
+}
+
+/// The single numbers of a step, on the device: they are read once, when all of the step has been asked for.
+struct Scalars {
+    loss: Tensor,
+    /// ‖gradient‖₂².
+    sum_squares: Tensor,
+    /// What the gradient is multiplied by.
+    factor: Tensor,
 }
 
 impl<'a> Trainer<'a> {
@@ -72,6 +82,9 @@ impl<'a> Trainer<'a> {
         let p = &adapted.params;
         let zeros = || Tensor::zeros(&p.device(), p.dtype(), &[1, p.count()]);
         let moments = [zeros()?, zeros()?];
+        let scalar = |dtype| Tensor::zeros(&p.device(), dtype, &[1, 1]);
+        let scalars =
+            Scalars { loss: scalar(p.dtype())?, sum_squares: scalar(DType::F64)?, factor: scalar(p.dtype())? };
         let seed = (!config.no_shuffle).then_some(config.seed);
         let sampler = Sampler::new(sequences, config.batch_size, config.grad_accum, seed)?;
         let total = config.total_steps(sampler.steps_per_epoch());
@@ -81,6 +94,7 @@ impl<'a> Trainer<'a> {
             config,
             grads,
             moments,
+            scalars,
             done: 0,
             total,
             sampler,
@@ -123,46 +137,42 @@ impl<'a> Trainer<'a> {
         let targets: usize = batches.iter().map(Batch::targets).sum();
         let tokens = batches.iter().map(Batch::sequence_tokens).sum();
         self.grads.reset();
-        let mut loss = 0.0;
-        for b in &batches {
+        for (i, b) in batches.iter().enumerate() {
             let batch = self.model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?;
             let noise = Noise { seed: c.seed, step: step as u32, row_offset: b.row_offset as u32 };
             let mut tape = Tape::new(&self.adapted.params).with_noise(noise);
             let part = self.model.loss(&mut tape, &self.adapted, &batch, c.label_smoothing, 1.0 / targets as f64)?;
-            loss += part.value().to_f64()?[0];
+            let before = if i == 0 { 0.0 } else { 1.0 };
+            axpby(1.0, part.value().mat(), before, self.scalars.loss.make_mut()?)?;
             tape.backward(part, &mut self.grads)?;
         }
         self.unreached.clear();
         if std::mem::take(&mut self.first) {
             self.unreached.extend(self.grads.unwritten().iter().map(|n| n.to_string()));
         }
+        let lr = c.lr * c.schedule.factor(step, c.warmup, self.total);
+        self.update(lr, step + 1)?;
+        // The step's only wait for the device.
+        let loss = self.scalars.loss.to_f64()?[0];
+        let grad_norm = self.scalars.sum_squares.to_f64()?[0].sqrt();
         let within = |what, value: f64, limit: f64| match value.abs() < limit {
             true => Ok(value),
             false => Err(Error::Diverged { step: step + 1, what, value }),
         };
         within("the loss", loss, f64::INFINITY)?;
-        // Beyond this AdamW's mean of squares overflows in f32, and nothing would move any more.
-        let grad_norm = within("the gradient's norm", self.grad_norm()?, f64::from(f32::MAX).sqrt())?;
-        let lr = c.lr * c.schedule.factor(step, c.warmup, self.total);
-        self.update(lr, step + 1)?;
+        within("the gradient's norm", grad_norm, f64::from(f32::MAX).sqrt())?;
         self.done += 1;
         Ok(Step { step: step + 1, loss, lr, grad_norm, tokens })
     }
 
-    /// ‖gradient‖₂; when it is above the limit, the gradient is scaled down to it, as PyTorch's `clip_grad_norm_` does.
-    fn grad_norm(&mut self) -> Result<f64> {
-        let mut g = self.grads.flat_mut()?;
-        let norm = sum_squares(g.as_mat())?.sqrt();
-        let limit = self.config.clip;
-        if limit > 0.0 && norm > limit && norm.is_finite() {
-            scale(limit / (norm + 1e-6), g.reborrow())?;
-        }
-        Ok(norm)
-    }
-
-    /// AdamW on all parameters, or on each by itself where vectors are spared from decay.
+    /// Clipping as PyTorch's `clip_grad_norm_` does it, and AdamW: on all parameters, or on each by itself where vectors
+    /// are spared from decay. When loss or gradient is no number, nothing changes ([`clip_factor`]).
     fn update(&mut self, lr: f64, step: u64) -> Result<()> {
         let c = self.config;
+        let Scalars { loss, sum_squares, factor } = &mut self.scalars;
+        sum_squares_into(self.grads.flat_mut()?.as_mat(), sum_squares.make_mut()?)?;
+        fill(1.0, factor.make_mut()?)?;
+        clip_factor(loss.mat(), sum_squares.mat(), c.clip, factor.make_mut()?)?;
         let params = &mut self.adapted.params;
         let ranges: Vec<_> = match c.no_decay_vectors {
             false => vec![(0..params.count(), c.weight_decay)],
@@ -175,8 +185,9 @@ impl<'a> Trainer<'a> {
         let (mut p, mut g) = (params.flat_mut()?, self.grads.flat_mut()?);
         for (range, weight_decay) in ranges {
             let rule = AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay, step };
-            adamw(
+            adamw_clipped(
                 &rule,
+                factor.mat(),
                 p.reborrow().cols_in(range.clone()),
                 g.reborrow().as_mat().cols_in(range.clone()),
                 m.make_mut()?.cols_in(range.clone()),

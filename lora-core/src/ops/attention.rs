@@ -11,7 +11,7 @@ pub fn attention(t: &mut Tape, cfg: Attention, sequences: &Sequences, qkv: &Var)
     assert_eq!(qkv.value.cols(), q_cols + 2 * kv_cols, "attention: q, k and v side by side");
     let (n, dtype) = (qkv.value.rows(), qkv.value.dtype());
     let mut y = Tensor::empty(&t.device(), dtype, &[n, q_cols])?;
-    let mut lse = Tensor::empty(&t.device(), dtype, &[n, cfg.heads])?;
+    let mut lse = Tensor::empty(&t.device(), dtype.accumulator(), &[n, cfg.heads])?;
     let [q, key, v] = parts(&cfg, qkv.value.mat());
     k::attention(&cfg, sequences, q, key, v, y.make_mut()?, lse.make_mut()?)?;
     let saved = qkv.slot.map(|s| (s, qkv.value.clone(), y.clone(), lse, sequences.clone()));

@@ -1,4 +1,4 @@
-use lora_kernels::{Acc, Activation, activation as kernel, activation_backward, axpby, dropout as mask};
+use lora_kernels::{Acc, Activation, Dropout, activation as kernel, activation_backward, axpby, dropout as mask};
 
 use crate::{Result, Tape, Tensor, Var};
 
@@ -22,7 +22,14 @@ pub fn add(t: &mut Tape, a: Var, b: Var) -> Result<Var> {
 /// Inverted dropout, y = x·m/(1−p) with m Bernoulli(1−p); the identity outside of training and for p = 0.
 /// Srivastava et al. 2014.
 pub fn dropout(t: &mut Tape, x: Var, p: f64) -> Result<Var> {
-    let Some(d) = t.dropout_mask(p) else { return Ok(x) };
+    match t.dropout_mask(p) {
+        Some(mask) => dropout_by(t, x, mask),
+        None => Ok(x),
+    }
+}
+
+/// [`dropout`] by a given mask.
+pub fn dropout_by(t: &mut Tape, x: Var, d: Dropout) -> Result<Var> {
     let Var { value: x, slot } = x;
     let mut y = Tensor::empty(&t.device(), x.dtype(), x.shape())?;
     mask(&d, x.mat(), Acc { to: y.make_mut()?, beta: 0.0 })?;

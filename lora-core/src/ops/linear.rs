@@ -5,7 +5,7 @@ use lora_kernels::{Mat, add_bias, gemm, sum_rows};
 use crate::{Result, Tape, Tensor, Var, lowrank::Layout};
 
 /// W as the [in, out] matrix of y = x·Wᵀ (an `OutIn` weight is transposed for it, a GPT-2 Conv1D is stored that way).
-fn in_out(w: &Tensor, layout: Layout) -> Mat<'_> {
+pub(super) fn in_out(w: &Tensor, layout: Layout) -> Mat<'_> {
     w.mat().t_if(layout == Layout::OutIn)
 }
 

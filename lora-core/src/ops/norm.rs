@@ -6,7 +6,7 @@ use crate::{Result, Tape, Tensor, Var, tape::Open};
 pub fn layer_norm(t: &mut Tape, x: &Var, gamma: &Var, beta: &Var, eps: f64) -> Result<Var> {
     let (device, dtype) = (t.device(), x.value.dtype());
     let mut y = Tensor::empty(&device, dtype, x.value.shape())?;
-    let mut stats = Tensor::empty(&device, dtype, &[x.value.rows(), 2])?;
+    let mut stats = Tensor::empty(&device, dtype.accumulator(), &[x.value.rows(), 2])?;
     k::layer_norm(x.value.mat(), gamma.value.mat(), beta.value.mat(), eps, y.make_mut()?, stats.make_mut()?)?;
     let slots = (x.slot, gamma.slot, beta.slot);
     // β alone needs neither x nor the statistics, but a trainable β without a trainable γ is too rare to save for.
@@ -37,7 +37,7 @@ pub fn layer_norm(t: &mut Tape, x: &Var, gamma: &Var, beta: &Var, eps: f64) -> R
 pub fn rms_norm(t: &mut Tape, x: &Var, gamma: &Var, eps: f64) -> Result<Var> {
     let (device, dtype) = (t.device(), x.value.dtype());
     let mut y = Tensor::empty(&device, dtype, x.value.shape())?;
-    let mut stats = Tensor::empty(&device, dtype, &[x.value.rows(), 1])?;
+    let mut stats = Tensor::empty(&device, dtype.accumulator(), &[x.value.rows(), 1])?;
     k::rms_norm(x.value.mat(), gamma.value.mat(), eps, y.make_mut()?, stats.make_mut()?)?;
     let slots = (x.slot, gamma.slot);
     let saved = (x.value.clone(), stats, gamma.value.clone());

@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use lora_kernels::{DType, Device};
 
-use super::{Adapter, Base, Method};
+use super::{Adapter, Base, Linear, Method};
 use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var};
 
 /// A method applied to one base: its parameters, which of the base's tensors train, and what is attached where. The
@@ -51,18 +51,18 @@ impl Adapted {
     }
 
     /// A weight of the base as a variable of the tape: trainable when the method trains it, else the constant `base`.
-    pub fn weight(&self, t: &Tape, name: &str, base: &Tensor) -> Var {
+    pub fn weight(&self, t: &Tape, name: &str, base: &Tensor) -> Result<Var> {
         match self.trained.get(name) {
             Some(&id) => t.param(id),
-            None => t.constant(base),
+            None => Ok(t.constant(base)),
         }
     }
 
-    /// What the site's adapter makes of its input and the base's output; y itself where nothing is attached.
-    pub fn adapt(&self, t: &mut Tape, site: &str, x: &Var, y: Var) -> Result<Var> {
+    /// The output of a site's linear map, with what is attached there.
+    pub fn project(&self, t: &mut Tape, site: &str, x: &Var, base: &Linear) -> Result<Var> {
         match self.adapters.get(site) {
-            Some(a) => a.apply(t, x, y),
-            None => Ok(y),
+            Some(a) => a.apply(t, x, base),
+            None => base.apply(t, x),
         }
     }
 

@@ -2,11 +2,11 @@ use std::{collections::BTreeMap, ops::Range};
 
 use ndarray::{Array2, Axis};
 
-use super::{Adapter, Base, Method, Options, Site};
+use super::{Adapter, Base, Linear, Method, Options, Site};
 use crate::{
     Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var,
     lowrank::{self, Layout, LowRank, Scaling},
-    ops,
+    ops::{self, LoraPart},
 };
 
 /// LoRA (Hu et al. 2021, section 4.1): h = W₀x + s·B·A·x with W₀ frozen, A [r, in] Kaiming-uniform, B [out, r] zero, and
@@ -139,20 +139,19 @@ impl Method for Lora {
 
     fn attach(&self, site: &Site, params: &mut ParamsBuilder) -> Result<Option<Box<dyn Adapter>>> {
         let r = self.config.rank;
-        let mut terms = Vec::new();
         let mut hits = selected(&self.config.targets, site)?;
         // In the order of the columns, whatever the order of the targets.
         hits.sort_by_key(|m| match m {
             Match::Whole => 0,
             Match::Part(i) => *i,
         });
-        for hit in &hits {
-            let (prefix, cols) = match hit {
-                Match::Whole => (site.name.clone(), 0..site.outputs),
-                Match::Part(i) => (format!("{}.{}", site.name, site.parts[*i].0), site.parts[*i].1.clone()),
-            };
-            let most = site.inputs.min(cols.len());
-            if r > most {
+        let place = |hit: &Match| match hit {
+            Match::Whole => (site.name.clone(), 0..site.outputs),
+            Match::Part(i) => (format!("{}.{}", site.name, site.parts[*i].0), site.parts[*i].1.clone()),
+        };
+        let places: Vec<_> = hits.iter().map(place).collect();
+        for (prefix, cols) in &places {
+            if r > site.inputs.min(cols.len()) {
                 let why = format!(
                     "a rank is at most the smaller side of its matrix, and {prefix} is {}×{}",
                     cols.len(),
@@ -160,11 +159,17 @@ impl Method for Lora {
                 );
                 return Err(Error::Option { option: "rank", value: r.to_string(), why });
             }
-            let a =
-                params.add(format!("{prefix}.lora_A.weight"), &[r, site.inputs], Init::kaiming_uniform(site.inputs));
-            let b = params.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
-            terms.push(Term { a, b, cols });
         }
+        // All A's one below the other, so that one product with x serves them all.
+        let init = || Init::kaiming_uniform(site.inputs);
+        let mut a =
+            |(prefix, _): &(String, _)| params.add(format!("{prefix}.lora_A.weight"), &[r, site.inputs], init());
+        let a: Vec<ParamId> = places.iter().map(&mut a).collect();
+        let mut term = |((prefix, cols), a): ((String, Range<usize>), ParamId)| {
+            let b = params.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
+            Term { a, b, cols }
+        };
+        let terms: Vec<Term> = places.into_iter().zip(a).map(&mut term).collect();
         let scale = self.scaling().scale(self.config.alpha, r)?;
         let (dropout, layout) = (self.config.dropout, site.layout);
         Ok((!terms.is_empty())
@@ -218,13 +223,18 @@ fn tensor(like: &Params, a: &Array2<f32>) -> Result<Tensor> {
 }
 
 impl Adapter for Update {
-    fn apply(&self, t: &mut Tape, x: &Var, mut y: Var) -> Result<Var> {
+    fn apply(&self, t: &mut Tape, x: &Var, base: &Linear) -> Result<Var> {
+        let part = |term: &Term| Ok(LoraPart { cols: term.cols.clone(), a: t.param(term.a)?, b: t.param(term.b)? });
+        let parts = self.terms.iter().map(part).collect::<Result<Vec<_>>>()?;
+        let Some(mask) = t.dropout_mask(self.dropout) else {
+            return ops::lora_linear(t, x, &base.w, base.layout, base.bias.as_ref(), &parts, self.scale);
+        };
+        let mut y = base.apply(t, x)?;
         // One mask for all parts: PEFT drops the input of the module once.
-        let x = &ops::dropout(t, x.share(), self.dropout)?;
-        for term in &self.terms {
-            let (a, b) = (t.param(term.a), t.param(term.b));
+        let x = &ops::dropout_by(t, x.share(), mask)?;
+        for LoraPart { cols, a, b } in parts {
             let u = ops::linear(t, x, &a, Layout::OutIn, None)?;
-            y = ops::linear_onto(t, y, term.cols.clone(), &u, &b, self.scale)?;
+            y = ops::linear_onto(t, y, cols, &u, &b, self.scale)?;
         }
         Ok(y)
     }

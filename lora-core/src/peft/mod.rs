@@ -1,8 +1,8 @@
 //! The adaptation methods: one file each, and a row each in [`METHODS`].
 //!
 //! A [`Method`] says which tensors of a base train and what is attached at its [`Site`]s; applied to a base it gives an
-//! [`Adapted`], which a model's forward asks for every weight ([`Adapted::weight`]) and after every projection
-//! ([`Adapted::adapt`]).
+//! [`Adapted`], which a model's forward asks for every weight ([`Adapted::weight`]) and for every projection
+//! ([`Adapted::project`]).
 
 mod adapted;
 mod full;
@@ -14,7 +14,9 @@ pub use adapted::Adapted;
 pub use full::Full;
 pub use lora::{Lora, LoraConfig, names};
 
-use crate::{Params, ParamsBuilder, Result, Tape, Tensor, Var, lowrank::Layout};
+use lora_kernels::DType;
+
+use crate::{Params, ParamsBuilder, Result, Tape, Tensor, Var, lowrank::Layout, ops};
 
 /// A place in a model where something can be attached: a linear map, by the name of its module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +37,10 @@ pub struct Site {
 pub trait Base {
     /// All weights, under their Hugging Face names.
     fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_>;
+    /// The type of the weights, which is also that of activations.
+    fn dtype(&self) -> DType {
+        self.tensors().next().map_or(DType::F32, |(_, t)| t.dtype())
+    }
     /// All places where something can be attached, from the first layer to the last.
     fn sites(&self) -> &[Site];
 }
@@ -60,10 +66,28 @@ pub trait Method: Debug + Send + Sync {
     }
 }
 
+/// The linear map of a site on a tape: y = x·Wᵀ + b.
+#[derive(Debug)]
+pub struct Linear {
+    /// W.
+    pub w: Var,
+    /// How W is stored.
+    pub layout: Layout,
+    /// b.
+    pub bias: Option<Var>,
+}
+
+impl Linear {
+    /// y, without any adapter.
+    pub fn apply(&self, t: &mut Tape, x: &Var) -> Result<Var> {
+        ops::linear(t, x, &self.w, self.layout, self.bias.as_ref())
+    }
+}
+
 /// What is attached at one site.
 pub trait Adapter: Debug + Send + Sync {
-    /// Maps the site's input x and the frozen output y of its linear map to the adapted output.
-    fn apply(&self, t: &mut Tape, x: &Var, y: Var) -> Result<Var>;
+    /// The adapted output for the site's input x. The adapter evaluates the base's linear map, or an operation does both.
+    fn apply(&self, t: &mut Tape, x: &Var, base: &Linear) -> Result<Var>;
 
     /// The weight that gives the adapted output without an adapter; `None` for what cannot be merged. `w` is not written.
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Option<Tensor>>;

@@ -1,10 +1,12 @@
 //! Softmax attention over flat runs of tokens: forward, backward, and over a cache.
 //!
 //! A task holds one block of queries against their keys; the scores of a whole sequence, let alone of a batch, never
-//! exist.
+//! exist. On CUDA the same in tiles of 64 × 64 at most, in registers, with an online softmax.
 
 mod backward;
 mod cached;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod forward;
 mod rows;
 
@@ -19,6 +21,8 @@ const BLOCK: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequences {
     bounds: Vec<u32>,
+    #[cfg(feature = "cuda")]
+    on_device: cuda::OnDevice,
 }
 
 impl Sequences {
@@ -32,7 +36,11 @@ impl Sequences {
             end += n;
             u32::try_from(end).expect("a batch has fewer than 2³² tokens")
         });
-        Sequences { bounds: std::iter::once(0).chain(next).collect() }
+        Sequences {
+            bounds: std::iter::once(0).chain(next).collect(),
+            #[cfg(feature = "cuda")]
+            on_device: cuda::OnDevice::default(),
+        }
     }
 
     /// Number of sequences.
@@ -87,14 +95,22 @@ pub struct Attention {
 /// O = (P ∘ M) V                 M: dropout's mask, 0 or 1/(1 − p); all 1 without dropout
 /// ```
 /// q, out: [tokens, heads · head_dim]; k, v: [tokens, kv_heads · head_dim]; lse: [tokens, heads], the L that
-/// [`attention_backward`] needs. q, k and v may be column ranges of one fused projection. Memory beside these: a block of
-/// 64 rows of scores per task.
+/// [`attention_backward`] needs. q, k and v may be column ranges of one fused projection. Memory beside these: a block
+/// of 64 rows of scores per task, none on CUDA. All matrices are of one type; on CUDA lse is f32, and the mask is the
+/// same.
+///
+/// # Errors
+/// Out of memory; on CUDA also heads of more than 256 columns, or a device without the shared memory for them.
 ///
 /// # Panics
 /// When the shapes or types do not fit.
 pub fn attention(cfg: &Attention, seqs: &Sequences, q: Mat, k: Mat, v: Mat, out: MatMut, lse: MatMut) -> Result<()> {
     cfg.check("attention", seqs.tokens(), [(q.rows(), q.cols()), (out.rows(), out.cols())], [&k, &v]);
     assert_eq!((lse.rows(), lse.cols()), (seqs.tokens(), cfg.heads), "attention: lse is [tokens, heads]");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = out.gpu() {
+        return cuda::forward(gpu, cfg, seqs, [q, k, v], &out, &lse);
+    }
     dispatch!("attention", out.dtype(), T => {
         forward::run::<T>(cfg, seqs, q.host(), k.host(), v.host(), out.host(), lse.host())
     })
@@ -108,9 +124,14 @@ pub fn attention(cfg: &Attention, seqs: &Sequences, q: Mat, k: Mat, v: Mat, out:
 /// dS = P ∘ (dP − D)             Dᵢ = Σⱼ Pᵢⱼ dPᵢⱼ = Σ_c dOᵢ_c Oᵢ_c
 /// dQ = scale · dS K             dK = scale · dSᵀ Q, summed over the heads of a group, as dV is
 /// ```
-/// Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023, section 3.1.2.
+/// Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023, section
+/// 3.1.2.
 ///
-/// Shapes as there; dq, dk and dv may be column ranges of one buffer.
+/// Shapes as there; dq, dk and dv may be column ranges of one buffer. On CUDA they are f32 or of dout's type. Every
+/// element is summed by one task in a fixed order, so that runs are equal to the bit.
+///
+/// # Errors
+/// As there.
 ///
 /// # Panics
 /// When the shapes or types do not fit.
@@ -137,6 +158,10 @@ pub fn attention_backward(
         [&dk.to.as_mat(), &dv.to.as_mat()],
     );
     assert_eq!((lse.rows(), lse.cols()), (t, cfg.heads), "attention_backward: lse is [tokens, heads]");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = dout.gpu() {
+        return cuda::backward(gpu, cfg, seqs, [q, k, v], [out, lse, dout], [&dq, &dk, &dv]);
+    }
     dispatch!("attention_backward", dout.dtype(), T => {
         let saved = backward::Saved {
             q: q.host::<T>(),
@@ -155,7 +180,12 @@ pub fn attention_backward(
 /// k, v: pools of rows [capacity, kv_heads · head_dim]; `rows[s]` names the pool rows of sequence s in order, the new
 /// positions last, so that sequences (beams) may share rows. q, out: [Σ new, heads · head_dim], `new[s]` rows for
 /// sequence s. Query j of n new ones in a sequence of length len sees the first len − n + j + 1 rows. Always causal and
-/// without dropout, whatever `cfg` says: a cache serves generation.
+/// without dropout, whatever `cfg` says: a cache serves generation. On CUDA the keys of a sequence with few new queries
+/// are split into ranges, whose number depends on nothing but the sequence, so that its results do not change with the
+/// batch.
+///
+/// # Errors
+/// As in [`attention`].
 ///
 /// # Panics
 /// When the shapes or types do not fit, a sequence has fewer rows than new queries, or a row lies outside the pool.
@@ -175,6 +205,10 @@ pub fn attention_cached(
     cfg.check_heads("attention_cached", queries, [(q.rows(), q.cols()), (out.rows(), out.cols())]);
     let kv = (k.rows(), cfg.kv_heads * cfg.head_dim);
     assert_eq!([(k.rows(), k.cols()), (v.rows(), v.cols())], [kv; 2], "attention_cached: k and v are alike");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = out.gpu() {
+        return cuda::cached(gpu, cfg, [q, k, v], rows, new, &out);
+    }
     dispatch!("attention_cached", out.dtype(), T => {
         cached::run::<T>(cfg, q.host(), k.host(), v.host(), rows, new, out.host())
     })

@@ -23,7 +23,7 @@ use lora_core::{
     Tensor,
     peft::{Adapted, Base, Lora, LoraConfig},
 };
-use lora_kernels::{DType, Device, all_finite};
+use lora_kernels::{Device, all_finite};
 use serde::{Deserialize, Serialize};
 
 use self::config::PeftConfig;
@@ -143,7 +143,7 @@ impl AdapterFile {
             _ => Error::Core(e),
         };
         let method = Lora::new(self.config.clone()).map_err(refused)?;
-        let mut adapted = Adapted::new(&method, base, device, DType::F32, 0).map_err(refused)?;
+        let mut adapted = Adapted::new(&method, base, device, base.dtype(), 0).map_err(refused)?;
         self.check(&adapted)?;
         adapted.load_adapter_tensors(self.tensors.clone()).map_err(|e| match e {
             lora_core::Error::Structure { name, why } => {

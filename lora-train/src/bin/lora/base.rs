@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use clap::Args;
 use lora_core::peft::Adapted;
-use lora_kernels::Device;
 use lora_model::{Model, adapter, config::CONFIG_FILE};
-use lora_train::hub;
+use lora_train::{Place, hub};
+
+use crate::ui;
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
@@ -18,6 +19,19 @@ pub(crate) struct BaseArgs {
     /// Folder of an adapter for it
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Machine")]
+pub(crate) struct PlaceArgs {
+    /// Where to compute: cpu, cuda, cuda:N, or auto, which is CUDA when there is a device
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// Type of the base's weights and of activations: f32, bf16, f16, or auto, which is bf16 on CUDA and else f32
+    #[arg(long, default_value = "auto")]
+    pub(crate) dtype: String,
 }
 
 pub(crate) struct Loaded {
@@ -37,21 +51,25 @@ impl std::fmt::Display for BaseArgs {
 
 impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
-        load(&self.model, self.adapter.as_deref())
+        let place = Place::open(&self.place.device, &self.place.dtype)?;
+        if let Some(note) = &place.note {
+            ui::say(note);
+        }
+        load(&self.model, self.adapter.as_deref(), &place)
     }
 }
 
 /// Reads a model and what is attached to it.
-pub(crate) fn load(model: &Path, adapter: Option<&Path>) -> anyhow::Result<Loaded> {
+pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place) -> anyhow::Result<Loaded> {
     let dir = hub::resolve(model)?;
-    let device = Device::Cpu;
-    let model = lora_model::load(&dir, &device)?;
+    let device = &place.device;
+    let model = lora_model::load_as(&dir, device, place.dtype)?;
     let adapted = match adapter {
-        None => Adapted::none(&device)?,
+        None => Adapted::none(device)?,
         Some(dir) if !adapter::is_adapter(dir) && dir.join(CONFIG_FILE).exists() => {
             bail!("{} is a whole model, not an adapter: give it as --model", dir.display())
         }
-        Some(dir) => adapter::attach(dir, &*model, &device)?,
+        Some(dir) => adapter::attach(dir, &*model, device)?,
     };
     Ok(Loaded { dir, model, adapted })
 }

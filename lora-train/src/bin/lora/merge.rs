@@ -10,6 +10,7 @@ use clap::Args;
 use indicatif::HumanBytes;
 use lora_kernels::Device;
 use lora_model::{files, tokenizer::Tokenizer};
+use lora_train::Place;
 use serde_json::json;
 
 use crate::{
@@ -40,7 +41,7 @@ pub(crate) fn run(args: MergeArgs) -> anyhow::Result<()> {
     let Some(name) = out.file_name() else { bail!("{}: --out has to name a folder", out.display()) };
     let partial = out.with_file_name(format!(".{}.partial", name.to_string_lossy()));
     remove_stale(&partial)?;
-    let loaded = base::load(&args.model, Some(&args.adapter))?;
+    let loaded = base::load(&args.model, Some(&args.adapter), &Place::CPU)?;
     let changed = loaded.adapted.merged(&*loaded.model);
     let changed = changed.with_context(|| format!("{} with {}", args.model.display(), args.adapter.display()))?;
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use lora_train::{PretrainConfig, pretrain};
 
-use crate::{train::schedules, ui};
+use crate::{base::PlaceArgs, train::schedules, ui};
 
 #[derive(Args)]
 #[command(allow_negative_numbers = true)]
@@ -89,6 +89,8 @@ pub(crate) struct PretrainArgs {
     /// Continue the run in --out from its newest whole checkpoint
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     resume: bool,
+    #[command(flatten)]
+    place: PlaceArgs,
 }
 
 pub(crate) fn run(args: PretrainArgs) -> anyhow::Result<()> {
@@ -116,6 +118,8 @@ pub(crate) fn run(args: PretrainArgs) -> anyhow::Result<()> {
         keep: args.keep,
         seed: args.seed,
         log: args.log,
+        device: args.place.device,
+        dtype: args.place.dtype,
     };
     let summary = pretrain(&config, args.resume, &mut ui::Progress::new()?)?;
     ui::finish(&summary, "model", args.json)
