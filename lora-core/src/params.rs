@@ -235,6 +235,11 @@ impl Params {
         Ok(MatMut::new(Arc::get_mut(&mut self.flat).expect("unshared: checked or just made"), 0, 1, len))
     }
 
+    /// Whether both are the very same memory, so that neither can have changed without the other.
+    pub fn same_memory(&self, other: &Params) -> bool {
+        Arc::ptr_eq(&self.flat, &other.flat)
+    }
+
     /// Overwrites one parameter.
     ///
     /// # Panics

@@ -226,10 +226,10 @@ impl Backward<'_> {
         write: impl FnOnce(Vec<Acc>) -> Result<()>,
     ) -> Result<()> {
         let id = |(slot, _): &(Slot, _)| if let Slot::Param(id) = slot { Some(*id) } else { None };
-        if let Some(ids) = values.iter().map(id).collect::<Option<Vec<_>>>() {
-            if let Some(accs) = self.grads.accs(&ids) {
-                return write(accs);
-            }
+        if let Some(ids) = values.iter().map(id).collect::<Option<Vec<_>>>()
+            && let Some(accs) = self.grads.accs(&ids)
+        {
+            return write(accs);
         }
         let open: Result<Vec<_>> = values.iter().map(|(slot, shape)| self.open(*slot, shape, like)).collect();
         let mut open = open?;

@@ -162,9 +162,29 @@ impl Tensor {
         self.to_device(device)?.to_dtype(dtype)
     }
 
+    /// Whether both are the very same memory.
+    pub fn same_memory(&self, other: &Tensor) -> bool {
+        Arc::ptr_eq(&self.buf, &other.buf) && self.offset == other.offset
+    }
+
     /// Whether a write would need no copy.
     pub fn is_unshared(&self) -> bool {
         Arc::strong_count(&self.buf) == 1 && !self.buf.is_borrowed()
+    }
+
+    /// Overwrites all elements: in place, unless anybody else holds the memory.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's type or the number of elements differs.
+    pub fn write<T: Element>(&mut self, data: &[T]) -> Result<()> {
+        assert_eq!(data.len(), self.len(), "{:?} overwritten", self.shape);
+        match Arc::get_mut(&mut self.buf).filter(|buf| !buf.is_borrowed()) {
+            Some(buf) => Ok(buf.write(self.offset, data)?),
+            None => {
+                *self = Tensor::from_slice(&self.device(), &self.shape, data)?;
+                Ok(())
+            }
+        }
     }
 
     /// The matrix for writing; first copies the memory when anybody else holds it or it is borrowed.
@@ -197,6 +217,18 @@ mod tests {
         assert_eq!(a.to_vec::<f32>().unwrap(), [0.; 4]);
         assert_eq!(whole.to_vec::<f32>().unwrap(), [1., 2., 3., 4.]);
         assert_eq!(row.to_vec::<f32>().unwrap(), [3., 4.]);
+    }
+
+    #[test]
+    fn overwriting_is_in_place_unless_somebody_holds_the_memory() {
+        let mut a = Tensor::from_slice(&Device::Cpu, &[2], &[1u32, 2]).unwrap();
+        let place = Arc::as_ptr(&a.buf);
+        a.write(&[3u32, 4]).unwrap();
+        assert_eq!(Arc::as_ptr(&a.buf), place);
+        let held = a.clone();
+        a.write(&[5u32, 6]).unwrap();
+        assert!(!a.same_memory(&held) && held.same_memory(&held.clone()));
+        assert_eq!((a.to_vec::<u32>().unwrap(), held.to_vec::<u32>().unwrap()), (vec![5, 6], vec![3, 4]));
     }
 
     #[test]

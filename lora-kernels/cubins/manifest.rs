@@ -1,6 +1,6 @@
 // Do not edit: write the images in lora-kernels/cubins anew: LORA_PREBUILD=1 .ci/cuda cargo test -p lora-kernels --features cuda --lib prebuilt
 &[
-    Prebuilt { module: "activation", source: 0x37e22b65f60738f0, images: &[
+    Prebuilt { module: "activation", source: 0xefe9604c116bf1a5, images: &[
         ("sm_80", include_bytes!("activation.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("activation.sm_90a.cubin.z")),
         ("ptx", include_bytes!("activation.ptx.z")),
@@ -9,6 +9,21 @@
         ("sm_80", include_bytes!("adamw.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("adamw.sm_90a.cubin.z")),
         ("ptx", include_bytes!("adamw.ptx.z")),
+    ] },
+    Prebuilt { module: "attention", source: 0xd7ab88b4c1a0c928, images: &[
+        ("sm_80", include_bytes!("attention.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("attention.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("attention.ptx.z")),
+    ] },
+    Prebuilt { module: "attention_backward", source: 0x4786bd21353cd650, images: &[
+        ("sm_80", include_bytes!("attention_backward.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("attention_backward.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("attention_backward.ptx.z")),
+    ] },
+    Prebuilt { module: "attention_cached", source: 0xb920d7fc862701ae, images: &[
+        ("sm_80", include_bytes!("attention_cached.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("attention_cached.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("attention_cached.ptx.z")),
     ] },
     Prebuilt { module: "dropout", source: 0x7cc8a77ed8bf6fd8, images: &[
         ("sm_80", include_bytes!("dropout.sm_80.cubin.z")),
@@ -20,17 +35,66 @@
         ("sm_90a", include_bytes!("elementwise.sm_90a.cubin.z")),
         ("ptx", include_bytes!("elementwise.ptx.z")),
     ] },
-    Prebuilt { module: "gather", source: 0x71bfa2da4fe65778, images: &[
+    Prebuilt { module: "gather", source: 0x28b2af858271b73a, images: &[
         ("sm_80", include_bytes!("gather.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gather.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gather.ptx.z")),
+    ] },
+    Prebuilt { module: "gemm_mma_bf16", source: 0x5e48972484c161b9, images: &[
+        ("sm_80", include_bytes!("gemm_mma_bf16.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("gemm_mma_bf16.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("gemm_mma_bf16.ptx.z")),
+    ] },
+    Prebuilt { module: "gemm_mma_f16", source: 0x46a90f88767526b5, images: &[
+        ("sm_80", include_bytes!("gemm_mma_f16.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("gemm_mma_f16.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("gemm_mma_f16.ptx.z")),
+    ] },
+    Prebuilt { module: "gemm_mma_tf32", source: 0xd4df13cdd8f46f84, images: &[
+        ("sm_80", include_bytes!("gemm_mma_tf32.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("gemm_mma_tf32.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("gemm_mma_tf32.ptx.z")),
+    ] },
+    Prebuilt { module: "gemm_simt", source: 0xbbe2d488ca95f720, images: &[
+        ("sm_80", include_bytes!("gemm_simt.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("gemm_simt.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("gemm_simt.ptx.z")),
+    ] },
+    Prebuilt { module: "gemv", source: 0xa61268f85d1d0635, images: &[
+        ("sm_80", include_bytes!("gemv.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("gemv.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("gemv.ptx.z")),
+    ] },
+    Prebuilt { module: "wgmma_nn", source: 0x982192380d95a676, images: &[
+        ("sm_90a", include_bytes!("wgmma_nn.sm_90a.cubin.z")),
+    ] },
+    Prebuilt { module: "wgmma_nt", source: 0x7bc37394f60a6573, images: &[
+        ("sm_90a", include_bytes!("wgmma_nt.sm_90a.cubin.z")),
+    ] },
+    Prebuilt { module: "wgmma_tn", source: 0xa1f755c3644afefd, images: &[
+        ("sm_90a", include_bytes!("wgmma_tn.sm_90a.cubin.z")),
+    ] },
+    Prebuilt { module: "lora_bf16", source: 0x8b2e7930716d6fe4, images: &[
+        ("sm_80", include_bytes!("lora_bf16.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("lora_bf16.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("lora_bf16.ptx.z")),
+    ] },
+    Prebuilt { module: "lora_f16", source: 0xc27be63a1371a0f8, images: &[
+        ("sm_80", include_bytes!("lora_f16.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("lora_f16.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("lora_f16.ptx.z")),
+    ] },
+    Prebuilt { module: "lora_f32", source: 0xa5e6d4ae60ebfbe5, images: &[
+        ("sm_80", include_bytes!("lora_f32.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("lora_f32.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("lora_f32.ptx.z")),
     ] },
     Prebuilt { module: "loss", source: 0x385ac61c0e1047b4, images: &[
         ("sm_80", include_bytes!("loss.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("loss.sm_90a.cubin.z")),
         ("ptx", include_bytes!("loss.ptx.z")),
     ] },
-    Prebuilt { module: "norm", source: 0x027247bdcc320cfd, images: &[
+    Prebuilt { module: "norm", source: 0xed50dfd7d217abc3, images: &[
         ("sm_80", include_bytes!("norm.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("norm.sm_90a.cubin.z")),
         ("ptx", include_bytes!("norm.ptx.z")),

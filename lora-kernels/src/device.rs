@@ -21,7 +21,8 @@ pub enum Device {
 }
 
 impl Device {
-    /// The device that a person means by `cpu`, `cuda` (the first one) or `cuda:N`.
+    /// The device that a person means by `cpu`, `cuda` (the first one) or `cuda:N`. With the feature `emulator`, `emulated`
+    /// is one emulated device for the whole process: tests drive programs on it.
     ///
     /// # Errors
     /// [`Error::UnknownDevice`] for any other name; [`Error::Cuda`] when CUDA cannot be used here, with what to install
@@ -29,6 +30,16 @@ impl Device {
     pub fn open(name: &str) -> Result<Device> {
         if name == "cpu" {
             return Ok(Device::Cpu);
+        }
+        #[cfg(feature = "emulator")]
+        if name == "emulated" {
+            static EMULATED: std::sync::OnceLock<Arc<Gpu>> = std::sync::OnceLock::new();
+            // Of two that are made at the same time one is used.
+            let gpu = match EMULATED.get() {
+                Some(gpu) => gpu.clone(),
+                None => Gpu::emulated(0).map(|gpu| EMULATED.get_or_init(|| gpu).clone())?,
+            };
+            return Ok(Device::Cuda(gpu));
         }
         let ordinal = name.strip_prefix("cuda").and_then(|n| match n.strip_prefix(':') {
             Some(number) => number.parse().ok(),

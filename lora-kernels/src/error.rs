@@ -6,7 +6,8 @@ use crate::DType;
 pub enum Error {
     /// The device has no room for a buffer.
     #[error(
-        "out of memory: could not allocate {bytes} bytes on {device}; use a smaller batch, shorter sequences or a smaller model"
+        "out of memory: {device} has no {bytes} bytes free; lower the batch size or split the batch (gradient accumulation), \
+         shorten the sequences, or use a smaller model or 16-bit weights"
     )]
     OutOfMemory {
         /// The size of the buffer that was asked for.

@@ -2,7 +2,7 @@
 pub(crate) mod cuda;
 
 use crate::{
-    Acc, Mat, Result,
+    Acc, Mat, MatMut, Result,
     elementwise::add,
     real::{Real, dispatch, simd},
     reduce::{put, rows_per_task, run},
@@ -39,6 +39,32 @@ pub fn gather(table: Mat, ids: Mat, y: Acc) -> Result<()> {
                 }
             }
         }));
+        Ok(())
+    })
+}
+
+/// Rows into a table by number: `table[ids[i]] = x[i]`. x [n, d], ids [1, n] of [`DType::U32`], each once, table [rows, d].
+///
+/// Where the numbers lie on a CUDA device, recorded work writes to whatever rows they name each time; an id outside the
+/// table is passed over there.
+///
+/// # Panics
+/// When the shapes or types differ or, on the CPU, an id is not below the table's rows.
+///
+/// [`DType::U32`]: crate::DType::U32
+pub fn put_rows(x: Mat, ids: Mat, table: MatMut) -> Result<()> {
+    assert_eq!((1, x.rows()), (ids.rows(), ids.cols()), "put_rows: one id per row");
+    assert_eq!(x.cols(), table.cols(), "put_rows: rows of one length");
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = table.gpu() {
+        return cuda::put_rows(gpu, x, ids, &table);
+    }
+    let ids = checked("put_rows", ids, table.rows());
+    dispatch!("put_rows", table.dtype(), T => {
+        let (x, mut table) = (x.host::<T>(), table.host::<T>());
+        for (i, &id) in ids.iter().enumerate() {
+            table.row_mut(id as usize).copy_from_slice(x.row(i));
+        }
         Ok(())
     })
 }

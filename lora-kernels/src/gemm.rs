@@ -5,6 +5,8 @@ mod cublaslt;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
+pub(crate) mod engines;
+#[cfg(feature = "cuda")]
 mod plan;
 #[cfg(feature = "cuda")]
 pub(crate) mod wgmma;

@@ -46,13 +46,13 @@ mod testing;
 
 pub use activation::{Activation, activation, activation_backward, silu_gate, silu_gate_backward};
 pub use adamw::{AdamW, adamw, adamw_clipped, all_finite, clip_factor, sum_squares, sum_squares_into};
-pub use attention::{Attention, Sequences, attention, attention_backward, attention_cached};
+pub use attention::{Attention, CachedRows, Sequences, attention, attention_backward, attention_cached};
 pub use buffer::Buffer;
 pub use device::{DType, Device, Element};
 pub use dropout::{Dropout, dropout, philox};
 pub use elementwise::{add_bias, axpby, fill, scale, scale_by, sum_rows};
 pub use error::{Error, Result};
-pub use gather::{gather, scatter};
+pub use gather::{gather, put_rows, scatter};
 pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_with};
 pub use lora::{
     LoraAdapter, LoraPart, lora_backward_down, lora_backward_input, lora_backward_up, lora_down, lora_forward, lora_grouped,

@@ -54,10 +54,10 @@ fn check(kernel: &str, parts: &[LoraPart], width: usize, n: usize) {
 pub fn lora_down(scale: f64, x: Mat, a: &[Mat], mut h: MatMut) -> Result<()> {
     assert_eq!(h.cols(), a.iter().map(Mat::rows).sum(), "lora_down: as many columns as all ranks together");
     #[cfg(feature = "cuda")]
-    if h.gpu().is_some() {
-        if let Some(all) = cuda::stacked(a) {
-            return gemm(scale, x, all.t(), 0.0, h);
-        }
+    if h.gpu().is_some()
+        && let Some(all) = cuda::stacked(a)
+    {
+        return gemm(scale, x, all.t(), 0.0, h);
     }
     for (a, range) in a.iter().zip(ranges(a.iter().map(Mat::rows))) {
         gemm(scale, x, a.t(), 0.0, h.reborrow().cols_in(range))?;

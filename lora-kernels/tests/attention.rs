@@ -1,7 +1,7 @@
 //! Attention against plain loops in f64, against finite differences, and against itself cut differently.
 
 use lora_kernels::{
-    Acc, Attention, Buffer, DType, Device, Dropout, Element, Mat, MatMut, Sequences, attention, attention_backward,
+    CachedRows, Acc, Attention, Buffer, DType, Device, Dropout, Element, Mat, MatMut, Sequences, attention, attention_backward,
     attention_cached, philox,
 };
 use rand::{RngExt, SeedableRng};
@@ -264,6 +264,12 @@ fn dropout_keeps_the_mean_of_the_output() {
     assert!(e < 0.03, "mean of 2000 masks is {e} away");
 }
 
+fn cached(rows: &[Vec<u32>], new: &[usize]) -> CachedRows {
+    let mut cached = CachedRows::new(&Device::Cpu, 1);
+    cached.set(rows, new).unwrap();
+    cached
+}
+
 #[test]
 fn cached_equals_full_attention_with_rows_shared_between_beams() {
     let mut rng = ChaCha8Rng::seed_from_u64(7);
@@ -305,8 +311,7 @@ fn cached_equals_full_attention_with_rows_shared_between_beams() {
                 Mat::new(&q, 0, 3 * new, wq),
                 Mat::new(&k, 0, capacity, wk),
                 Mat::new(&v, 0, capacity, wk),
-                &rows.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                &[new; 3],
+                &cached(&rows, &[new; 3]),
                 MatMut::new(&mut out, 0, 3 * new, wq),
             )
             .unwrap();
@@ -394,14 +399,14 @@ fn speed() {
     let cfg = Attention { heads: 12, kv_heads: 12, head_dim: 64, scale: 0.125, causal: true, dropout: None };
     let pool = buffer(&random(&mut rng, 1600 * 768), |v| v as f32);
     let rows: Vec<Vec<u32>> = (0..8).map(|s| (s * 200..(s + 1) * 200).collect()).collect();
-    let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+    let rows = cached(&rows, &[1; 8]);
     let mut out = Buffer::empty(&Device::Cpu, DType::F32, 8 * 768).unwrap();
     let mut best = f64::INFINITY;
     for _ in 0..200 {
         let start = std::time::Instant::now();
         let kv = Mat::new(&pool, 0, 1600, 768);
         let q = Mat::new(&pool, 0, 8, 768);
-        attention_cached(&cfg, q, kv, kv, &rows, &[1; 8], MatMut::new(&mut out, 0, 8, 768)).unwrap();
+        attention_cached(&cfg, q, kv, kv, &rows, MatMut::new(&mut out, 0, 8, 768)).unwrap();
         best = best.min(start.elapsed().as_secs_f64());
     }
     println!("cached, 8 × 200: {:.3} ms", best * 1e3);

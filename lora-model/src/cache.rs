@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use lora_core::{Result, Tape, Tensor, Var, ops};
-use lora_kernels::{Acc, Attention, DType, Device, Sequences, attention_cached, axpby, gather};
+use lora_kernels::{Acc, Attention, CachedRows, DType, Device, Sequences, attention_cached, gather, put_rows};
 
 /// What attention looks at in a forward pass: the sequences of the batch alone, or a cache of earlier positions too.
 pub enum Context<'a> {
@@ -24,6 +24,17 @@ impl Context<'_> {
     }
 }
 
+/// What the keys and values of a model look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers.
+    pub layers: usize,
+    /// Columns of the keys of one layer: heads of keys times their size.
+    pub cols: usize,
+    /// Query heads for each head of keys.
+    pub group: usize,
+}
+
 /// Keys and values of all positions so far: per layer a pool of rows, and per sequence the list of its rows. Sequences
 /// may share rows, so that a beam that forks copies a list and no tensor.
 pub struct KvCache {
@@ -33,21 +44,44 @@ pub struct KvCache {
     /// How many of each sequence's last rows the next forward pass computes.
     new: Vec<usize>,
     used: usize,
+    /// The lists as attention reads them.
+    rows: CachedRows,
+    /// What the next forward pass reads besides.
+    pub(crate) inputs: Inputs,
+    #[cfg(feature = "cuda")]
+    pub(crate) recorded: crate::recorded::Recorded,
+}
+
+/// The numbers that one forward pass reads, `[rows]` each but for `last`; in memory that keeps its place from one token to
+/// the next.
+#[derive(Clone)]
+pub(crate) struct Inputs {
+    /// Token ids.
+    pub(crate) tokens: Tensor,
+    /// Positions in their sequences.
+    pub(crate) positions: Tensor,
+    /// Rows of the pools for the new keys and values.
+    places: Tensor,
+    /// The last row of each sequence.
+    pub(crate) last: Tensor,
 }
 
 impl KvCache {
-    /// An empty cache of `sequences` sequences for `layers` layers of `cols` columns of keys, with room for `rows` positions (it grows when they
-    /// are used up).
-    pub fn new(
-        device: &Device,
-        dtype: DType,
-        (layers, cols): (usize, usize),
-        sequences: usize,
-        rows: usize,
-    ) -> Result<KvCache> {
-        let pool = || Tensor::empty(device, dtype, &[rows.max(1), cols]);
-        let layers = (0..layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_>>()?;
-        Ok(KvCache { layers, sequences: vec![Vec::new(); sequences], new: vec![0; sequences], used: 0 })
+    /// An empty cache of `sequences` sequences, with room for `rows` positions (it grows when they are used up).
+    pub fn new(device: &Device, dtype: DType, shape: KvShape, sequences: usize, rows: usize) -> Result<KvCache> {
+        let pool = || Tensor::empty(device, dtype, &[rows.max(1), shape.cols]);
+        let layers = (0..shape.layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_>>()?;
+        let none = Tensor::empty(device, DType::U32, &[0])?;
+        Ok(KvCache {
+            layers,
+            sequences: vec![Vec::new(); sequences],
+            new: vec![0; sequences],
+            used: 0,
+            rows: CachedRows::new(device, shape.group),
+            inputs: Inputs { tokens: none.clone(), positions: none.clone(), places: none.clone(), last: none },
+            #[cfg(feature = "cuda")]
+            recorded: Default::default(),
+        })
     }
 
     /// Positions of a sequence so far.
@@ -60,22 +94,43 @@ impl KvCache {
         self.sequences.len()
     }
 
-    /// Announces that the next forward pass adds `new[i]` positions to sequence i. Its rows come sequence by sequence.
+    /// Announces that the next forward pass adds `new[i]` tokens to sequence i. They come sequence by sequence.
     ///
     /// # Panics
-    /// When there is not one number per sequence.
-    pub fn extend(&mut self, new: &[usize]) -> Result<()> {
+    /// When there is not one number per sequence, or the tokens are not as many.
+    pub(crate) fn extend(&mut self, tokens: &[u32], new: &[usize]) -> Result<()> {
         assert_eq!(new.len(), self.sequences.len(), "one number per sequence");
         let more: usize = new.iter().sum();
+        assert_eq!(more, tokens.len(), "as many tokens as announced");
         if self.used + more > self.layers.first().map_or(usize::MAX, |(k, _)| k.rows()) {
             self.make_room(more)?;
         }
+        let first = self.used as u32;
+        let (mut positions, mut last) = (Vec::with_capacity(more), Vec::with_capacity(new.len()));
         for (rows, &n) in self.sequences.iter_mut().zip(new) {
+            positions.extend((rows.len()..rows.len() + n).map(|p| p as u32));
+            last.extend((positions.len() as u32).checked_sub(1));
             rows.extend((self.used..self.used + n).map(|r| r as u32));
             self.used += n;
         }
         self.new = new.to_vec();
+        self.rows.set(&self.sequences, new)?;
+        let places: Vec<u32> = (first..self.used as u32).collect();
+        let Inputs { tokens: t, positions: p, places: r, last: l } = &mut self.inputs;
+        for (to, values) in [(t, tokens), (p, &positions), (r, &places), (l, &last)] {
+            match to.len() == values.len() {
+                true => to.write(values)?,
+                false => *to = Tensor::from_slice(&to.device(), &[values.len()], values)?,
+            }
+        }
         Ok(())
+    }
+
+    /// What recorded work depends on, as [`CachedRows::shape`]; with one new token for every sequence it stays the same
+    /// from token to token.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn rows_shape(&self) -> Option<u64> {
+        self.new.iter().all(|&n| n == 1).then(|| self.rows.shape())
     }
 
     /// Makes sequence i a continuation of what sequence `parents[i]` is now: beam search, or dropping finished ones.
@@ -99,6 +154,8 @@ impl KvCache {
             gather(pool.mat(), ids.mat(), Acc { to: moved.make_mut()?.rows_in(0..live.len()), beta: 0.0 })?;
             *pool = moved;
         }
+        #[cfg(feature = "cuda")]
+        self.recorded.forget();
         Ok(())
     }
 
@@ -108,13 +165,12 @@ impl KvCache {
         let n: usize = self.new.iter().sum();
         assert_eq!(qkv.rows(), n, "the forward pass has the rows that were announced");
         let part = |from: usize, cols: usize| qkv.mat().cols_in(from..from + cols);
-        let rows = self.used - n..self.used;
         let (k, v) = &mut self.layers[layer];
-        axpby(1.0, part(q_cols, kv_cols), 0.0, k.make_mut()?.rows_in(rows.clone()))?;
-        axpby(1.0, part(q_cols + kv_cols, kv_cols), 0.0, v.make_mut()?.rows_in(rows))?;
+        let places = self.inputs.places.mat();
+        put_rows(part(q_cols, kv_cols), places, k.make_mut()?)?;
+        put_rows(part(q_cols + kv_cols, kv_cols), places, v.make_mut()?)?;
         let mut y = Tensor::empty(&qkv.device(), qkv.dtype(), &[n, q_cols])?;
-        let lists: Vec<&[u32]> = self.sequences.iter().map(Vec::as_slice).collect();
-        attention_cached(&cfg, part(0, q_cols), k.mat(), v.mat(), &lists, &self.new, y.make_mut()?)?;
+        attention_cached(&cfg, part(0, q_cols), k.mat(), v.mat(), &self.rows, y.make_mut()?)?;
         Ok(y)
     }
 }

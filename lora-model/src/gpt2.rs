@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
 
 use crate::{
-    Context, Limits, Model, Result,
+    Context, KvShape, Limits, Model, Result,
     checkpoint::{Checkpoint, Layout, TensorSpec},
     config::{CONFIG_FILE, Gpt2Config, RawConfig},
     layers::{LayerNorm, Projection, Weight},
@@ -236,8 +236,8 @@ impl Model for Gpt2 {
         self.config.eos_token_id
     }
 
-    fn kv_shape(&self) -> (usize, usize) {
-        (self.config.n_layer, self.config.n_embd)
+    fn kv_shape(&self) -> KvShape {
+        KvShape { layers: self.config.n_layer, cols: self.config.n_embd, group: 1 }
     }
 
     fn set_base_dropout(&mut self, p: f64) {

@@ -53,10 +53,12 @@ pub mod generate;
 mod gpt2;
 mod layers;
 mod model;
+#[cfg(feature = "cuda")]
+mod recorded;
 pub mod tokenizer;
 
 pub use batch::{Batch, Limits};
-pub use cache::{Context, KvCache};
+pub use cache::{Context, KvCache, KvShape};
 pub use error::{Error, Result};
 pub use gpt2::Gpt2;
 pub use model::{Model, load, load_as};

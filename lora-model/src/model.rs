@@ -7,7 +7,8 @@ use lora_core::{
 use lora_kernels::{DType, Device, gemm};
 
 use crate::{
-    Batch, Context, Gpt2, KvCache, Limits, Result,
+    Batch, Context, Gpt2, KvCache, KvShape, Limits, Result,
+    cache::Inputs,
     checkpoint::{self, Layout, TensorSpec},
     config::{Architecture, RawConfig},
 };
@@ -24,8 +25,8 @@ pub trait Model: Base + Send + Sync {
     /// The token that ends a text, by the configuration.
     fn end_of_text(&self) -> Option<u32>;
 
-    /// Layers, and columns of the keys of one layer.
-    fn kv_shape(&self) -> (usize, usize);
+    /// What its keys and values look like.
+    fn kv_shape(&self) -> KvShape;
 
     /// Sets every dropout of the base itself (not of adapters) to the given rate.
     fn set_base_dropout(&mut self, p: f64);
@@ -93,20 +94,21 @@ pub trait Model: Base + Send + Sync {
         assert!(new.iter().all(|&n| n > 0), "every sequence gets a token");
         assert_eq!(new.iter().sum::<usize>(), tokens.len(), "as many tokens as announced");
         self.limits().check_tokens(tokens)?;
-        let mut positions = Vec::with_capacity(tokens.len());
-        let mut last = Vec::with_capacity(new.len());
         for (i, &n) in new.iter().enumerate() {
-            let from = cache.len(i);
-            self.limits().check_length(from + n)?;
-            positions.extend((from..from + n).map(|p| p as u32));
-            last.push(positions.len() as u32 - 1);
+            self.limits().check_length(cache.len(i) + n)?;
         }
-        cache.extend(new)?;
-        let ids = |v: &[u32]| Tensor::from_slice(&self.device(), &[v.len()], v);
-        let mut t = Tape::inference(&adapted.params);
-        let h = self.hidden(&mut t, adapted, &ids(tokens)?, &ids(&positions)?, &mut Context::Cached(cache))?;
-        let x = ops::gather(&mut t, &h, &ids(&last)?)?;
-        head_logits(self.head(), &t, adapted, x.value())
+        cache.extend(tokens, new)?;
+        let pass = |cache: &mut KvCache| {
+            let mut t = Tape::inference(&adapted.params);
+            let Inputs { tokens, positions, last, .. } = cache.inputs.clone();
+            let h = self.hidden(&mut t, adapted, &tokens, &positions, &mut Context::Cached(cache))?;
+            let x = ops::gather(&mut t, &h, &last)?;
+            head_logits(self.head(), &t, adapted, x.value())
+        };
+        #[cfg(feature = "cuda")]
+        return crate::recorded::run(cache, &adapted.params, self.head().1, pass);
+        #[cfg(not(feature = "cuda"))]
+        pass(cache)
     }
 
     /// Writes the model's configuration and weights into `dir`, in the layout and under the names they were read with;

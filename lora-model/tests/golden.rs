@@ -20,17 +20,20 @@ const CPU: Device = Device::Cpu;
 struct Place {
     device: Device,
     dtype: DType,
-    /// Largest |x − ref| / |ref| of logits, gradients and losses.
+    /// Largest |x − ref| / |ref| of logits, losses and the whole gradient.
     close: f64,
+    /// The same of one parameter's gradient. In bf16 PyTorch 2.15 under autocast reaches 4.3e-2 on this model, and 2.0e-2
+    /// over the whole gradient.
+    each: f64,
 }
 
 /// The host, and every GPU in f32 and bf16.
 fn places() -> Vec<Place> {
     let gpus = gpus().into_iter().flat_map(|device| {
-        let single = Place { device: device.clone(), dtype: DType::F32, close: 1e-5 };
-        [single, Place { device, dtype: DType::Bf16, close: 2e-2 }]
+        let single = Place { device: device.clone(), dtype: DType::F32, close: 1e-5, each: 1e-5 };
+        [single, Place { device, dtype: DType::Bf16, close: 2e-2, each: 4e-2 }]
     });
-    [Place { device: CPU, dtype: DType::F32, close: 1e-5 }].into_iter().chain(gpus).collect()
+    [Place { device: CPU, dtype: DType::F32, close: 1e-5, each: 1e-5 }].into_iter().chain(gpus).collect()
 }
 
 /// With their features the emulated device and the first CUDA device.
@@ -217,15 +220,20 @@ fn losses_and_every_gradient_of(case: &Case) {
         within(&format!("loss of {label}"), (got - loss).abs() / loss, close);
         assert_eq!(grads.unwritten(), Vec::<&str>::new(), "{label}");
         let mut worst = 0.0f64;
+        let (mut wrong, mut all) = (0.0, 0.0);
         for id in adapted.params.ids() {
             let key = format!("grad.{label}.{}", stored_name(&adapted, id));
-            let error = relative(&grads.get(id).unwrap().unwrap(), &case.reference(&key));
-            assert!(error <= close, "{key}: {error:.2e}");
+            let reference = case.reference(&key);
+            let error = relative(&grads.get(id).unwrap().unwrap(), &reference);
+            assert!(error <= case.place.each, "{key}: {error:.2e}");
             worst = worst.max(error);
+            let square = reference.to_f64().unwrap().iter().map(|v| v * v).sum::<f64>();
+            (wrong, all) = (wrong + error * error * square, all + square);
         }
         // And no gradient of PyTorch's is left out.
         let stored = case.tensors.names().filter(|n| n.starts_with(&format!("grad.{label}."))).count();
         assert_eq!(adapted.params.ids().len(), stored, "{label}");
+        within(&format!("the whole gradient of {label}"), (wrong / all).sqrt(), close);
         println!("gradients of {label}: {worst:.2e}");
     }
 }

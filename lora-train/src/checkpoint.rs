@@ -14,6 +14,7 @@ use std::{
 };
 
 use lora_core::{Params, Tensor, hash::fnv1a};
+use lora_kernels::Acc;
 use lora_model::{
     Model,
     checkpoint::{TensorFile, TensorSpec, write_tensors},
@@ -74,13 +75,27 @@ impl Fingerprint {
         let hash = fnv1a(words.flat_map(u32::to_le_bytes));
         // Some elements of every tensor: reading all would touch every page of a mapped file.
         const SAMPLE: usize = 61;
-        let mut bytes = Vec::new();
+        let rows = |t: &Tensor| (0..t.len()).step_by(t.len().div_ceil(SAMPLE).max(1)).map(|i| i as u32);
+        let ids: Vec<u32> = base.tensors().flat_map(|(_, t)| rows(t)).collect();
+        // They are collected where they lie and read together: a device's host waits once, not for every element.
+        let device = base.device();
+        let ids = Tensor::from_slice(&device, &[ids.len(), 1], &ids)?;
+        let mut sample = Tensor::empty(&device, base.dtype(), &[ids.len(), 1])?;
+        let mut at = 0;
+        for (_, t) in base.tensors() {
+            let part = at..at + rows(t).len();
+            let column = t.clone().reshape(&[t.len(), 1]);
+            let to = Acc { to: sample.make_mut()?.rows_in(part.clone()), beta: 0.0 };
+            lora_kernels::gather(column.mat(), ids.rows_in(part.clone()).reshape(&[part.len()]).mat(), to)?;
+            at = part.end;
+        }
+        let sample = sample.to_f64()?;
+        let (mut bytes, mut rest) = (Vec::new(), sample.as_slice());
         for (name, t) in base.tensors() {
             bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| n.to_le_bytes())));
-            let column = t.clone().reshape(&[t.len(), 1]);
-            for i in (0..t.len()).step_by(t.len().div_ceil(SAMPLE).max(1)) {
-                bytes.extend(column.rows_in(i..i + 1).to_f64()?[0].to_le_bytes());
-            }
+            let (part, after) = rest.split_at(rows(t).len());
+            bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
+            rest = after;
         }
         Ok(Fingerprint { sequences: data.sequences.len(), tokens, data: hash, base: fnv1a(bytes) })
     }

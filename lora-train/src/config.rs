@@ -70,9 +70,11 @@ pub struct TrainConfig {
     pub base_dropout: Option<f64>,
     /// Seed of initialisation, order and dropout.
     pub seed: u64,
-    /// `cpu`, `cuda`, `cuda:N`, or `auto`: CUDA when there is a device; see [`Place`](crate::Place).
+    /// `cpu`, `cuda`, `cuda:N`, or `auto`: CUDA when there is a device; see [`Place`](crate::Place). A run may be continued
+    /// on another device.
     pub device: String,
-    /// The type of the base's weights and of activations: `f32`, `bf16`, `f16`, or `auto`: bf16 on CUDA, else f32.
+    /// The type of the base's weights and of activations: `f32`, `bf16`, `f16`, or `auto`: that of the run that is
+    /// continued, else bf16 on CUDA and f32 on the CPU.
     pub dtype: String,
     /// Steps between evaluations on `valid`, with one at the end; 0 is at the end of every epoch.
     pub eval_every: u64,
@@ -309,6 +311,11 @@ impl TrainConfig {
             let mut c = c.clone();
             (c.out, c.log, c.save_every, c.keep) = Default::default();
             (c.data, c.valid, c.eval_every) = Default::default();
+            // Any device can continue a run; its type stays, and `auto` asks for just that.
+            c.device = String::new();
+            if self.dtype == "auto" || old.dtype == "auto" {
+                c.dtype = String::new();
+            }
             c.model = c.model.canonicalize().unwrap_or(c.model);
             toml::Table::try_from(c).unwrap_or_default()
         };

@@ -19,8 +19,8 @@ pub(crate) struct Output {
     pub(crate) checkpoint: Option<PathBuf>,
     /// Checkpoints that were passed over, and why.
     pub(crate) notes: Vec<String>,
-    /// The log of the run that is continued.
-    pub(crate) earlier_log: Option<PathBuf>,
+    /// The run that is continued, as it was configured.
+    pub(crate) earlier: Option<TrainConfig>,
     /// Held as long as the run lives; `None` until the folder exists.
     lock: Option<File>,
 }
@@ -45,7 +45,7 @@ impl Output {
         }
         let lock = if dir.exists() { lock(dir)? } else { None };
         let holds = |name: &str| dir.join(name).exists();
-        let mut output = Output { dir: dir.clone(), checkpoint: None, notes: Vec::new(), earlier_log: None, lock };
+        let mut output = Output { dir: dir.clone(), checkpoint: None, notes: Vec::new(), earlier: None, lock };
         let results = ["adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"];
         let result = results.into_iter().find(|name| holds(name));
         if !resume {
@@ -77,7 +77,7 @@ impl Output {
                  give the same value, or start anew in another folder"
             ));
         }
-        output.earlier_log = earlier.log;
+        output.earlier = Some(earlier);
         Ok(output)
     }
 

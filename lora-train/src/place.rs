@@ -1,6 +1,6 @@
 use lora_kernels::{DType, Device};
 
-use crate::{Error, Result};
+use crate::{Error, Result, TrainConfig};
 
 /// Where a model computes, and in which type.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,16 +28,50 @@ impl Place {
         let (device, note) = match device {
             "auto" => match Device::auto() {
                 (device, None) => (device, None),
-                (device, Some(why)) => (device, Some(format!("computing on the CPU: {why}"))),
+                // The advice to use the CPU has just been taken.
+                (device, Some(why)) => {
+                    (device, Some(format!("computing on the CPU: {why}").replace(", or use --device cpu", "")))
+                }
             },
             name => (open(name)?, None),
         };
         let dtype = dtype.unwrap_or(if device.is_cpu() { DType::F32 } else { DType::Bf16 });
         if device.is_cpu() && dtype != DType::F32 {
-            let why = "the CPU computes in f32; for a 16-bit type add --device cuda";
+            let why = match &note {
+                Some(note) => format!("the CPU computes in f32; {note}"),
+                None => "the CPU computes in f32; for a 16-bit type add --device cuda".into(),
+            };
             return Err(Error::option("dtype", name(dtype), why));
         }
         Ok(Place { device, dtype, note })
+    }
+
+    /// The place of a run, and the run's configuration with the names of its device and its type where it says `auto`.
+    ///
+    /// A run keeps its type to its end, so that `auto` means the type of the run that is continued. Its device may change:
+    /// parameters and moments are f32 on each, masks are the same, and results agree to rounding. `notes` gets what a
+    /// person should know.
+    pub(crate) fn of_run(
+        config: &TrainConfig,
+        earlier: Option<&TrainConfig>,
+        notes: &mut Vec<String>,
+    ) -> Result<(Place, TrainConfig)> {
+        let kept = earlier.map(|run| run.dtype.as_str()).filter(|_| config.dtype == "auto");
+        let place = Place::open(&config.device, kept.unwrap_or(&config.dtype)).map_err(|e| match e {
+            Error::Option { option: "dtype", value, why } if kept.is_some() => {
+                let why = format!("so the run was started, and so it has to go on; {why}");
+                Error::Option { option: "dtype", value, why }
+            }
+            e => e,
+        })?;
+        notes.extend(place.note.clone());
+        let device = place.device.to_string();
+        // What an older version wrote may be a choice yet to be made.
+        if let Some(before) = earlier.map(|run| &run.device).filter(|d| **d != device && *d != "auto" && *d != "cuda") {
+            notes.push(format!("the run was on {before} so far; from here on it agrees with {before} only to rounding"));
+        }
+        let run = TrainConfig { device, dtype: name(place.dtype).into(), ..config.clone() };
+        Ok((place, run))
     }
 
     /// Checks both names without opening anything.
@@ -46,6 +80,7 @@ impl Place {
         let number = device.strip_prefix("cuda:").is_some_and(|n| n.parse::<usize>().is_ok());
         match device {
             "cpu" | "cuda" | "auto" => Ok(()),
+            "emulated" if cfg!(feature = "emulator") => Ok(()),
             _ if number => Ok(()),
             _ => Err(Error::option("device", device, "a device is cpu, cuda, cuda:N or auto")),
         }

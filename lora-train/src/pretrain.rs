@@ -116,7 +116,7 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
     config.check()?;
     let run = config.as_training();
     run.check()?;
-    let output = Output::open(&run, resume)?;
+    let mut output = Output::open(&run, resume)?;
     let read = |path: &PathBuf| match Format::of_path(path) {
         Format::Jsonl => data::read(path, Format::Jsonl),
         _ => data::read(path, Format::Text),
@@ -124,8 +124,7 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
     let corpora: Vec<Corpus> = config.text.iter().map(read).collect::<data::Result<_>>()?;
 
     let tokenizer = Tokenizer::train_bpe(corpora.iter().flat_map(texts), config.vocab)?;
-    let Place { device, dtype, note } = Place::open(&config.device, &config.dtype)?;
-    note.iter().for_each(|note| observer.note(note));
+    let (Place { device, dtype, .. }, run) = Place::of_run(&run, output.earlier.as_ref(), &mut output.notes)?;
     let shape = config.shape(tokenizer.vocab_size(), tokenizer.end_of_text()?);
     let model = Gpt2::init(shape, &config.out, config.seed, &device)?;
     let encoder = Encoder::new(tokenizer, &model)?;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use lora_core::peft::Adapted;
+use lora_kernels::DType;
 use lora_model::{Model, files, tokenizer::Tokenizer};
 
 use crate::{
@@ -77,11 +78,13 @@ impl Observer for () {}
 /// Everything that a configuration, a file or a device can cause. What was saved before stays as it was.
 pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
     config.check()?;
-    let output = Output::open(config, resume)?;
-    let Place { device, dtype, note } = Place::open(&config.device, &config.dtype)?;
-    note.iter().for_each(|note| observer.note(note));
+    let mut output = Output::open(config, resume)?;
+    let (Place { device, dtype, .. }, config) = Place::of_run(config, output.earlier.as_ref(), &mut output.notes)?;
+    let config = &config;
     let base_dir = hub::resolve(&config.model)?;
-    let mut model = lora_model::load_as(&base_dir, &device, dtype)?;
+    // Base weights that train begin with all their digits, and are rounded for each step anew.
+    let stored = if config.method == "full" { DType::F32 } else { dtype };
+    let mut model = lora_model::load_as(&base_dir, &device, stored)?;
     if let Some(p) = config.base_dropout {
         model.set_base_dropout(p);
     }
@@ -131,8 +134,8 @@ impl Run<'_> {
         config.log.as_deref().map_or(Ok(()), Log::check)?;
         // Nothing has been written up to here: whatever was wrong with the inputs left everything as it was.
         output.claim(config)?;
-        let open_log =
-            |path: &PathBuf| Log::open(path, output.earlier_log.as_ref() == Some(path), trainer.steps_done());
+        let earlier_log = output.earlier.as_ref().and_then(|run| run.log.as_ref());
+        let open_log = |path: &PathBuf| Log::open(path, earlier_log == Some(path), trainer.steps_done());
         let mut log = config.log.as_ref().map(open_log).transpose()?;
         if let Some(kept) = log.as_ref().and_then(Log::set_aside) {
             observer.note(&format!("the log of an earlier run is kept as {}", kept.display()));

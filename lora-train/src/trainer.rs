@@ -152,7 +152,7 @@ impl<'a> Trainer<'a> {
         }
         let lr = c.lr * c.schedule.factor(step, c.warmup, self.total);
         self.update(lr, step + 1)?;
-        // The step's only wait for the device.
+        // The step's only wait for the device: nothing before read anything back.
         let loss = self.scalars.loss.to_f64()?[0];
         let grad_norm = self.scalars.sum_squares.to_f64()?[0].sqrt();
         let within = |what, value: f64, limit: f64| match value.abs() < limit {
@@ -225,15 +225,20 @@ impl<'a> Trainer<'a> {
 /// # Errors
 /// What a forward pass can cause.
 pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {
-    let (mut sum, mut targets) = (0.0, 0);
-    for b in data.batches(batch_size) {
+    let mut counts = Vec::new();
+    // The batches' losses stay on the device until all are there.
+    let batches = data.sequences.len().div_ceil(batch_size.max(1));
+    let mut means = Tensor::zeros(&model.device(), model.dtype().accumulator(), &[batches, 1])?;
+    for (i, b) in data.batches(batch_size).enumerate() {
         let batch = model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?;
         let mut tape = Tape::inference(&adapted.params);
         // The mean of a batch, not its sum: f32 keeps more of its digits.
         let mean = model.loss(&mut tape, adapted, &batch, 0.0, 1.0 / b.targets() as f64)?;
-        sum += mean.value().to_f64()?[0] * b.targets() as f64;
-        targets += b.targets();
+        axpby(1.0, mean.value().mat(), 0.0, means.make_mut()?.rows_in(i..i + 1))?;
+        counts.push(b.targets());
     }
+    let targets: usize = counts.iter().sum();
+    let sum: f64 = means.to_f64()?.iter().zip(&counts).map(|(mean, &n)| mean * n as f64).sum();
     let loss = sum / targets as f64;
     Ok(Evaluation { loss, perplexity: loss.exp(), targets })
 }

@@ -16,15 +16,15 @@ pub(super) fn run<T: Real>(
     q: HostMat<T>,
     k: HostMat<T>,
     v: HostMat<T>,
-    pool_rows: &[&[u32]],
+    pool_rows: &[Vec<u32>],
     new: &[usize],
     out: HostMut<T>,
 ) -> Result<()> {
     // Per block: the pool's rows of its sequence and the position of its first query there.
     let (mut bounds, mut blocks, mut start) = (vec![0], Vec::new(), 0);
-    for (&rows, &new) in pool_rows.iter().zip(new) {
+    for (rows, &new) in pool_rows.iter().zip(new) {
         for done in (0..new).step_by(BLOCK) {
-            blocks.push((rows, rows.len() - new + done));
+            blocks.push((&rows[..], rows.len() - new + done));
             bounds.push(start + (done + BLOCK).min(new));
         }
         start += new;

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Attention, Sequences};
+use super::{Attention, CachedRows, Sequences};
 use crate::{
     Acc, Buffer, DType, Device, Dropout, Error, Mat, MatMut, Result,
     cuda::{Arch, Gpu, Module, map::typed, suffix},
@@ -106,24 +106,25 @@ pub(super) fn cached(
     gpu: &Arc<Gpu>,
     cfg: &Attention,
     [q, k, v]: [Mat; 3],
-    rows: &[&[u32]],
-    new: &[usize],
+    rows: &CachedRows,
     out: &MatMut,
 ) -> Result<()> {
     const NAME: &str = "attention_cached";
     let dtype = out.dtype();
     let (columns, suffix) = (padded(cfg.head_dim)?, suffix(NAME, dtype)?);
     typed(NAME, dtype, &[q, k, v]);
-    let inside = rows.iter().all(|list| list.iter().all(|&r| (r as usize) < k.rows()));
+    let inside = rows.rows.iter().all(|list| list.iter().all(|&r| (r as usize) < k.rows()));
     assert!(inside, "{NAME}: a row lies outside the pool of {}", k.rows());
-    let (tokens, group) = (out.rows(), cfg.heads / cfg.kv_heads);
+    let tokens = out.rows();
     if tokens == 0 || cfg.heads == 0 {
         return Ok(());
     }
-    let plan = Plan::new(rows, new, group);
-    let lists = uploaded(gpu, plan.words)?;
-    let tiles = Mat::new(&lists, 0, 1, plan.tiles * CACHED_WORDS);
-    let list = Mat::new(&lists, plan.tiles * CACHED_WORDS, 1, lists.len() - plan.tiles * CACHED_WORDS);
+    let lists = rows.on_device.as_ref().unwrap_or_else(|| panic!("{NAME}: rows of the host for a matrix on {gpu}"));
+    assert_eq!(lists.group, cfg.heads / cfg.kv_heads, "{NAME}: rows for another number of heads");
+    let plan = &lists.plan;
+    let words = lists.words.as_ref().expect("there are tokens, so the lists were set");
+    let tiles = Mat::new(words, 0, 1, plan.tiles * CACHED_WORDS);
+    let list = Mat::new(words, plan.tiles * CACHED_WORDS, 1, words.len() - plan.tiles * CACHED_WORDS);
     let shared = shared(gpu, NAME, forward_shared(cfg.head_dim, dtype.size()))?;
     let parts = if plan.ranges == 1 { 0 } else { plan.ranges * tokens * cfg.heads };
     let device = Device::Cuda(gpu.clone());
@@ -284,7 +285,47 @@ impl fmt::Debug for OnDevice {
 /// Words of the kernels' `CachedTile`.
 const CACHED_WORDS: usize = 8;
 
+/// The lists of [`CachedRows`] on a device.
+#[derive(Debug)]
+pub(super) struct Lists {
+    device: Device,
+    group: usize,
+    plan: Plan,
+    /// The plan's words, with room for more.
+    words: Option<Buffer>,
+    /// How often the words have moved.
+    moved: u64,
+}
+
+impl Lists {
+    /// Empty lists; `None` on the host.
+    pub(super) fn new(device: &Device, group: usize) -> Option<Lists> {
+        let plan = Plan::new(&[], &[], group);
+        (!device.is_cpu()).then(|| Lists { device: device.clone(), group, plan, words: None, moved: 0 })
+    }
+
+    pub(super) fn set(&mut self, rows: &[Vec<u32>], new: &[usize]) -> Result<()> {
+        self.plan = Plan::new(rows, new, self.group);
+        let needed = self.plan.words.len();
+        let words = match self.words.take().filter(|words| needed <= words.len()) {
+            Some(words) => self.words.insert(words),
+            None => {
+                self.moved += 1;
+                // Room for as many again: sequences grow by a token each step.
+                self.words.insert(Buffer::empty(&self.device, DType::U32, 2 * needed)?)
+            }
+        };
+        words.write(0, &self.plan.words)
+    }
+
+    /// Changes with the place of the words and with the launch.
+    pub(super) fn shape(&self) -> u64 {
+        (self.moved << 40) | ((self.plan.tiles as u64) << 8) | self.plan.ranges as u64
+    }
+}
+
 /// How the queries and the keys of one call of cached attention are split.
+#[derive(Debug)]
 struct Plan {
     /// The tiles, then the sequences' lists of rows.
     words: Vec<u32>,
@@ -294,9 +335,11 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(rows: &[&[u32]], new: &[usize], group: usize) -> Plan {
-        let (mut tiles, mut lists, mut token, mut ranges) = (Vec::new(), Vec::new(), 0, 1);
-        for (&list, &new) in rows.iter().zip(new) {
+    fn new(rows: &[Vec<u32>], new: &[usize], group: usize) -> Plan {
+        let (mut tiles, mut lists, mut token) = (Vec::new(), Vec::new(), 0);
+        // One token at a time the launch stays the same while the sequences grow: recorded work is done again as it is.
+        let mut ranges = if new.iter().all(|&n| n == 1) { RANGES } else { 1 };
+        for (list, &new) in rows.iter().zip(new) {
             let (seen, chunk) = (list.len() - new, chunk(list.len(), new * group));
             for row in (0..new * group).step_by(TILE) {
                 let keys = seen + ((row + TILE).min(new * group) - 1) / group + 1;
@@ -320,24 +363,6 @@ impl Plan {
 fn chunk(keys: usize, rows: usize) -> usize {
     let chunk = if rows <= TILE { keys.div_ceil(RANGES) } else { keys };
     chunk.next_multiple_of(TILE)
-}
-
-/// The words on the device. All layers of a model ask for the same ones in turn, so the last ones are kept.
-fn uploaded(gpu: &Arc<Gpu>, words: Vec<u32>) -> Result<Arc<Buffer>> {
-    static LAST: Mutex<Option<(Vec<u32>, Arc<Buffer>)>> = Mutex::new(None);
-    let device = Device::Cuda(gpu.clone());
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((old, buffer)) = &*last
-        && *buffer.device() == device
-        && *old == words
-    {
-        return Ok(buffer.clone());
-    }
-    let buffer = Arc::new(Buffer::from_slice(&device, &words)?);
-    if !gpu.is_recording() {
-        *last = Some((words, buffer.clone()));
-    }
-    Ok(buffer)
 }
 
 #[cfg(test)]
@@ -451,7 +476,8 @@ pub(crate) mod tests {
                     let common = (first.len() - new[0]).min(second.len() - new[1]);
                     second[..common].copy_from_slice(&first[..common]);
                 }
-                let lists: Vec<&[u32]> = lists.iter().map(Vec::as_slice).collect();
+                let mut rows = CachedRows::new(s.device(), cfg.heads / cfg.kv_heads);
+                rows.set(&lists, &new).unwrap();
                 // Rows of nobody hold NaN.
                 let pool = |seed| {
                     let mut data = random(seed, capacity * wk, 1.0);
@@ -461,7 +487,7 @@ pub(crate) mod tests {
                 let (k, v) = (pool(2), pool(3));
                 let queries = new.iter().sum();
                 let (q, mut out) = (s.random(1, queries, wq, pad, 1.0), s.poison(queries, wq, pad));
-                attention_cached(&cfg, q.mat(), k.mat(), v.mat(), &lists, &new, out.mat_mut()).unwrap();
+                attention_cached(&cfg, q.mat(), k.mat(), v.mat(), &rows, out.mat_mut()).unwrap();
                 s.out(format!("out of {cfg:?} {lengths:?} new {new:?}"), out.get());
             }
         });
@@ -528,11 +554,12 @@ pub(crate) mod tests {
             let matrix = |rows, cols, seed| Padded::on(&device, Bf16, rows, cols, 0, &random(seed, rows * cols, 1.0));
             let (q, k, v) = (matrix(3, 16, 1), matrix(400, 8, 2), matrix(400, 8, 3));
             let lists: [Vec<u32>; 3] = [(0..90).collect(), (10..400).rev().collect(), vec![5]];
-            let lists = [&lists[0][..], &lists[1], &lists[2]];
             let run = |sequences: std::ops::Range<usize>| {
                 let mut out = matrix(sequences.len(), 16, 4);
                 let (q, lists) = (q.mat().rows_in(sequences.clone()), &lists[sequences]);
-                attention_cached(&cfg, q, k.mat(), v.mat(), lists, &vec![1; lists.len()], out.mat_mut()).unwrap();
+                let mut rows = CachedRows::new(&device, 2);
+                rows.set(lists, &vec![1; lists.len()]).unwrap();
+                attention_cached(&cfg, q, k.mat(), v.mat(), &rows, out.mat_mut()).unwrap();
                 out.get()
             };
             assert_eq!([run(0..1), run(1..2), run(2..3)].concat(), run(0..3));
@@ -581,13 +608,44 @@ pub(crate) mod tests {
         assert!((1..5000usize).all(|keys| keys.div_ceil(chunk(keys, 8)) <= RANGES));
         assert_eq!(chunk(1000, 65), 1024);
         let lists: Vec<Vec<u32>> = vec![(0..200).collect(), vec![7], (300..370).collect()];
-        let lists: Vec<&[u32]> = lists.iter().map(Vec::as_slice).collect();
         let plan = Plan::new(&lists, &[1, 0, 40], 2);
         assert_eq!((plan.tiles, plan.ranges), (3, 4));
         // 40 queries of 2 heads are two tiles; the unused list is left out.
         assert_eq!(plan.words[..8], [0, 199, 1, 0, 0, 64, 0, 0]);
         assert_eq!(plan.words[8..24], [200, 30, 40, 1, 0, 128, 0, 0, 200, 30, 40, 1, 64, 128, 0, 0]);
         assert_eq!((plan.words.len(), plan.words[24 + 199], plan.words[24 + 200]), (24 + 270, 199, 300));
+        // One token each: the launch does not depend on the lengths.
+        assert_eq!([1, 70, 5000].map(|n| Plan::new(&[(0..n).collect()], &[1], 1).ranges), [RANGES; 3]);
+    }
+
+    /// Recorded once, done for every next token.
+    #[test]
+    fn recorded_attention_looks_at_the_newest_rows() {
+        for gpu in gpus() {
+            let device = Device::Cuda(gpu);
+            let cfg = shape(2, 1, 8, true);
+            let matrix = |rows, cols, seed| Padded::on(&device, F32, rows, cols, 0, &random(seed, rows * cols, 1.0));
+            let (q, k, v) = (matrix(2, 16, 1), matrix(300, 8, 2), matrix(300, 8, 3));
+            let lists = |n: u32| [(0..n).collect(), (100..100 + n / 2).rev().collect::<Vec<u32>>()];
+            let mut rows = CachedRows::new(&device, 2);
+            rows.set(&lists(40), &[1; 2]).unwrap();
+            let mut out = matrix(2, 16, 4);
+            let attend = |rows: &CachedRows, out: &mut Padded| {
+                attention_cached(&cfg, q.mat(), k.mat(), v.mat(), rows, out.mat_mut())
+            };
+            let ((), graph) = Graph::record(&device, || attend(&rows, &mut out)).unwrap();
+            let shape = rows.shape();
+            for n in [41, 64, 70] {
+                rows.set(&lists(n), &[1; 2]).unwrap();
+                assert_eq!(rows.shape(), shape, "{n} keys");
+                graph.launch().unwrap();
+                let mut plain = matrix(2, 16, 5);
+                attend(&rows, &mut plain).unwrap();
+                assert_eq!(out.get(), plain.get(), "{n} keys");
+            }
+            rows.set(&lists(190), &[1; 2]).unwrap();
+            assert_ne!(rows.shape(), shape, "the lists have moved");
+        }
     }
 
     #[test]
@@ -597,7 +655,9 @@ pub(crate) mod tests {
         let mut b = Buffer::zeros(&Device::Cuda(gpu), DType::F32, 16).unwrap();
         let x = b.try_clone(0..16).unwrap();
         let (q, kv) = (Mat::new(&x, 0, 1, 8), Mat::new(&x, 0, 2, 8));
-        let _ = attention_cached(&shape(1, 1, 8, true), q, kv, kv, &[&[0, 2]], &[1], MatMut::new(&mut b, 0, 1, 8));
+        let mut rows = CachedRows::new(b.device(), 1);
+        rows.set(&[vec![0, 2]], &[1]).unwrap();
+        let _ = attention_cached(&shape(1, 1, 8, true), q, kv, kv, &rows, MatMut::new(&mut b, 0, 1, 8));
     }
 
     const BOTH: &[(DType, f64)] = TYPES.split_at(2).0;

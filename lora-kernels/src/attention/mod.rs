@@ -12,7 +12,7 @@ mod rows;
 
 use std::ops::Range;
 
-use crate::{Acc, Dropout, Mat, MatMut, Result, real::dispatch};
+use crate::{Acc, Device, Dropout, Mat, MatMut, Result, real::dispatch};
 
 /// Queries of one task.
 const BLOCK: usize = 64;
@@ -175,11 +175,68 @@ pub fn attention_backward(
     })
 }
 
+/// Which rows of the pools the sequences of a cache have: what [`attention_cached`] looks at, the same for all layers of a
+/// step.
+///
+/// On a CUDA device the lists are uploaded once per step, into memory that keeps its place while they fit, so that
+/// recorded work looks at the newest ones ([`CachedRows::shape`]).
+#[derive(Debug)]
+pub struct CachedRows {
+    rows: Vec<Vec<u32>>,
+    new: Vec<usize>,
+    #[cfg(feature = "cuda")]
+    on_device: Option<cuda::Lists>,
+}
+
+impl CachedRows {
+    /// No sequences yet, for attention of `cfg.heads / cfg.kv_heads = group` query heads per head of keys.
+    pub fn new(device: &Device, group: usize) -> CachedRows {
+        #[cfg(not(feature = "cuda"))]
+        let _ = (device, group);
+        CachedRows {
+            rows: Vec::new(),
+            new: Vec::new(),
+            #[cfg(feature = "cuda")]
+            on_device: cuda::Lists::new(device, group),
+        }
+    }
+
+    /// The sequences of the next step: `rows[s]` names the pool rows of sequence s in order, the `new[s]` new positions last.
+    /// Sequences (beams) may share rows.
+    ///
+    /// # Errors
+    /// No memory on the device.
+    ///
+    /// # Panics
+    /// When there is not one number per sequence, or a sequence has fewer rows than new ones.
+    pub fn set(&mut self, rows: &[Vec<u32>], new: &[usize]) -> Result<()> {
+        assert_eq!(rows.len(), new.len(), "attention_cached: rows and new name the same sequences");
+        let part = rows.iter().zip(new).all(|(r, &n)| n <= r.len());
+        assert!(part, "attention_cached: the new rows are part of the rows");
+        self.rows.resize(rows.len(), Vec::new());
+        self.rows.iter_mut().zip(rows).for_each(|(to, from)| to.clone_from(from));
+        self.new = new.to_vec();
+        #[cfg(feature = "cuda")]
+        if let Some(lists) = &mut self.on_device {
+            lists.set(rows, new)?;
+        }
+        Ok(())
+    }
+
+    /// What recorded work depends on: after it changed, the work has to be recorded again.
+    pub fn shape(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        if let Some(lists) = &self.on_device {
+            return lists.shape();
+        }
+        0
+    }
+}
+
 /// Attention of the newest positions of each sequence over a cache of keys and values.
 ///
-/// k, v: pools of rows [capacity, kv_heads · head_dim]; `rows[s]` names the pool rows of sequence s in order, the new
-/// positions last, so that sequences (beams) may share rows. q, out: [Σ new, heads · head_dim], `new[s]` rows for
-/// sequence s. Query j of n new ones in a sequence of length len sees the first len − n + j + 1 rows. Always causal and
+/// k, v: pools of rows [capacity, kv_heads · head_dim], of which `rows` says who has which. q, out:
+/// [Σ new, heads · head_dim], `new[s]` rows for sequence s. Query j of n new ones in a sequence of length len sees the first len − n + j + 1 rows. Always causal and
 /// without dropout, whatever `cfg` says: a cache serves generation. On CUDA the keys of a sequence with few new queries
 /// are split into ranges, whose number depends on nothing but the sequence, so that its results do not change with the
 /// batch.
@@ -188,29 +245,18 @@ pub fn attention_backward(
 /// As in [`attention`].
 ///
 /// # Panics
-/// When the shapes or types do not fit, a sequence has fewer rows than new queries, or a row lies outside the pool.
-#[allow(clippy::too_many_arguments)] // see `attention_backward`
-pub fn attention_cached(
-    cfg: &Attention,
-    q: Mat,
-    k: Mat,
-    v: Mat,
-    rows: &[&[u32]],
-    new: &[usize],
-    out: MatMut,
-) -> Result<()> {
-    let queries = new.iter().sum();
-    assert_eq!(rows.len(), new.len(), "attention_cached: rows and new name the same sequences");
-    assert!(rows.iter().zip(new).all(|(r, &n)| n <= r.len()), "attention_cached: the new rows are part of the rows");
+/// When the shapes or types do not fit, `rows` was made for another device or number of heads, or a row lies outside the pool.
+pub fn attention_cached(cfg: &Attention, q: Mat, k: Mat, v: Mat, rows: &CachedRows, out: MatMut) -> Result<()> {
+    let queries = rows.new.iter().sum();
     cfg.check_heads("attention_cached", queries, [(q.rows(), q.cols()), (out.rows(), out.cols())]);
     let kv = (k.rows(), cfg.kv_heads * cfg.head_dim);
     assert_eq!([(k.rows(), k.cols()), (v.rows(), v.cols())], [kv; 2], "attention_cached: k and v are alike");
     #[cfg(feature = "cuda")]
     if let Some(gpu) = out.gpu() {
-        return cuda::cached(gpu, cfg, [q, k, v], rows, new, &out);
+        return cuda::cached(gpu, cfg, [q, k, v], rows, &out);
     }
     dispatch!("attention_cached", out.dtype(), T => {
-        cached::run::<T>(cfg, q.host(), k.host(), v.host(), rows, new, out.host())
+        cached::run::<T>(cfg, q.host(), k.host(), v.host(), &rows.rows, &rows.new, out.host())
     })
 }
 

@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },    time::Duration,
 };
 
 use super::{Arguments, Driver, Function, GpuInfo, Launch, Module, driver, graph};
@@ -19,6 +22,8 @@ pub struct Gpu {
     functions: Mutex<HashMap<(&'static str, String), Function>>,
     /// Whether every launch is waited for, so that an error names its kernel (`LORA_CUDA_SYNC=1`).
     synchronous: bool,
+    /// Copies to the host, and from it.
+    pub(super) transfers: [AtomicU64; 2],
 }
 
 impl Gpu {
@@ -55,9 +60,13 @@ impl Gpu {
         Ok(Arc::new(Gpu::new(info, driver)))
     }
 
-    /// An emulated device that keeps freed memory for reuse, as a real one does.
-    #[cfg(all(test, feature = "emulator"))]
-    pub(crate) fn emulated_pooled() -> Result<Arc<Gpu>> {
+    /// An emulated device that keeps freed memory for reuse, as a real one does: for tests of memory. It finds fewer
+    /// errors than [`Gpu::emulated`], whose every buffer begins poisoned and ends at a guard page.
+    ///
+    /// # Errors
+    /// As of [`Gpu::emulated`].
+    #[cfg(feature = "emulator")]
+    pub fn emulated_pooled() -> Result<Arc<Gpu>> {
         let (info, driver) = super::emulated::open(0, None, true)?;
         Ok(Arc::new(Gpu::new(info, driver)))
     }
@@ -71,6 +80,7 @@ impl Gpu {
             memory: graph::Memory::default(),
             functions: Mutex::default(),
             synchronous,
+            transfers: Default::default(),
         }
     }
 
@@ -87,9 +97,30 @@ impl Gpu {
         self.driver.synchronize()
     }
 
+    /// The time that the device spends on what `work` asks of it, by two events in its stream; `None` where time means
+    /// nothing, on an emulated device. Does `work` in any case, once. One such measurement at a time.
+    ///
+    /// # Errors
+    /// Those of `work`, and what a kernel did wrong.
+    pub fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<Option<Duration>> {
+        let milliseconds = self.driver.time(&mut work)?;
+        Ok(milliseconds.map(|ms| Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3)))
+    }
+
     /// The state of the device's memory pool.
     pub fn pool_stats(&self) -> PoolStats {
         self.pool().stats
+    }
+
+    /// How often something was copied to the host since the device was opened. Each time the host waited for all that
+    /// the device had to do: a loop that is to keep the device busy reads rarely.
+    pub fn reads(&self) -> u64 {
+        self.transfers[0].load(Ordering::Relaxed)
+    }
+
+    /// How often something was copied from the host since the device was opened.
+    pub fn writes(&self) -> u64 {
+        self.transfers[1].load(Ordering::Relaxed)
     }
 
     /// Gives idle memory back to the device.

@@ -1,6 +1,6 @@
 #![allow(unsafe_code)]
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use super::{Driver, Gpu};
 use crate::{Error, Result, pool::Source};
@@ -38,6 +38,7 @@ impl DeviceBlock {
 
     pub(crate) fn read(&self, skip: usize, to: &mut [u8]) -> Result<()> {
         assert!(skip + to.len() <= self.bytes);
+        self.gpu.transfers[0].fetch_add(1, Ordering::Relaxed);
         // SAFETY: the bytes lie in the block.
         unsafe { self.gpu.driver().read(self.address + skip as u64, to) }
     }
@@ -45,6 +46,7 @@ impl DeviceBlock {
     pub(crate) fn write(&mut self, skip: usize, from: &[u8]) -> Result<()> {
         assert!(skip + from.len() <= self.bytes);
         self.gpu.memory.note(self.address);
+        self.gpu.transfers[1].fetch_add(1, Ordering::Relaxed);
         // SAFETY: the bytes lie in the block, which is uniquely borrowed.
         unsafe { self.gpu.driver().write(self.address + skip as u64, from) }
     }

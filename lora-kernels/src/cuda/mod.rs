@@ -24,6 +24,8 @@ pub use driver::{GpuInfo, devices};
 pub use gpu::Gpu;
 pub use graph::Graph;
 
+pub use crate::gemm::engines::{GemmEngine, GemmFamily, gemm_by, gemm_engines};
+
 pub(crate) use driver::{Captured, Driver, Function, guard};
 pub(crate) use launch::{Arguments, Launch, suffix};
 pub(crate) use memory::DeviceBlock;

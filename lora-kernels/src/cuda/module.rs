@@ -39,10 +39,6 @@ impl Module {
     pub(crate) fn text(&self) -> String {
         format!("#line 1 \"common.cuh\"\n{COMMON}\n#line 1 \"{}.cu\"\n{}", self.name, self.source)
     }
-
-    pub(crate) fn arch(&self) -> Arch {
-        self.arch
-    }
 }
 
 /// Makes the machine code of a module and hands it to `load`: from the cache, else compiled by NVRTC, else, where NVRTC is

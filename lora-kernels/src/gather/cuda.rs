@@ -30,6 +30,21 @@ pub(super) fn gather(gpu: &Arc<Gpu>, table: Mat, ids: Mat, y: &Acc) -> Result<()
     unsafe { l.run(grid(shape, vector_of(table.dtype(), table.dtype())), THREADS, 0) }
 }
 
+pub(super) fn put_rows(gpu: &Arc<Gpu>, x: Mat, ids: Mat, table: &MatMut) -> Result<()> {
+    let kernel = format!("put_rows_{}", suffix("put_rows", x.dtype())?);
+    typed("put_rows", x.dtype(), &[x, table.as_mat()]);
+    typed("put_rows", DType::U32, &[ids]);
+    let shape = (x.rows(), x.cols());
+    if shape.0 * shape.1 == 0 {
+        return Ok(());
+    }
+    let mut l = gpu.launch(&MODULE, &kernel)?;
+    l.mat(x).i64(x.ld()).mat(ids).mat_mut(table).i64(table.ld()).i32(table.rows()).i32(shape.0).i32(shape.1);
+    // SAFETY: x and the table have that many columns, there is an id for each row of x, and rows of the table are written
+    // only below the number of its rows.
+    unsafe { l.run(grid(shape, vector_of(x.dtype(), x.dtype())), THREADS, 0) }
+}
+
 pub(super) fn scatter(gpu: &Arc<Gpu>, dy: Mat, ids: Mat, mut dtable: Acc) -> Result<()> {
     let (dtype, to) = (dy.dtype(), dtable.to.dtype());
     let kernel = format!("scatter_{}_{}", suffix("scatter", dtype)?, suffix("scatter", to)?);
@@ -62,7 +77,7 @@ pub(super) fn scatter(gpu: &Arc<Gpu>, dy: Mat, ids: Mat, mut dtable: Acc) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cuda::testing::*, gather, scatter};
+    use crate::{cuda::testing::*, gather, put_rows, scatter};
 
     /// (rows of the table, columns, number of ids)
     const SHAPES: [(usize, usize, usize); 7] =
@@ -84,6 +99,26 @@ mod tests {
                 }
             }
         });
+    }
+
+    fn rows_put() {
+        parity("put_rows", &[(F32, 0.0), (Bf16, 0.0), (F16, 0.0)], |s| {
+            for (rows, d, n) in [(1, 1, 1), (5, 7, 0), (70, 31, 33), (40, 128, 7)] {
+                for pad in [0, 3, 8] {
+                    // Each id once, in no order.
+                    let ids: Vec<u32> = (0..n as u32).map(|i| (i * 37 + 11) % rows).collect();
+                    let ids = s.ids(&ids);
+                    let (x, mut table) = (s.random(1, n, d, pad, 1.0), s.random(2, rows as usize, d, pad, 1.0));
+                    put_rows(x.mat(), Mat::new(&ids, 0, 1, n), table.mat_mut()).unwrap();
+                    s.out(format!("{n} into {rows}×{d}"), table.get());
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn rows_are_put() {
+        rows_put();
     }
 
     #[test]

@@ -30,6 +30,29 @@ template <class T> struct Gather {
   }
 FOR_FLOATS(GATHER)
 
+// table[ids[i]] = x[i]; a row of an id outside of the table goes nowhere.
+template <class T> struct PutRows {
+  static constexpr int INPUTS = 1;
+  const T* x;
+  i64 ldx;
+  u32 known;
+  const u32* ids;
+  T* table;
+  i64 ldt;
+  template <int N> DEVICE void load(float (&in)[1][N], i64 row, u32 col) const { read(in[0], x + row * ldx + col); }
+  template <int N> DEVICE void finish(float (&in)[1][N], i64 row, u32 col) const {
+    u32 id = ids[row];
+    if (id < known) write(table + id * ldt + col, in[0]);
+  }
+};
+#define PUT_ROWS(T, name)                                                                                       \
+  MAP_KERNEL(4)                                                                                                 \
+  put_rows_##name(const T* x, i64 ldx, const u32* ids, T* table, i64 ldt, int known, int rows, int cols) {      \
+    map<vector_of<T, T>()>(rows, cols, aligned(x, ldx, rows) && aligned(table, ldt, known),                     \
+                           PutRows<T>{x, ldx, (u32)known, ids, table, ldt});                                    \
+  }
+FOR_FLOATS(PUT_ROWS)
+
 // The first half of scatter: the order of 0 … n − 1 by (id, number), that is, each i at the place that counts the pairs
 // before its own. n² comparisons, but no atomics and one launch: for the thousands of ids of a batch that is little. A
 // block places 32 of them, one per lane, and its eight warps share the others out. sorted[p] is the id at place p,

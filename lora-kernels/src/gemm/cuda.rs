@@ -99,6 +99,15 @@ pub(super) fn gemm(gpu: &Arc<Gpu>, p: &Problem) -> Result<()> {
     }
 }
 
+/// The product, with k not 0, by our kernels for any device.
+///
+/// # Errors
+/// As [`gemm`].
+pub(super) fn base(gpu: &Arc<Gpu>, p: &Problem, tf32: bool) -> Result<()> {
+    let family = family(p.a.dtype(), tf32)?;
+    run(gpu, p, family, cut(family, &Sizes::of(p), gpu.info().multiprocessors))
+}
+
 /// A set of kernels for one type of operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Family {

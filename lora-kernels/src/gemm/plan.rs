@@ -64,7 +64,7 @@ pub(super) struct Shape {
 
 impl Shape {
     /// The shape of a product.
-    fn of(p: &Problem, tf32: bool) -> Shape {
+    pub(super) fn of(p: &Problem, tf32: bool) -> Shape {
         let (c, residual) = (p.c.as_mat(), p.epilogue.residual);
         let aligned = |x: Mat| alignment(x.address());
         Shape {
@@ -176,7 +176,7 @@ fn plans() -> MutexGuard<'static, Plans> {
 }
 
 /// Kernels of one family that are measured against each other.
-const CANDIDATES: usize = 3;
+pub(super) const CANDIDATES: usize = 3;
 
 /// Computes a product with the engine that is fastest for it: `base` launches our kernels for any device; those for Hopper
 /// join where they can compute it, and cuBLASLt where it is installed. `LORA_GEMM` restricts the choice: `own` to our

@@ -217,17 +217,17 @@ impl Size {
     }
 }
 
-/// The tiles with which one kernel computes [n, out] columns of a projection with its terms; none where it is better to
+/// The tiles with which one kernel computes a projection with its terms, for pieces of so many columns; none where it is better to
 /// compute the projection first and to add the terms to it, with one more pass over the result:
 /// - where Hopper's own kernel or cuBLASLt computes it, which are twice as fast as tensor cores are here;
 /// - with so few rows that ranges of k have to fill the device, or that only the reading of W matters.
-fn size(gpu: &Gpu, dtype: DType, rows: usize, columns: &[Range<usize>]) -> Option<Size> {
+fn size(gpu: &Gpu, dtype: DType, rows: usize, widths: &[usize]) -> Option<Size> {
     let (cc, multiprocessors) = (gpu.info().compute_capability, gpu.info().multiprocessors);
     if dtype != DType::F32 && cc == (9, 0) || rows <= 8 {
         return None;
     }
-    let blocks =
-        |size: Size| rows.div_ceil(size.tile()) * columns.iter().map(|c| c.len().div_ceil(size.tile())).sum::<usize>();
+    let across = |size: Size| widths.iter().map(|w| w.div_ceil(size.tile())).sum::<usize>();
+    let blocks = |size: Size| rows.div_ceil(size.tile()) * across(size);
     if blocks(Size::Large) >= multiprocessors {
         return Some(Size::Large);
     }
@@ -326,8 +326,8 @@ pub(super) fn forward(
     y: &mut MatMut,
 ) -> Result<bool> {
     let Some(job) = forward_job(gpu, x, w, bias, h, parts, y) else { return Ok(false) };
-    let columns: Vec<_> = job.pieces.iter().map(|(cols, _)| cols.clone()).collect();
-    let Some(size) = size(gpu, x.dtype(), y.rows(), &columns) else { return Ok(false) };
+    let widths: Vec<_> = job.pieces.iter().map(|(cols, _)| cols.len()).collect();
+    let Some(size) = size(gpu, x.dtype(), y.rows(), &widths) else { return Ok(false) };
     launch(gpu, &job, y, size).map(|()| true)
 }
 
@@ -363,7 +363,7 @@ fn forward_job<'a>(
 /// [`super::lora_backward_input`] in one kernel; `false`, with nothing done, where that is not the fastest way.
 pub(super) fn backward_input(gpu: &Gpu, dy: Mat, w: Mat, g: Mat, a: &[Mat], dx: &mut Acc) -> Result<bool> {
     let Some(job) = input_job(gpu, dy, w, g, a, dx) else { return Ok(false) };
-    let Some(size) = size(gpu, dy.dtype(), dx.to.rows(), &[0..dx.to.cols()]) else { return Ok(false) };
+    let Some(size) = size(gpu, dy.dtype(), dx.to.rows(), &[dx.to.cols()]) else { return Ok(false) };
     launch(gpu, &job, &mut dx.to, size).map(|()| true)
 }
 
@@ -624,13 +624,15 @@ pub(crate) mod tests {
         lora_grouped, testing::Padded,
     };
 
+    /// Columns and rank of each part.
+    type Parts = &'static [(Range<usize>, usize)];
+
     /// A projection of a test.
     struct Case {
         n: usize,
         k: usize,
         out: usize,
-        /// Columns and rank of each part.
-        parts: &'static [(Range<usize>, usize)],
+        parts: Parts,
         /// Padding of every matrix: where rows begin.
         pad: usize,
     }
@@ -679,11 +681,11 @@ pub(crate) mod tests {
     /// The fused kernel with given tiles on a device, the composition on the host.
     fn forward_once(s: &Side, case: &Case, i: usize, size: Size) {
         let Case { n, k, out, pad, .. } = *case;
-        let transposed = i % 2 == 0;
+        let transposed = i.is_multiple_of(2);
         let x = s.random(1, n, k, pad, 1.0);
         let w = if transposed { s.random(2, out, k, pad, 1.0) } else { s.random(2, k, out, pad, 1.0) };
         let w = w.mat().t_if(transposed);
-        let bias = if i % 3 == 0 { s.random_acc(3, 1, out, 0, 1.0) } else { s.random(3, 1, out, i % 2, 1.0) };
+        let bias = if i.is_multiple_of(3) { s.random_acc(3, 1, out, 0, 1.0) } else { s.random(3, 1, out, i % 2, 1.0) };
         let bias = (i % 4 != 3).then(|| bias.mat());
         let h = s.random(4, n, case.rank(), pad, 1.0);
         let b = case.b(s);
@@ -705,7 +707,7 @@ pub(crate) mod tests {
         if k == 0 {
             return;
         }
-        let transposed = i % 2 == 0;
+        let transposed = i.is_multiple_of(2);
         let dy = s.random(1, n, out, pad, 1.0);
         let w = if transposed { s.random(2, out, k, pad, 1.0) } else { s.random(2, k, out, pad, 1.0) };
         let w = w.mat().t_if(transposed);
@@ -729,7 +731,8 @@ pub(crate) mod tests {
 
     fn terms(s: &Side) {
         for (i, case) in CASES.iter().enumerate() {
-            let (one, other) = if i % 2 == 0 { (Size::Small, Size::Large) } else { (Size::Large, Size::Small) };
+            let (one, other) =
+                if i.is_multiple_of(2) { (Size::Small, Size::Large) } else { (Size::Large, Size::Small) };
             forward_once(s, case, i, one);
             forward_once(s, case, i + 1, other);
             input_once(s, case, i, other);
@@ -749,7 +752,7 @@ pub(crate) mod tests {
 
     /// dy read once: shapes for one block and for several across and down.
     fn up(s: &Side) {
-        let cases: &[(usize, &[(Range<usize>, usize)], usize)] = &[
+        let cases: &[(usize, Parts, usize)] = &[
             (33, &[(0..129, 8)], 0),
             (129, &[(0..50, 4), (100..150, 16)], 3),
             (1, &[(3..20, 1)], 1),
@@ -823,20 +826,13 @@ pub(crate) mod tests {
                 let mut db = [s.poison_acc(64, 4, 0), s.poison_acc(64, 4, 0)];
                 let wanted = db.iter_mut().map(|db| Some(db.acc(0.0))).collect();
                 lora_backward_up(0.25, dy.mat(), Some(h.mat()), &case.list(&b), Some(g.mat_mut()), wanted).unwrap();
-                // Gradients that lie together, and one alone.
+                // Gradients that lie together, and apart.
                 let mut da = s.poison_acc(8, 48, 0);
-                let (first, second) = {
-                    let mut whole = da.mat_mut().reshape(2, 4 * 48);
-                    let second = Acc { to: whole.reborrow().rows_in(1..2).reshape(4, 48), beta: 0.0 };
-                    lora_backward_down(g.mat(), x.mat(), vec![(4..8, second)]).unwrap();
-                    let first = Acc { to: whole.rows_in(0..1).reshape(4, 48), beta: 0.0 };
-                    lora_backward_down(g.mat(), x.mat(), vec![(0..4, first)]).unwrap();
-                    (0..4, 4..8)
-                };
-                let mut alone = [s.poison_acc(4, 48, 1), s.poison_acc(4, 48, 1)];
-                let mut alone = alone.iter_mut();
-                let (p, q) = (alone.next().unwrap(), alone.next().unwrap());
-                lora_backward_down(g.mat(), x.mat(), vec![(first, p.acc(0.0)), (second, q.acc(0.0))]).unwrap();
+                let [mut first, mut second] = [40, 41].map(|_| s.poison_acc(4, 48, 1));
+                let (top, bottom) = da.mat_mut().reshape(1, 8 * 48).split_cols(4 * 48);
+                let [top, bottom] = [top, bottom].map(|to| Acc { to: to.reshape(4, 48), beta: 0.0 });
+                lora_backward_down(g.mat(), x.mat(), vec![(0..4, top), (4..8, bottom)]).unwrap();
+                lora_backward_down(g.mat(), x.mat(), vec![(0..4, first.acc(0.0)), (4..8, second.acc(0.0))]).unwrap();
                 let mut dx = s.target(9, n, 48, 0, 1.0);
                 lora_backward_input(dy.mat(), w.mat(), g.mat(), &a, dx.acc(1.0)).unwrap();
                 for (what, v) in [
@@ -845,8 +841,8 @@ pub(crate) mod tests {
                     ("g", &g),
                     ("dB", &db[1]),
                     ("dA", &da),
-                    ("dA 0", &*p),
-                    ("dA 1", &*q),
+                    ("dA 0", &first),
+                    ("dA 1", &second),
                     ("dx", &dx),
                 ] {
                     s.out(format!("{what} of {n}"), v.get());
@@ -883,15 +879,39 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn matrices_that_lie_together_are_one() {
+        for gpu in gpus() {
+            let device = Device::Cuda(gpu);
+            let mut whole = Buffer::zeros(&device, F32, 60).unwrap();
+            let m = Mat::new(&whole, 0, 10, 6);
+            let all = stacked(&[m.rows_in(1..3), m.rows_in(3..4), m.rows_in(4..9)]).expect("they lie together");
+            assert_eq!((all.rows(), all.address()), (8, m.rows_in(1..2).address()));
+            // Columns of wider rows do too; others do not.
+            assert!(stacked(&[m.cols_in(1..3).rows_in(0..2), m.cols_in(1..3).rows_in(2..5)]).is_some());
+            assert!(stacked(&[m.rows_in(1..3), m.rows_in(4..9)]).is_none());
+            assert!(stacked(&[m.rows_in(3..4), m.rows_in(1..3)]).is_none());
+            assert!(stacked(&[m.t().cols_in(0..2).t(), m.rows_in(2..3).t()]).is_none());
+            // Gradients as well, if they are written the same way.
+            for (beta, count) in [(0.0, 1), (1.0, 2)] {
+                let (top, bottom) = MatMut::new(&mut whole, 0, 1, 60).split_cols(24);
+                let top = (0..4, Acc { to: top.reshape(4, 6), beta: 0.0 });
+                let bottom = (4..10, Acc { to: bottom.reshape(6, 6), beta });
+                assert_eq!(joined(vec![top, bottom]).len(), count);
+            }
+        }
+    }
+
+    #[test]
     fn tiles_cover_the_columns_once_and_never_an_edge_of_a_part() {
         for (n, parts) in [
-            (129, vec![0..129]),
-            (150, vec![0..50, 100..150]),
-            (2304, vec![0..768, 768..1536, 1536..2304]),
-            (2304, vec![768..1536]),
-            (31, vec![3..20, 20..21, 22..30]),
-            (5, vec![]),
+            (129, &[(0, 129)][..]),
+            (150, &[(0, 50), (100, 150)]),
+            (2304, &[(0, 768), (768, 1536), (1536, 2304)]),
+            (2304, &[(768, 1536)]),
+            (31, &[(3, 20), (20, 21), (22, 30)]),
+            (5, &[]),
         ] {
+            let parts: Vec<Range<usize>> = parts.iter().map(|&(from, to)| from..to).collect();
             let pieces = pieces(n, &parts);
             assert!(pieces.len() <= SEGMENTS);
             let list: Vec<_> = pieces.iter().map(|(c, p)| (c.clone(), p.map_or(0..0, |i| i..i + 1))).collect();
@@ -903,8 +923,9 @@ pub(crate) mod tests {
                     let s = segments.iter().rfind(|s| s.tile <= number as i32).unwrap();
                     let col = s.col as usize + (number - s.tile as usize) * tile;
                     assert!(col < s.end as usize, "{n} {parts:?}: an empty tile");
-                    for c in col..(col + tile).min(s.end as usize) {
-                        assert!(seen[c].replace(s.from..s.to).is_none(), "{n} {parts:?}: column {c} twice");
+                    let end = (col + tile).min(s.end as usize);
+                    for (c, seen) in seen.iter_mut().enumerate().take(end).skip(col) {
+                        assert!(seen.replace(s.from..s.to).is_none(), "{n} {parts:?}: column {c} twice");
                     }
                 }
                 for (c, terms) in seen.into_iter().enumerate() {

@@ -53,7 +53,7 @@ impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
         let place = Place::open(&self.place.device, &self.place.dtype)?;
         if let Some(note) = &place.note {
-            ui::say(note);
+            ui::say(format_args!("note: {note}"));
         }
         load(&self.model, self.adapter.as_deref(), &place)
     }

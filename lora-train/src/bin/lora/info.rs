@@ -18,9 +18,10 @@ use crate::{merge::size, ui};
 
 #[derive(Args)]
 pub(crate) struct InfoArgs {
-    /// A model's, adapter's, run's or checkpoint's folder, or a safetensors file
+    /// A model's, adapter's, run's or checkpoint's folder, or a safetensors file; without one, the devices that --device
+    /// can name are listed
     #[arg(value_name = "DIR|FILE")]
-    path: PathBuf,
+    path: Option<PathBuf>,
     /// The base that an adapter belongs to, for its share of parameters [default: what its configuration names]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -41,7 +42,7 @@ pub(crate) fn run(args: InfoArgs) -> anyhow::Result<()> {
 }
 
 fn describe(args: &InfoArgs) -> anyhow::Result<Value> {
-    let path = &args.path;
+    let Some(path) = &args.path else { return Ok(machine()) };
     let about = std::fs::metadata(path).with_context(|| format!("could not read {}", path.display()))?;
     let holds = |name: &str| path.join(name).exists();
     let kind = match () {
@@ -69,6 +70,28 @@ fn describe(args: &InfoArgs) -> anyhow::Result<Value> {
         info.extend(more);
     }
     Ok(info)
+}
+
+/// The devices of this machine, and why CUDA cannot be used if it cannot.
+fn machine() -> Value {
+    let cpu = json!({"device": "cpu", "name": format!("{} threads", rayon::current_num_threads())});
+    #[cfg(not(feature = "cuda"))]
+    let (found, problem) = (Vec::<Value>::new(), Device::cuda(0).err());
+    #[cfg(feature = "cuda")]
+    let (found, problem) = match lora_kernels::cuda::devices() {
+        Ok(devices) => {
+            let row = |d: &lora_kernels::cuda::GpuInfo| {
+                let (major, minor) = d.compute_capability;
+                let capability = format!("compute capability {major}.{minor}");
+                json!({"device": format!("cuda:{}", d.ordinal), "name": d.name, "capability": capability, "bytes": d.memory})
+            };
+            // The first one may be there and too old.
+            (devices.iter().map(row).collect::<Vec<_>>(), Device::cuda(0).err())
+        }
+        Err(e) => (Vec::new(), Some(e)),
+    };
+    let devices: Vec<Value> = [cpu].into_iter().chain(found).collect();
+    json!({"kind": "machine", "devices": devices, "note": problem.map(|e| e.to_string())})
 }
 
 fn model(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {

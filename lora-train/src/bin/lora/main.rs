@@ -56,7 +56,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
     Merge(merge::MergeArgs),
-    /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is
+    /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is, or which devices there are
     Info(info::InfoArgs),
 }
 

@@ -133,10 +133,12 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
     keep: Option<usize>,
 
-    /// Where to compute: cpu, cuda, cuda:N, or auto, which is CUDA when there is a device [default: cpu]
+    /// Where to compute: cpu, cuda, cuda:N, or auto, which is CUDA when there is a device; a run may go on elsewhere
+    /// [default: cpu]
     #[arg(long, help_heading = "Machine")]
     device: Option<String>,
-    /// Type of the base's weights and of activations: f32, bf16, f16, or auto, which is bf16 on CUDA and else f32 [default: auto]
+    /// Type of the base's weights and of activations: f32, bf16, f16, or auto, which is bf16 on CUDA and else f32, and
+    /// with --resume the run's own [default: auto]
     #[arg(long, help_heading = "Machine")]
     dtype: Option<String>,
 
