@@ -2,6 +2,8 @@
 //!
 //! - `cargo bench` runs the criterion groups in `benches/`.
 //! - `cargo run --release -p lora-bench --bin e2e` measures a training step, alone or in turn with another stack.
+//! - `cargo run --release -p lora-bench --features cuda --bin gpu` is the report of a CUDA device; `gpu-report.sh` builds
+//!   and runs it with all checks that need a device, on a machine without Rust.
 //! - `interop/` holds the Python sides of comparisons, `results/` what was measured, with commands and machines.
 //!
 //! ```
@@ -19,10 +21,20 @@
 //! # Ok::<(), lora_core::Error>(())
 //! ```
 
-use std::time::{Duration, Instant};
+#[cfg(feature = "cuda")]
+pub mod gpu;
+pub mod report;
+pub mod training;
 
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
 use lora_core::Tensor;
 use lora_kernels::{Device, gemm};
+use serde_json::Value;
 
 /// A matrix of numbers in [−1, 1) without structure, the same at every call.
 ///
@@ -72,6 +84,20 @@ pub fn peak_memory_mib() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0)
+}
+
+/// The JSON object that a program prints as its last line.
+///
+/// # Errors
+/// When it cannot be started, fails, or prints anything else there.
+pub fn json_of(command: &mut Command) -> Result<Value> {
+    let output = command.output().with_context(|| format!("could not run {command:?}"))?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if !output.status.success() {
+        bail!("{command:?} failed: {err}");
+    }
+    let last = out.lines().last().with_context(|| format!("{command:?} printed nothing"))?;
+    serde_json::from_str(last).with_context(|| format!("{command:?} printed {last:?}, which is no JSON"))
 }
 
 #[cfg(test)]

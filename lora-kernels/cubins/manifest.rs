@@ -1,6 +1,6 @@
 // Do not edit: write the images in lora-kernels/cubins anew: LORA_PREBUILD=1 .ci/cuda cargo test -p lora-kernels --features cuda --lib prebuilt
 &[
-    Prebuilt { module: "activation", source: 0xefe9604c116bf1a5, images: &[
+    Prebuilt { module: "activation", source: 0xf1aefe2dc070a568, images: &[
         ("sm_80", include_bytes!("activation.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("activation.sm_90a.cubin.z")),
         ("ptx", include_bytes!("activation.ptx.z")),
@@ -35,56 +35,56 @@
         ("sm_90a", include_bytes!("elementwise.sm_90a.cubin.z")),
         ("ptx", include_bytes!("elementwise.ptx.z")),
     ] },
-    Prebuilt { module: "gather", source: 0x28b2af858271b73a, images: &[
+    Prebuilt { module: "gather", source: 0x9228c0efba462a9e, images: &[
         ("sm_80", include_bytes!("gather.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gather.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gather.ptx.z")),
     ] },
-    Prebuilt { module: "gemm_mma_bf16", source: 0x5e48972484c161b9, images: &[
+    Prebuilt { module: "gemm_mma_bf16", source: 0xfabffe5468874d80, images: &[
         ("sm_80", include_bytes!("gemm_mma_bf16.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gemm_mma_bf16.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemm_mma_bf16.ptx.z")),
     ] },
-    Prebuilt { module: "gemm_mma_f16", source: 0x46a90f88767526b5, images: &[
+    Prebuilt { module: "gemm_mma_f16", source: 0xfebcdb04846deae4, images: &[
         ("sm_80", include_bytes!("gemm_mma_f16.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gemm_mma_f16.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemm_mma_f16.ptx.z")),
     ] },
-    Prebuilt { module: "gemm_mma_tf32", source: 0xd4df13cdd8f46f84, images: &[
+    Prebuilt { module: "gemm_mma_tf32", source: 0x1307b62286f5f5fb, images: &[
         ("sm_80", include_bytes!("gemm_mma_tf32.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gemm_mma_tf32.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemm_mma_tf32.ptx.z")),
     ] },
-    Prebuilt { module: "gemm_simt", source: 0xbbe2d488ca95f720, images: &[
+    Prebuilt { module: "gemm_simt", source: 0x498e06d86f618837, images: &[
         ("sm_80", include_bytes!("gemm_simt.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gemm_simt.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemm_simt.ptx.z")),
     ] },
-    Prebuilt { module: "gemv", source: 0xa61268f85d1d0635, images: &[
+    Prebuilt { module: "gemv", source: 0xfb6d4dbefc449987, images: &[
         ("sm_80", include_bytes!("gemv.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gemv.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemv.ptx.z")),
     ] },
-    Prebuilt { module: "wgmma_nn", source: 0x982192380d95a676, images: &[
+    Prebuilt { module: "wgmma_nn", source: 0x278e9806c6ae0bc3, images: &[
         ("sm_90a", include_bytes!("wgmma_nn.sm_90a.cubin.z")),
     ] },
-    Prebuilt { module: "wgmma_nt", source: 0x7bc37394f60a6573, images: &[
+    Prebuilt { module: "wgmma_nt", source: 0x6c296efb51535e3a, images: &[
         ("sm_90a", include_bytes!("wgmma_nt.sm_90a.cubin.z")),
     ] },
-    Prebuilt { module: "wgmma_tn", source: 0xa1f755c3644afefd, images: &[
+    Prebuilt { module: "wgmma_tn", source: 0x96581628065196f0, images: &[
         ("sm_90a", include_bytes!("wgmma_tn.sm_90a.cubin.z")),
     ] },
-    Prebuilt { module: "lora_bf16", source: 0x8b2e7930716d6fe4, images: &[
+    Prebuilt { module: "lora_bf16", source: 0xff83be222e6730b3, images: &[
         ("sm_80", include_bytes!("lora_bf16.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("lora_bf16.sm_90a.cubin.z")),
         ("ptx", include_bytes!("lora_bf16.ptx.z")),
     ] },
-    Prebuilt { module: "lora_f16", source: 0xc27be63a1371a0f8, images: &[
+    Prebuilt { module: "lora_f16", source: 0x8bd4a3e933caeb0f, images: &[
         ("sm_80", include_bytes!("lora_f16.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("lora_f16.sm_90a.cubin.z")),
         ("ptx", include_bytes!("lora_f16.ptx.z")),
     ] },
-    Prebuilt { module: "lora_f32", source: 0xa5e6d4ae60ebfbe5, images: &[
+    Prebuilt { module: "lora_f32", source: 0x0b694f79487a6e22, images: &[
         ("sm_80", include_bytes!("lora_f32.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("lora_f32.sm_90a.cubin.z")),
         ("ptx", include_bytes!("lora_f32.ptx.z")),

@@ -1,4 +1,5 @@
-//! Generation against Transformers (the golden files), against the uncached forward pass, and against itself.
+//! Generation against Transformers (the golden files), against the uncached forward pass, and against itself; what a
+//! device computes, on every device at hand.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,9 @@ use serde_json::Value;
 const CPU: Device = Device::Cpu;
 
 fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/gpt2")
+    // As cargo says when the test runs, so that a copied executable finds a copied folder.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("tests/golden/gpt2")
 }
 
 fn golden() -> Value {
@@ -23,7 +26,27 @@ fn golden() -> Value {
 }
 
 fn golden_model() -> (Box<dyn Model>, Adapted) {
-    (load(&golden_dir().join("model"), &CPU).unwrap(), Adapted::none(&CPU).unwrap())
+    golden_model_on(&CPU)
+}
+
+fn golden_model_on(device: &Device) -> (Box<dyn Model>, Adapted) {
+    (load(&golden_dir().join("model"), device).unwrap(), Adapted::none(device).unwrap())
+}
+
+/// The host, and with their features the emulated device and the first CUDA device.
+fn devices() -> Vec<Device> {
+    [
+        Ok(CPU),
+        #[cfg(feature = "emulator")]
+        lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),
+        #[cfg(feature = "cuda")]
+        Device::cuda(0),
+    ]
+    .into_iter()
+    .filter_map(|device: Result<Device, lora_kernels::Error>| {
+        device.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok()
+    })
+    .collect()
 }
 
 /// A random model of another size, whose logits are small.
@@ -93,7 +116,11 @@ fn prompts() -> Vec<Vec<u32>> {
 
 #[test]
 fn greedy_and_beam_search_equal_transformers() {
-    let ((model, adapted), golden) = (golden_model(), golden());
+    devices().iter().for_each(greedy_and_beam_search_equal_transformers_on);
+}
+
+fn greedy_and_beam_search_equal_transformers_on(device: &Device) {
+    let ((model, adapted), golden) = (golden_model_on(device), golden());
     for (name, case) in golden["generation"].as_object().unwrap() {
         let config = settings(&case["settings"]);
         let outputs = case["outputs"].as_array().unwrap();
@@ -125,7 +152,11 @@ fn the_distribution_to_draw_from_is_that_of_transformers() {
 
 #[test]
 fn cached_logits_equal_uncached_ones_through_growth_forks_and_departures() {
-    let (model, adapted) = golden_model();
+    devices().iter().for_each(cached_logits_equal_uncached_ones_on);
+}
+
+fn cached_logits_equal_uncached_ones_on(device: &Device) {
+    let (model, adapted) = golden_model_on(device);
     let close = |found: &[f32], wanted: &[f32]| {
         let norm = |v: &mut dyn Iterator<Item = f32>| v.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         let difference = norm(&mut found.iter().zip(wanted).map(|(a, b)| a - b)) / norm(&mut wanted.iter().copied());
@@ -169,6 +200,38 @@ fn modes() -> [GenerationConfig; 3] {
         GenerationConfig { do_sample: true, temperature: 1.3, top_k: 0, top_p: 0.95, ..common.clone() },
         GenerationConfig { num_beams: 3, no_repeat_ngram_size: 2, ..common },
     ]
+}
+
+#[test]
+fn every_device_writes_the_same() {
+    let texts = |device: &Device| {
+        let (model, adapted) = golden_model_on(device);
+        modes().map(|config| generate(&*model, &adapted, &prompts(), &config, None).unwrap())
+    };
+    let on_cpu = texts(&CPU);
+    for device in devices().into_iter().skip(1) {
+        for (found, wanted) in texts(&device).iter().flatten().zip(on_cpu.iter().flatten()) {
+            assert_eq!((&found.tokens, found.finished), (&wanted.tokens, wanted.finished), "{device}");
+            let difference = found.score.unwrap_or_default() - wanted.score.unwrap_or_default();
+            assert!(difference.abs() < 1e-4, "{device}: {found:?} is not {wanted:?}");
+        }
+    }
+}
+
+/// Of every token only its logits are read back, whatever the number of layers.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_token_is_one_read() {
+    for device in devices() {
+        let Device::Cuda(gpu) = &device else { continue };
+        let (model, adapted) = golden_model_on(&device);
+        for config in modes() {
+            let config = GenerationConfig { max_new_tokens: 8, eos_token_id: vec![], ..config };
+            let before = gpu.reads();
+            generate(&*model, &adapted, &prompts(), &config, None).unwrap();
+            assert_eq!(gpu.reads() - before, 8, "{device}: {config:?}");
+        }
+    }
 }
 
 #[test]
@@ -354,16 +417,18 @@ fn what_makes_no_sense_is_refused() {
 
 #[test]
 fn a_diverged_model_generates_nothing() {
-    let (model, adapted) = golden_model();
+    let (model, _) = golden_model();
     let dir = tempfile::tempdir().unwrap();
     let (name, head) = model.head();
     let mut values: Vec<f32> = head.to_vec().unwrap();
     values[40] = f32::NAN;
     let head = lora_core::Tensor::from_slice(&CPU, head.shape(), &values).unwrap();
     model.save(dir.path(), &[(name.to_owned(), head)].into()).unwrap();
-    let broken = load(dir.path(), &CPU).unwrap();
-    for config in modes() {
-        let e = generate(&*broken, &adapted, &prompts(), &config, None).unwrap_err();
-        assert!(matches!(e, Error::NotFinite), "{e}");
+    for device in devices() {
+        let (broken, adapted) = (load(dir.path(), &device).unwrap(), Adapted::none(&device).unwrap());
+        for config in modes() {
+            let e = generate(&*broken, &adapted, &prompts(), &config, None).unwrap_err();
+            assert!(matches!(e, Error::NotFinite), "{device}: {e}");
+        }
     }
 }

@@ -68,7 +68,8 @@ impl Place {
         let device = place.device.to_string();
         // What an older version wrote may be a choice yet to be made.
         if let Some(before) = earlier.map(|run| &run.device).filter(|d| **d != device && *d != "auto" && *d != "cuda") {
-            notes.push(format!("the run was on {before} so far; from here on it agrees with {before} only to rounding"));
+            notes
+                .push(format!("the run was on {before} so far; from here on it agrees with {before} only to rounding"));
         }
         let run = TrainConfig { device, dtype: name(place.dtype).into(), ..config.clone() };
         Ok((place, run))

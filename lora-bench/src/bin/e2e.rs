@@ -8,16 +8,14 @@
 //! the machine as it is at that moment and neither's memory counts for the other. The peer prints one JSON object with
 //! `tokens_per_s` and `peak_rss_mib` as its last line.
 
-use std::{path::PathBuf, process::Command, time::Instant};
+use std::{path::PathBuf, process::Command};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
-use lora_bench::{median, peak_memory_mib};
-use lora_core::peft::Adapted;
-use lora_kernels::{DType, Device, pool_stats};
+use lora_bench::{json_of, median, training};
+use lora_kernels::Device;
 use lora_model::{Gpt2, Model, config::Gpt2Config};
-use lora_train::{Encoder, TrainConfig, Trainer, load_data};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 #[derive(Parser)]
 struct Args {
@@ -57,10 +55,10 @@ fn main() -> Result<()> {
     let (mut ours, mut peers) = (Side::default(), Side::default());
     for round in 1..=args.rounds {
         if let Some(peer) = &args.peer {
-            peers.add(run(Command::new("sh").arg("-c").arg(peer))?)?;
+            peers.add(json_of(Command::new("sh").arg("-c").arg(peer))?)?;
         }
         let flags = std::env::args().skip(1);
-        ours.add(run(Command::new(&own).args(flags).arg("--once"))?)?;
+        ours.add(json_of(Command::new(&own).args(flags).arg("--once"))?)?;
         eprintln!("round {round}: {}", ours.last_beside(&peers));
     }
     println!("{:<10} {:>12} {:>14}", "", "tokens/s", "peak MiB");
@@ -102,51 +100,11 @@ impl Side {
     }
 }
 
-fn run(command: &mut Command) -> Result<Value> {
-    let output = command.output().with_context(|| format!("could not run {command:?}"))?;
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if !output.status.success() {
-        bail!("{command:?} failed: {err}");
-    }
-    let last = out.lines().last().with_context(|| format!("{command:?} printed nothing"))?;
-    serde_json::from_str(last).with_context(|| format!("{command:?} printed {last:?}, which is no JSON"))
-}
-
 fn once(args: &Args) -> Result<Value> {
-    let model: Box<dyn Model> = match &args.model {
+    let mut model: Box<dyn Model> = match &args.model {
         Some(dir) => lora_model::load(dir, &Device::Cpu)?,
         None => Box::new(Gpt2::init(Gpt2Config::small(), &PathBuf::from("."), 0, &Device::Cpu)?),
     };
-    let mut model = model;
-    model.set_base_dropout(0.0);
-    let config = TrainConfig {
-        rank: 4,
-        alpha: 32.0,
-        batch_size: args.batch,
-        steps: Some(args.steps),
-        no_shuffle: true,
-        ..TrainConfig::default()
-    };
-    let encoder = Encoder::from_dir(&args.tokenizer, &*model)?;
-    let data = load_data(&args.data, None, &encoder, &*model, config.max_length)?;
-    let adapted = Adapted::new(&*config.method_options()?, &*model, &Device::Cpu, DType::F32, 0)?;
-    let mut trainer = Trainer::new(&*model, adapted, &config, data.sequences.len())?;
-    let (mut seconds, mut tokens, mut misses) = (Vec::new(), 0, Vec::new());
-    for _ in 0..args.steps {
-        let start = Instant::now();
-        let step = trainer.step(&data)?;
-        misses.push(pool_stats().misses);
-        if step.step > 1 {
-            seconds.push(start.elapsed().as_secs_f64());
-            tokens += step.tokens;
-        }
-    }
-    let all: f64 = seconds.iter().sum();
-    Ok(json!({
-        "tokens_per_s": tokens as f64 / all,
-        "step_s": median(&seconds),
-        "peak_rss_mib": peak_memory_mib(),
-        "pool_mib": pool_stats().reserved as f64 / (1 << 20) as f64,
-        "pool_misses": misses,
-    }))
+    let data = training::lines(&args.data, &args.tokenizer, &*model)?;
+    training::measure(&mut *model, &data, args.batch, args.steps)
 }

@@ -32,6 +32,9 @@ pub(super) struct Emulated {
     recording: Mutex<Option<Vec<Work>>>,
 }
 
+/// Bytes that an emulated device has, and the most that it gives at once.
+const MEMORY: usize = 1 << 30;
+
 /// Recorded work.
 pub(crate) struct Recording(Vec<Work>);
 
@@ -69,7 +72,7 @@ pub(super) fn open(seed: u32, patch: Option<Patch>, pooled: bool) -> Result<(Gpu
     let info = GpuInfo {
         ordinal: 0,
         name: "emulated on the host".into(),
-        memory: 1 << 30,
+        memory: MEMORY,
         compute_capability: (8, 0),
         multiprocessors: 4,
         shared_memory: 163 << 10,
@@ -115,6 +118,10 @@ impl Driver for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
+        // Fresh memory is poisoned, and so taken from the host at once: the host must not be the one that runs out.
+        if bytes > MEMORY {
+            return Err(Error::OutOfMemory { bytes, device: self.name() });
+        }
         match self.memory.alloc(bytes) {
             p if p.is_null() => Err(Error::OutOfMemory { bytes, device: self.name() }),
             p => Ok(p as u64),

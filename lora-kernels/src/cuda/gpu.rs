@@ -6,11 +6,12 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
-    },    time::Duration,
+    },
+    time::Duration,
 };
 
 use super::{Arguments, Driver, Function, GpuInfo, Launch, Module, driver, graph};
-use crate::{PoolStats, Result, pool::Pool};
+use crate::{Error, PoolStats, Result, pool::Pool};
 
 /// One CUDA device: its stream, its memory and the kernels loaded on it. Opened once per process and then shared.
 pub struct Gpu {
@@ -102,9 +103,21 @@ impl Gpu {
     ///
     /// # Errors
     /// Those of `work`, and what a kernel did wrong.
-    pub fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<Option<Duration>> {
-        let milliseconds = self.driver.time(&mut work)?;
-        Ok(milliseconds.map(|ms| Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3)))
+    pub fn time<E: From<Error>>(
+        &self,
+        mut work: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<Duration>, E> {
+        let mut failed = None;
+        let milliseconds = self.driver.time(&mut || {
+            work().map_err(|e| {
+                failed = Some(e);
+                Error::Cuda { what: "the measured work failed".into() }
+            })
+        });
+        match failed {
+            Some(e) => Err(e),
+            None => Ok(milliseconds?.map(|ms| Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))),
+        }
     }
 
     /// The state of the device's memory pool.

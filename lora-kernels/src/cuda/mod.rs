@@ -16,6 +16,7 @@ mod launch;
 pub(crate) mod map;
 mod memory;
 mod module;
+#[cfg(test)]
 pub(crate) mod modules;
 #[cfg(test)]
 pub(crate) mod testing;

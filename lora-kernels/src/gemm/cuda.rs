@@ -12,7 +12,16 @@ use crate::{
 
 macro_rules! module {
     ($name:literal, $source:literal, $kernels:literal) => {
-        Module::new($name, concat!(include_str!("epilogue.cuh"), include_str!($source), $kernels), Arch::Any)
+        Module::new(
+            $name,
+            concat!(
+                include_str!("../activation/functions.cuh"),
+                include_str!("epilogue.cuh"),
+                include_str!($source),
+                $kernels
+            ),
+            Arch::Any,
+        )
     };
 }
 

@@ -17,8 +17,6 @@ struct Gemm {
   float alpha, beta;
   u32 flags;
 };
-#define GEMM_PARAMETERS Gemm g
-#define GEMM_ARGUMENTS g
 DEVICE int imin(int a, int b) { return a < b ? a : b; }
 DEVICE int imax(int a, int b) { return a > b ? a : b; }
 DEVICE int clamp(int x, int low, int high) { return imin(imax(x, low), high); }
@@ -88,16 +86,14 @@ DEVICE void load_as(float (&v)[W], const void* from, i64 at, bool is_f32, int va
   else load_row((float(&)[W])v, (const float*)from + at, valid, vector);
 }
 
-// The functions of Activation, numbered as its launcher numbers them. σ comes from one exponential; beyond 80 it is as
-// good as 0 or 1.
-DEVICE float sigmoid(float z) { return 1.f / (1.f + expf(fminf(-z, 80.f))); }
+// The functions of Activation, numbered as its launcher numbers them.
 DEVICE float activate(float x, u32 kind) {
   switch (kind) {
-    case 1: return x * sigmoid(1.5957691216057308f * x * (1.f + 0.044715f * x * x));
-    case 2: return x * (0.5f + 0.5f * erff(x * 0.7071067811865476f));
-    case 3: return x <= 0.f ? 0.f : x;
-    case 4: return x * sigmoid(x);
-    case 5: return tanhf(x);
+    case 1: return GeluTanh::value(x);
+    case 2: return GeluErf::value(x);
+    case 3: return Relu::value(x);
+    case 4: return Silu::value(x);
+    case 5: return Tanh::value(x);
     default: return x;
   }
 }

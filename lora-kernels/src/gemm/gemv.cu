@@ -95,10 +95,12 @@ template <class T, int ROWS> DEVICE void gemv_nn(const Gemm& g) {
   }
 }
 
+// Two blocks on a multiprocessor: while one waits for memory the other adds.
+#define TWO_BLOCKS extern "C" __global__ void __launch_bounds__(256, 2)
 #define GEMV(T, name)                                           \
   KERNEL(128) gemv_nt_1_##name(Gemm g) { gemv_nt<T, 1>(g); }    \
   KERNEL(128) gemv_nt_8_##name(Gemm g) { gemv_nt<T, 8>(g); }    \
   KERNEL(256) gemv_nn_1_##name(Gemm g) { gemv_nn<T, 1>(g); }    \
-  KERNEL(256) gemv_nn_8_##name(Gemm g) { gemv_nn<T, 8>(g); }    \
+  TWO_BLOCKS  gemv_nn_8_##name(Gemm g) { gemv_nn<T, 8>(g); }    \
   KERNEL(256) gemv_reduce_##name(Gemm g, i64 count) { reduce_splits<T>(g, count); }
 FOR_FLOATS(GEMV)

@@ -421,8 +421,8 @@ template <int BN, int CLUSTER> DEVICE void gemm(const TensorMap* map_a, const Te
 #define WGMMA_KERNEL(BN, CLUSTER)                                                                          \
   extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                 \
       wgmma_##BN##x##CLUSTER(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, \
-                             GEMM_PARAMETERS) {                                                            \
-    gemm<BN, CLUSTER>(&map_a, &map_b, GEMM_ARGUMENTS);                                                     \
+                             Gemm g) {                                                                     \
+    gemm<BN, CLUSTER>(&map_a, &map_b, g);                                                                  \
   }
 WGMMA_KERNEL(128, 1)
 WGMMA_KERNEL(128, 2)

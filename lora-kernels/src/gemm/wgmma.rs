@@ -25,6 +25,7 @@ macro_rules! module {
                 "\n#define B_MN ",
                 $b_mn,
                 "\n",
+                include_str!("../activation/functions.cuh"),
                 include_str!("epilogue.cuh"),
                 include_str!("wgmma.cu")
             ),

@@ -14,6 +14,7 @@ use crate::{
 pub(crate) static LORA_F32: Module = Module::new(
     "lora_f32",
     concat!(
+        include_str!("../activation/functions.cuh"),
         include_str!("../gemm/epilogue.cuh"),
         include_str!("../gemm/simt.cu"),
         include_str!("../gemm/mma.cu"),
@@ -30,6 +31,7 @@ macro_rules! tensor {
         Module::new(
             $name,
             concat!(
+                include_str!("../activation/functions.cuh"),
                 include_str!("../gemm/epilogue.cuh"),
                 include_str!("../gemm/mma.cu"),
                 include_str!("terms.cu"),

@@ -330,6 +330,92 @@ fn info_tells_what_everything_is() {
     lab.fails("info train.txt", &["train.txt", "safetensors"]);
     lab.fails("info run/checkpoints", &["config.json", "adapter_config.json"]);
     lab.fails("info nothing", &["nothing"]);
+
+    // Without a path: the devices, and why there is none but the CPU.
+    let machine = lab.json("info --json");
+    let devices = machine["devices"].as_array().unwrap();
+    assert_eq!((&machine["kind"], &devices[0]["device"]), (&json!("machine"), &json!("cpu")));
+    let why = lora_kernels::Device::auto().1.map(|e| e.to_string());
+    assert_eq!(machine["note"].as_str(), why.as_deref());
+    let text = lab.ok("info");
+    assert!(text.contains("cpu") && text.contains(why.as_deref().unwrap_or("cuda:0")), "{text}");
+}
+
+/// `--device` and `--dtype` of every command that has them, on whatever machine this is.
+#[test]
+fn where_to_compute() {
+    let lab = Lab::new();
+    let train = "train --model base --data train.txt --steps 2 --save-every 2";
+    let commands = [
+        format!("{train} --out run"),
+        "pretrain --text train.txt --vocab 260 --layers 1 --dim 4 --heads 1 --steps 1 --out new".to_owned(),
+        "eval --model base --data valid.txt".to_owned(),
+        "generate --model base --prompt name --max-new-tokens 2".to_owned(),
+    ];
+    let why = lora_kernels::Device::auto().1.map(|e| e.to_string());
+    for command in &commands {
+        let output = lab.lora(&format!("{command} --device auto"));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command}: {stderr}");
+        let said: Vec<&str> = stderr.lines().filter(|l| l.contains("computing on the CPU")).collect();
+        match &why {
+            // One line that names what is missing, without the advice that was just followed.
+            Some(why) => {
+                assert_eq!(said, [format!("note: computing on the CPU: {}", why.replace(", or use --device cpu", ""))]);
+                assert!(
+                    ["--features cuda", "install", "nvidia-smi", "8.0"].iter().any(|p| said[0].contains(p)),
+                    "{said:?}"
+                );
+            }
+            None => assert!(said.is_empty(), "{command}: {said:?}"),
+        }
+        let quiet = lab.lora(&format!("{} --device auto --quiet", command.replace("--out ", "--out quiet-")));
+        assert!(quiet.status.success() && quiet.stderr.is_empty(), "{}", String::from_utf8_lossy(&quiet.stderr));
+        let elsewhere = command.replace("--out ", "--out other-");
+        lab.fails(&format!("{elsewhere} --dtype bf16"), &["dtype = bf16", "--device cuda"]);
+        lab.fails(&format!("{elsewhere} --device gpu"), &["device = gpu", "cuda:N or auto"]);
+        lab.fails(&format!("{elsewhere} --device cuda:77"), &["CUDA"]);
+        if let Some(why) = &why {
+            lab.fails(&format!("{elsewhere} --device cuda"), &[why]);
+            lab.fails(&format!("{elsewhere} --device auto --dtype bf16"), &["dtype = bf16", "computing on the CPU"]);
+        }
+    }
+    assert!(!lab.path("other-run").exists() && !lab.path("other-new").exists(), "a device that is not there");
+
+    // A run keeps the names of what `auto` came to, and its type; any device may continue it.
+    let config = lab.json("info run --json")["config"].clone();
+    let kept = if why.is_some() { ["cpu", "f32"] } else { ["cuda:0", "bf16"] };
+    assert_eq!([config["device"].as_str(), config["dtype"].as_str()], kept.map(Some));
+    let checkpoint = lab.json("info run/checkpoints/step-00000002 --json")["config"].clone();
+    assert_eq!([checkpoint["device"].as_str(), checkpoint["dtype"].as_str()], kept.map(Some));
+    lab.ok(&format!("{train} --out run --resume --device auto"));
+    lab.ok(&format!("{train} --out run --resume --device {} --dtype {}", kept[0], kept[1]));
+    let other = if why.is_some() { "bf16" } else { "f32" };
+    lab.fails(&format!("{train} --out run --resume --device auto --dtype {other}"), &["dtype = ", other]);
+    // As older versions wrote it: the choice is made now.
+    let run = lab.read("run/run.toml");
+    lab.write("run/run.toml", &run.replace(&format!("dtype = \"{}\"", kept[1]), "dtype = \"auto\""));
+    lab.ok(&format!("{train} --out run --resume --device auto"));
+    assert_eq!(lab.read("run/run.toml"), run);
+    // One that another machine began in bf16 says what it needs.
+    lab.write("run/run.toml", &run.replace("\"f32\"", "\"bf16\""));
+    lab.fails(&format!("{train} --out run --resume"), &["dtype = bf16", "the run was started", "--device cuda"]);
+}
+
+/// The command on the emulated device: what it trains there is read everywhere.
+#[cfg(feature = "emulator")]
+#[test]
+fn on_the_emulated_device() {
+    let lab = Lab::new();
+    lab.train("run", "--rank 2 --steps 2 --batch-size 2 --device emulated --dtype bf16");
+    let command = "--model base --adapter run";
+    lab.write("few.txt", &lines(40, 2));
+    let loss =
+        |place: &str| lab.json(&format!("eval {command} --data few.txt --json {place}"))["loss"].as_f64().unwrap();
+    let [cpu, f32, bf16] = ["", "--device emulated --dtype f32", "--device emulated"].map(loss);
+    assert!((f32 - cpu).abs() / cpu < 1e-5 && (bf16 - cpu).abs() / cpu < 1e-2, "{cpu} {f32} {bf16}");
+    let text = |place: &str| lab.ok(&format!("generate {command} --prompt name --max-new-tokens 4 {place}"));
+    assert_eq!(text("--device emulated --dtype f32"), text(""));
 }
 
 #[test]
