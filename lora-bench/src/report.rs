@@ -87,6 +87,13 @@ impl Row {
         self
     }
 
+    /// The same with the reason why there are no figures, in one line.
+    pub fn failed(self, why: &anyhow::Error) -> Row {
+        let line = format!("failed: {why:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+        let note = line.chars().take(400).collect::<String>();
+        self.noted(note)
+    }
+
     /// Ours over the reference; `None` without both.
     pub fn ratio(&self) -> Option<f64> {
         self.ratio.or_else(|| Some(self.ours? / self.reference?)).filter(|r| r.is_finite())
@@ -231,6 +238,13 @@ mod tests {
         assert_eq!(Row::new("", "", Some(RATE)).verdict(), Verdict::Unmeasured);
         assert_eq!(row(1.0, 0.0, Some(RATE)).verdict(), Verdict::Unmeasured, "no ratio to nothing");
         assert_eq!(Row { ratio: Some(0.5), ..row(1.0, 1.0, Some(RATE)) }.verdict(), Verdict::Missed);
+    }
+
+    #[test]
+    fn reasons_are_one_line_of_bounded_length() {
+        let e = anyhow::anyhow!("cause\n  at line 1\n{}", "x".repeat(1000)).context("no row");
+        let note = Row::new("", "", None).failed(&e).note;
+        assert!(note.starts_with("failed: no row: cause at line 1 xxx") && note.len() == 400, "{note}");
     }
 
     #[test]

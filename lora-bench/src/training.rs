@@ -4,7 +4,7 @@ use std::{path::Path, time::Instant};
 
 use anyhow::Result;
 use lora_core::peft::Adapted;
-use lora_kernels::{DType, pool_stats};
+use lora_kernels::pool_stats;
 use lora_model::Model;
 use lora_train::{
     Encoder, TrainConfig, Trainer,
@@ -58,7 +58,7 @@ pub fn measure(model: &mut dyn Model, data: &Dataset, batch: usize, steps: u64) 
         ..TrainConfig::default()
     };
     let model = &*model;
-    let adapted = Adapted::new(&*config.method_options()?, model, &model.device(), DType::F32, 0)?;
+    let adapted = Adapted::new(&*config.method_options()?, model, &model.device(), model.dtype(), 0)?;
     let mut trainer = Trainer::new(model, adapted, &config, data.sequences.len())?;
     let (mut seconds, mut tokens, mut misses) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..steps {

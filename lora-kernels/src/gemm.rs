@@ -7,7 +7,7 @@ pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod engines;
 #[cfg(feature = "cuda")]
-mod plan;
+pub(crate) mod plan;
 #[cfg(feature = "cuda")]
 pub(crate) mod wgmma;
 

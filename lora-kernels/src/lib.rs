@@ -43,6 +43,7 @@ mod reduce;
 mod rope;
 #[cfg(test)]
 mod testing;
+mod transpose;
 
 pub use activation::{Activation, activation, activation_backward, silu_gate, silu_gate_backward};
 pub use adamw::{AdamW, adamw, adamw_clipped, all_finite, clip_factor, sum_squares, sum_squares_into};
@@ -62,3 +63,4 @@ pub use mat::{Acc, Mat, MatMut};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use pool::{PoolStats, pool_stats, release_idle_memory};
 pub use rope::rope;
+pub use transpose::transpose;

@@ -68,8 +68,9 @@ pub fn lora_down(scale: f64, x: Mat, a: &[Mat], mut h: MatMut) -> Result<()> {
 /// `y = x·W + b`, plus `h_i·B_iᵀ` on the columns of each part: x [n, k], W [k, out] (a transposed descriptor where it is
 /// stored as [out, k]), b [1, out], h [n, Σ r_i] as [`lora_down`] makes it, y [n, out].
 ///
-/// On CUDA devices one kernel, which adds up the low-rank products where it adds up those of W, where no faster engine
-/// computes the projection.
+/// On CUDA devices one kernel, which adds up the low-rank products where it adds up those of W, unless cuBLASLt is faster
+/// or there are few rows. Where that kernel is the one for Hopper, the parts share one matrix with zeros between them: what
+/// is not finite in one part's h makes NaN of the other parts' columns as well.
 ///
 /// # Panics
 /// When the shapes do not fit, the types differ, or the parts' columns are not apart and in order.
@@ -110,7 +111,7 @@ pub fn lora_backward_up(
     h: Option<Mat>,
     parts: &[LoraPart],
     mut g: Option<MatMut>,
-    mut db: Vec<Option<Acc>>,
+    db: Vec<Option<Acc>>,
 ) -> Result<()> {
     let rank = parts.iter().map(|p| p.b.cols()).sum();
     check("lora_backward_up", parts, rank, dy.cols());
@@ -122,6 +123,8 @@ pub fn lora_backward_up(
         let fits = db.as_ref().is_none_or(|db| (db.to.rows(), db.to.cols()) == (part.b.rows(), part.b.cols()));
         assert!(fits, "lora_backward_up: dB is as large as B");
     }
+    #[cfg(feature = "cuda")]
+    let mut db = db;
     #[cfg(feature = "cuda")]
     if let (Some(gpu), Some(h), Some(g)) = (dy.gpu(), h, &mut g) {
         let done = cuda::backward_up(gpu, scale, dy, h, parts, g, &mut db)?;
@@ -162,7 +165,7 @@ pub fn lora_backward_down(g: Mat, x: Mat, da: Vec<(Range<usize>, Acc)>) -> Resul
 /// The gradient of x: `dx = dy·Wᵀ + Σ g_i·A_i + β·dx`, with dy [n, out], W [k, out] as [`lora_forward`] takes it,
 /// g [n, Σ r_i] from [`lora_backward_up`], A_i [r_i, k].
 ///
-/// On CUDA devices one kernel, where no faster engine computes dy·Wᵀ.
+/// On CUDA devices one kernel, unless cuBLASLt computes dy·Wᵀ faster or there are few rows.
 ///
 /// # Panics
 /// When the shapes do not fit or the types differ.

@@ -92,7 +92,6 @@ pub(crate) fn random(seed: u64, n: usize, scale: f32) -> Vec<f64> {
 }
 
 /// The numbers as `dtype` holds them.
-#[cfg(feature = "cuda")]
 pub(crate) fn rounded(dtype: DType, data: &[f64]) -> Vec<f64> {
     let round = |&v: &f64| match dtype {
         DType::F32 => f64::from(v as f32),

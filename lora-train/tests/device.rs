@@ -69,7 +69,7 @@ fn config(method: &str) -> TrainConfig {
         grad_accum: 2,
         lr: 2e-3,
         warmup: 2,
-        clip: 0.1,
+        clip: 0.3,
         no_decay_vectors: method == "full",
         label_smoothing: 0.1,
         ..TrainConfig::default()
@@ -110,8 +110,8 @@ fn training_agrees_with_the_cpu() {
     for method in ["lora", "full"] {
         let config = config(method);
         let (steps, params, evaluation) = trained(&*on_cpu, &config, DType::F32, &data);
-        println!("norms of {method}: {:?}", steps.iter().map(|s| s.grad_norm).collect::<Vec<_>>());
-        assert!(steps.iter().any(|s| s.grad_norm > config.clip), "something is clipped");
+        let clipped = steps.iter().filter(|s| s.grad_norm > config.clip).count();
+        assert!(clipped > 0 && (method == "full" || clipped < steps.len()), "{clipped} steps are clipped");
         let of = |steps: &[Step], f: fn(&Step) -> f64| steps.iter().map(f).collect::<Vec<f64>>();
         for device in gpus().into_iter().map(Device::Cuda) {
             for (dtype, most) in [(DType::F32, 1e-5), (DType::Bf16, 1e-2)] {
@@ -417,7 +417,8 @@ fn a_model_from_nothing_on_a_device() {
 fn an_error_of_memory_says_how_much_where_and_what_to_lower() {
     for device in gpus().into_iter().map(Device::Cuda) {
         let e = Tensor::empty(&device, DType::F32, &[1 << 44]).unwrap_err().to_string();
-        for part in [&device.to_string() as &str, "70368744177664 bytes", "batch", "sequences"] {
+        assert!(e.contains("cuda:0") || e.contains("the emulated device"), "{e}");
+        for part in ["70368744177664 bytes", "batch", "sequences"] {
             assert!(e.contains(part), "no {part:?} in: {e}");
         }
     }

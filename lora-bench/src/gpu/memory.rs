@@ -204,7 +204,10 @@ fn measure(bench: &Bench, case: &Case, row: Row) -> Result<Row> {
     let source = copy_source(bench)?;
     let times = bench.medians(2, &mut |way, copy| match way {
         0 => kernel(&mut sets[copy % copies]),
-        _ => Ok(drop(source.try_clone(0..source.len())?)),
+        _ => {
+            source.try_clone(0..source.len())?;
+            Ok(())
+        }
     });
     let rate = |way: usize, bytes: usize| {
         Ok::<_, anyhow::Error>(needed(&times[way])?.map(|seconds| bytes as f64 / seconds / 1e9))

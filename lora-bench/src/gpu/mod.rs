@@ -95,7 +95,7 @@ impl Bench {
         if self.deadline.is_some_and(|end| Instant::now() > end) {
             return row.noted("left out: the time was up");
         }
-        measure(self, row.clone()).unwrap_or_else(|e| row.noted(format!("failed: {e:#}").replace('\n', " ")))
+        measure(self, row.clone()).unwrap_or_else(|e| row.failed(&e))
     }
 
     /// What the device is, and the state that it is in.

@@ -121,7 +121,7 @@ pub fn decode_row(toy: bool, own: impl Fn() -> Command) -> Row {
         let (ours, reference) = (number(&recorded, "ms_per_token")?, number(&plain, "ms_per_token")?);
         Ok(Row { ours: Some(ours), reference: Some(reference), ..row.clone() })
     };
-    measured().unwrap_or_else(|e| row.clone().noted(format!("failed: {e:#}").replace('\n', " ")))
+    measured().unwrap_or_else(|e| row.clone().failed(&e))
 }
 
 /// Tokens per second of one run: the larger of two figures. All tokens but those of the first step over their time counts
@@ -158,7 +158,7 @@ pub fn train_row(toy: bool, own: impl Fn() -> Command, peer: Option<&str>, round
             None => row.noted("peer not available"),
         })
     };
-    measured().unwrap_or_else(|e| row.clone().noted(format!("failed: {e:#}").replace('\n', " ")))
+    measured().unwrap_or_else(|e| row.clone().failed(&e))
 }
 
 #[cfg(test)]
@@ -192,10 +192,10 @@ mod tests {
     fn recorded_tokens_are_compared_with_others() {
         let own = || {
             let mut command = Command::new("sh");
-            command.args(["-c", r#"echo "{\"ms_per_token\": ${LORA_CUDA_GRAPHS:-1}5}""#]);
+            command.args(["-c", r#"echo "{\"ms_per_token\": 1${LORA_CUDA_GRAPHS:-5}}""#]);
             command
         };
         let row = decode_row(false, own);
-        assert_eq!((row.ours, row.reference, row.ratio()), (Some(15.0), Some(5.0), Some(3.0)), "{row:?}");
+        assert_eq!((row.ours, row.reference, row.ratio()), (Some(15.0), Some(10.0), Some(1.5)), "{row:?}");
     }
 }

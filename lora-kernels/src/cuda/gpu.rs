@@ -20,7 +20,8 @@ pub struct Gpu {
     pool: Mutex<Pool<u64>>,
     /// The memory that graphs hold.
     pub(super) memory: graph::Memory,
-    functions: Mutex<HashMap<(&'static str, String), Function>>,
+    /// The loaded kernels by module and name.
+    functions: Mutex<HashMap<&'static str, HashMap<String, Function>>>,
     /// Whether every launch is waited for, so that an error names its kernel (`LORA_CUDA_SYNC=1`).
     synchronous: bool,
     /// Copies to the host, and from it.
@@ -170,10 +171,10 @@ impl Gpu {
     /// Prepares the launch of one kernel, which is compiled and loaded when it is used first.
     pub(crate) fn launch<'g>(&'g self, module: &'static Module, kernel: &str) -> Result<Launch<'g>> {
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (module.name, kernel.to_owned());
-        let function = match functions.get(&key) {
+        let functions = functions.entry(module.name).or_default();
+        let function = match functions.get(kernel) {
             Some(function) => *function,
-            None => *functions.entry(key).or_insert(self.driver.function(module, kernel)?),
+            None => *functions.entry(kernel.into()).or_insert(self.driver.function(module, kernel)?),
         };
         Ok(Launch::new(self, function))
     }

@@ -26,4 +26,5 @@ pub(crate) const ALL: &[&Module] = &[
     &crate::loss::cuda::MODULE,
     &crate::norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,
+    &crate::transpose::cuda::MODULE,
 ];

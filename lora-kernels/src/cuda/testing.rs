@@ -70,11 +70,6 @@ impl Side {
         self.device.is_cpu()
     }
 
-    /// The type of the matrices: f64 on the host.
-    pub(crate) fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     /// The type that is tested.
     pub(crate) fn tested(&self) -> DType {
         self.tested

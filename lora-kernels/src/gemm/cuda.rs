@@ -4,7 +4,10 @@
 
 use std::sync::Arc;
 
-use super::{Batch, Epilogue, Stack, plan};
+use super::{
+    Batch, Epilogue, Stack,
+    plan::{self, Engine},
+};
 use crate::{
     Activation, Buffer, DType, Device, Error, Mat, MatMut, Result,
     cuda::{Arch, Gpu, Module, suffix},
@@ -26,7 +29,7 @@ macro_rules! module {
 }
 
 /// f32 on CUDA cores.
-pub(crate) static SIMT: Module = module!("gemm_simt", "simt.cu", "");
+pub(crate) static SIMT: Module = module!("gemm_simt", "simt.cu", "SIMT_KERNELS\n");
 /// bf16 on tensor cores.
 pub(crate) static MMA_BF16: Module = module!("gemm_mma_bf16", "mma.cu", "TENSOR(bf16, bf16, 32)\n");
 /// f16 on tensor cores.
@@ -57,7 +60,7 @@ pub(crate) struct Problem<'a> {
 }
 
 impl<'a> Problem<'a> {
-    pub(super) fn single(
+    pub(crate) fn single(
         alpha: f64,
         a: Mat<'a>,
         b: Mat<'a>,
@@ -115,6 +118,19 @@ pub(super) fn gemm(gpu: &Arc<Gpu>, p: &Problem) -> Result<()> {
 pub(super) fn base(gpu: &Arc<Gpu>, p: &Problem, tf32: bool) -> Result<()> {
     let family = family(p.a.dtype(), tf32)?;
     run(gpu, p, family, cut(family, &Sizes::of(p), gpu.info().multiprocessors))
+}
+
+/// What computes a product: for those who would do more on the way, where the engine allows it. As [`plan::engine`], C may
+/// be written.
+///
+/// # Errors
+/// As [`gemm`].
+pub(crate) fn engine(gpu: &Arc<Gpu>, p: &Problem) -> Result<Engine> {
+    if p.m == 0 || p.n == 0 || p.k == 0 {
+        return Ok(Engine::Base);
+    }
+    let tf32 = plan::tf32()?;
+    plan::engine(gpu, p, tf32, &mut |p| base(gpu, p, tf32))
 }
 
 /// A set of kernels for one type of operands.

@@ -18,7 +18,7 @@ use crate::{Activation, Buffer, DType, Device, Error, Mat, MatMut, Result, cuda:
 
 /// A way to compute a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Engine {
+pub(crate) enum Engine {
     /// Our kernels for any device, which choose among themselves.
     Base,
     /// Our kernels for Hopper's tensor cores.
@@ -29,7 +29,7 @@ pub(super) enum Engine {
 
 /// A product `C = act(α·A·B + β·C + bias) + residual`, but for addresses and scalars: what decides how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Shape {
+pub(crate) struct Shape {
     /// Rows of C.
     pub(super) m: usize,
     /// Columns of C.
@@ -64,7 +64,7 @@ pub(super) struct Shape {
 
 impl Shape {
     /// The shape of a product.
-    pub(super) fn of(p: &Problem, tf32: bool) -> Shape {
+    pub(crate) fn of(p: &Problem, tf32: bool) -> Shape {
         let (c, residual) = (p.c.as_mat(), p.epilogue.residual);
         let aligned = |x: Mat| alignment(x.address());
         Shape {
@@ -163,7 +163,7 @@ fn variable(name: &str) -> Option<String> {
 ///
 /// # Errors
 /// [`Error::Cuda`] when the variable is neither 0 nor 1.
-pub(super) fn tf32() -> Result<bool> {
+pub(crate) fn tf32() -> Result<bool> {
     static TF32: LazyLock<Option<String>> = LazyLock::new(|| variable("LORA_TF32"));
     flag("LORA_TF32", TF32.as_deref())
 }
@@ -178,34 +178,29 @@ fn plans() -> MutexGuard<'static, Plans> {
 /// Kernels of one family that are measured against each other.
 pub(super) const CANDIDATES: usize = 3;
 
-/// Computes a product with the engine that is fastest for it: `base` launches our kernels for any device; those for Hopper
-/// join where they can compute it, and cuBLASLt where it is installed. `LORA_GEMM` restricts the choice: `own` to our
-/// kernels, `cublaslt` to cuBLASLt wherever it can.
+/// The engine that is fastest for a product: `base` launches our kernels for any device; those for Hopper join where they
+/// can compute it, and cuBLASLt where it is installed. `LORA_GEMM` restricts the choice: `own` to our kernels, `cublaslt`
+/// to cuBLASLt wherever it can.
 ///
-/// What is fastest is measured when such a product comes up for the first time; not while a graph is captured, nor where
-/// time means nothing: then the most promising of our kernels computes it.
+/// What is fastest is measured when such a product comes up for the first time, and C then holds it if β = 0; not while a
+/// graph is captured, nor where time means nothing: then it is the most promising of our kernels.
 ///
 /// # Errors
 /// [`Error::Cuda`] for a bad `LORA_GEMM`, for `LORA_GEMM=cublaslt` without the library, and what the engines return.
-pub(super) fn gemm(
+pub(super) fn engine(
     gpu: &Arc<Gpu>,
     p: &Problem,
     tf32: bool,
     base: &mut dyn FnMut(&Problem) -> Result<()>,
-) -> Result<()> {
+) -> Result<Engine> {
     static CHOICE: LazyLock<Option<String>> = LazyLock::new(|| variable("LORA_GEMM"));
     let choice = choice(CHOICE.as_deref())?;
     let shape = Shape::of(p, tf32);
     let info = gpu.info();
     let hopper = wgmma::variants(info.compute_capability, info.multiprocessors, &shape);
     let own: Vec<Engine> = hopper.into_iter().take(CANDIDATES - 1).map(Engine::Wgmma).chain([Engine::Base]).collect();
-    let mut run = |engine: Engine, p: &Problem| match engine {
-        Engine::Base => base(p),
-        // SAFETY: the variant is one for this device and shape, which are those of the product.
-        Engine::Wgmma(variant) => unsafe { wgmma::run(gpu, &shape, variant, p) },
-        // SAFETY: the shape is that of the product, whose matrices are live and of which C is uniquely borrowed.
-        Engine::CublasLt(rank) => unsafe { cublaslt::run(gpu, &shape, rank, p) },
-    };
+    // SAFETY: the engine is one of those for this device and shape, which are those of the product.
+    let mut run = |engine: Engine, p: &Problem| unsafe { run(gpu, &shape, engine, p, base) };
     let key = Key::new(info.ordinal, &shape);
     let known = if choice == Choice::Fastest { plans().get(&key).copied() } else { None };
     let proposed = match (choice, known) {
@@ -235,7 +230,42 @@ pub(super) fn gemm(
     if plan.measured && choice == Choice::Fastest {
         plans().insert(key, plan.engine);
     }
-    run(plan.engine, p)
+    Ok(plan.engine)
+}
+
+/// Computes a product with the [`engine`] that is fastest for it.
+///
+/// # Errors
+/// As [`engine`].
+pub(super) fn gemm(
+    gpu: &Arc<Gpu>,
+    p: &Problem,
+    tf32: bool,
+    base: &mut dyn FnMut(&Problem) -> Result<()>,
+) -> Result<()> {
+    let engine = engine(gpu, p, tf32, base)?;
+    // SAFETY: the engine is one for this device and shape, which are those of the product.
+    unsafe { run(gpu, &Shape::of(p, tf32), engine, p, base) }
+}
+
+/// Puts a product into the stream.
+///
+/// # Safety
+/// The shape is that of the product, but for where C lies, and the engine one that computes it on this device.
+unsafe fn run(
+    gpu: &Arc<Gpu>,
+    shape: &Shape,
+    engine: Engine,
+    p: &Problem,
+    base: &mut dyn FnMut(&Problem) -> Result<()>,
+) -> Result<()> {
+    match engine {
+        Engine::Base => base(p),
+        // SAFETY: the caller's promise.
+        Engine::Wgmma(variant) => unsafe { wgmma::run(gpu, shape, variant, p) },
+        // SAFETY: the shape is that of the product, whose matrices are live and of which C is uniquely borrowed.
+        Engine::CublasLt(rank) => unsafe { cublaslt::run(gpu, shape, rank, p) },
+    }
 }
 
 /// Milliseconds of a product, once its kernel is loaded and warm.

@@ -124,13 +124,13 @@ template <int BM, int BN, int DEPTH, bool TA, bool TB> DEVICE void simt(const Ge
   }
 }
 
-// Two blocks to a multiprocessor, which hide each other's barriers: at most 128 registers.
+// All kernels. Two blocks to a multiprocessor, which hide each other's barriers: at most 128 registers.
 #define SIMT(layout, TA, TB)                                                                                           \
   extern "C" __global__ void __launch_bounds__(256, 2) simt_large_##layout(Gemm g) { simt<128, 128, 8, TA, TB>(g); } \
   extern "C" __global__ void __launch_bounds__(256, 2) simt_small_##layout(Gemm g) { simt<64, 64, 16, TA, TB>(g); }
-SIMT(nn, false, false)
-SIMT(nt, false, true)
-SIMT(tn, true, false)
-SIMT(tt, true, true)
-
-KERNEL(256) simt_reduce(Gemm g, i64 count) { reduce_splits<float>(g, count); }
+#define SIMT_KERNELS     \
+  SIMT(nn, false, false) \
+  SIMT(nt, false, true)  \
+  SIMT(tn, true, false)  \
+  SIMT(tt, true, true)   \
+  KERNEL(256) simt_reduce(Gemm g, i64 count) { reduce_splits<float>(g, count); }

@@ -1,4 +1,5 @@
-// C = act(α·A·B + β·C + bias) + residual with bf16 operands, on Hopper's tensor cores (sm_90a): wgmma fed by TMA.
+// C = act(α·(A·B + A'·B') + β·C + bias) + residual with bf16 operands, on Hopper's tensor cores (sm_90a): wgmma fed by TMA.
+// A'·B' is a term of few steps of k, as the update of a low-rank adapter, or nothing.
 //
 // A block of three warpgroups stays on its multiprocessor and computes one 128×BN tile of C after another. The first
 // warpgroup is the producer: one of its threads has TMA copy panels of 64 steps of k of A and B into a ring of STAGES
@@ -7,6 +8,9 @@
 //
 // With CLUSTER = 2 two blocks work on tiles one below the other. They need the same panel of B: each fetches half of it
 // and TMA writes that half into both, so that B crosses L2 once for both.
+//
+// The term costs its own steps and nothing else: after the panels of A and B the producer sends those of A' and B', stored
+// the same way, through the same ring, and the consumers multiply them into the same registers.
 //
 // Two barriers per stage (mbarrier) order everything, and each is used in turns ("phases") whose parity the waits name:
 //   full[s]   completes when the producer has announced the stage (one arrival, with the number of bytes to come) and all
@@ -35,6 +39,8 @@ template <int BN> struct Layout {
 
 // A CUtensorMap.
 struct alignas(64) TensorMap { u64 opaque[16]; };
+// Those of A, B, A' and B'. Without a term the last two are not used.
+struct Maps { TensorMap a, b, term_a, term_b; };
 
 // ---- one function per instruction ----
 
@@ -215,36 +221,42 @@ template <int BN, int CLUSTER> struct Walk {
 
 // One thread. A block whose tile lies below the last row (an odd number of tiles) goes through the same motions: its A is
 // all zeros, and its half of B is needed by its neighbour.
-template <int BN, int CLUSTER> DEVICE void produce(const TensorMap* map_a, const TensorMap* map_b, const Gemm& g, u32 base) {
+template <int BN, int CLUSTER> DEVICE void produce(const Maps& maps, const Gemm& g, int term_k, u32 base) {
   using L = Layout<BN>;
   u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
   Walk<BN, CLUSTER> walk(g, rank);
   Ring ring = {0, 0};
   int row, col;
   while (walk.next(row, col)) {
-    for (int k = 0; k < g.k; k += BK) {
-      u32 a = base + ring.stage * L::STAGE, b = a + L::A_BYTES, full = base + L::FULL + 8 * ring.stage;
-      barrier_wait(base + L::EMPTY + 8 * ring.stage, ring.parity ^ 1);
-      barrier_arrive_expect(full, L::STAGE);
-      if (A_MN) {
-        tma_load(a, map_a, row, k, full);
-        tma_load(a + BOX, map_a, row + 64, k, full);
-      } else {
-        tma_load(a, map_a, k, row, full);
-      }
-      if (B_MN) {
-#pragma unroll
-        for (int i = 0; i < BN / 64; i++) {
-          if (CLUSTER == 1) tma_load(b + i * BOX, map_b, col + 64 * i, k, full);
-          else if (i % CLUSTER == rank) tma_load_multicast(b + i * BOX, map_b, col + 64 * i, k, full, (1 << CLUSTER) - 1);
+#pragma unroll 1
+    for (int phase = 0; phase < 2; phase++) {
+      const TensorMap* map_a = phase == 0 ? &maps.a : &maps.term_a;
+      const TensorMap* map_b = phase == 0 ? &maps.b : &maps.term_b;
+      int end = phase == 0 ? g.k : term_k;
+      for (int k = 0; k < end; k += BK) {
+        u32 a = base + ring.stage * L::STAGE, b = a + L::A_BYTES, full = base + L::FULL + 8 * ring.stage;
+        barrier_wait(base + L::EMPTY + 8 * ring.stage, ring.parity ^ 1);
+        barrier_arrive_expect(full, L::STAGE);
+        if (A_MN) {
+          tma_load(a, map_a, row, k, full);
+          tma_load(a + BOX, map_a, row + 64, k, full);
+        } else {
+          tma_load(a, map_a, k, row, full);
         }
-      } else if (CLUSTER == 1) {
-        tma_load(b, map_b, k, col, full);
-      } else {
-        u32 skip = rank * (BN / CLUSTER);
-        tma_load_multicast(b + skip * 128, map_b, k, col + (int)skip, full, (1 << CLUSTER) - 1);
+        if (B_MN) {
+#pragma unroll
+          for (int i = 0; i < BN / 64; i++) {
+            if (CLUSTER == 1) tma_load(b + i * BOX, map_b, col + 64 * i, k, full);
+            else if (i % CLUSTER == rank) tma_load_multicast(b + i * BOX, map_b, col + 64 * i, k, full, (1 << CLUSTER) - 1);
+          }
+        } else if (CLUSTER == 1) {
+          tma_load(b, map_b, k, col, full);
+        } else {
+          u32 skip = rank * (BN / CLUSTER);
+          tma_load_multicast(b + skip * 128, map_b, k, col + (int)skip, full, (1 << CLUSTER) - 1);
+        }
+        ring.next<L::STAGES>();
       }
-      ring.next<L::STAGES>();
     }
   }
 }
@@ -340,7 +352,7 @@ template <int BN> DEVICE void write_any(const float (&d)[BN / 2], u8* staged, co
 }
 
 // A warpgroup: rows 64·half… of the tile.
-template <int BN, int CLUSTER> DEVICE void consume(const Gemm& g, u32 base, u8* staging, u32 half) {
+template <int BN, int CLUSTER> DEVICE void consume(const Gemm& g, int steps, u32 base, u8* staging, u32 half) {
   using L = Layout<BN>;
   u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   u8* staged = staging + (half * 4 + warp) * STAGING;
@@ -360,7 +372,7 @@ template <int BN, int CLUSTER> DEVICE void consume(const Gemm& g, u32 base, u8* 
   };
   while (walk.next(row, col)) {
     u32 previous = 0;
-    for (int k = 0; k < g.k; k += BK) {
+    for (int step = 0; step < steps; step++) {
       barrier_wait(base + L::FULL + 8 * ring.stage, ring.parity);
       u32 a = base + ring.stage * L::STAGE + half * BOX, b = base + ring.stage * L::STAGE + L::A_BYTES;
       u64 of_a = descriptor(a, A_MN), of_b = descriptor(b, B_MN);
@@ -368,10 +380,10 @@ template <int BN, int CLUSTER> DEVICE void consume(const Gemm& g, u32 base, u8* 
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < BK / 16; i++)
-        wgmma<A_MN, B_MN>(d, of_a + i * k_step(A_MN), of_b + i * k_step(B_MN), i > 0 || k > 0);
+        wgmma<A_MN, B_MN>(d, of_a + i * k_step(A_MN), of_b + i * k_step(B_MN), i > 0 || step > 0);
       wgmma_commit();
       // The tensor cores stay busy with this stage while the one before it is handed back.
-      if (k > 0) {
+      if (step > 0) {
         wgmma_wait<1>();
         release(previous);
       }
@@ -389,13 +401,13 @@ template <int BN, int CLUSTER> DEVICE void consume(const Gemm& g, u32 base, u8* 
   }
 }
 
-template <int BN, int CLUSTER> DEVICE void gemm(const TensorMap* map_a, const TensorMap* map_b, const Gemm& g) {
+template <int BN, int CLUSTER> DEVICE void gemm(const Maps& maps, const Gemm& g, int term_k) {
   using L = Layout<BN>;
   DYNAMIC_SHARED(dynamic);
   u32 start = shared_address(dynamic), base = (start + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
-    tma_prefetch(map_a);
-    tma_prefetch(map_b);
+    tma_prefetch(&maps.a);
+    tma_prefetch(&maps.b);
     for (int s = 0; s < L::STAGES; s++) {
       barrier_init(base + L::FULL + 8 * s, 1);
       barrier_init(base + L::EMPTY + 8 * s, WARPS * CLUSTER);
@@ -405,24 +417,24 @@ template <int BN, int CLUSTER> DEVICE void gemm(const TensorMap* map_a, const Te
   // No block may write to its neighbour before the neighbour's barriers exist…
   if (CLUSTER > 1) cluster_barrier();
   else __syncthreads();
-  // 24·128 + 240·256 = 64512 registers: what 384 threads of 168 were launched with.
+  // 40·128 + 232·256 = 64512 registers: what 384 threads of 168 were launched with.
   if (threadIdx.x < 128) {
-    registers_down<24>();
-    if (threadIdx.x == 0) produce<BN, CLUSTER>(map_a, map_b, g, base);
+    registers_down<40>();
+    if (threadIdx.x == 0) produce<BN, CLUSTER>(maps, g, term_k, base);
   } else {
-    registers_up<240>();
-    consume<BN, CLUSTER>(g, base, dynamic + (base - start) + L::STAGED, threadIdx.x / 128 - 1);
+    registers_up<232>();
+    int steps = (g.k + BK - 1) / BK + (term_k + BK - 1) / BK;
+    consume<BN, CLUSTER>(g, steps, base, dynamic + (base - start) + L::STAGED, threadIdx.x / 128 - 1);
   }
   // …nor leave while the neighbour may still write to it or arrive at its barriers.
   if (CLUSTER > 1) cluster_barrier();
 }
 
 // The kernels: wgmma_{columns of a tile}x{blocks of a cluster}.
-#define WGMMA_KERNEL(BN, CLUSTER)                                                                          \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                 \
-      wgmma_##BN##x##CLUSTER(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, \
-                             Gemm g) {                                                                     \
-    gemm<BN, CLUSTER>(&map_a, &map_b, g);                                                                  \
+#define WGMMA_KERNEL(BN, CLUSTER)                                                          \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) \
+      wgmma_##BN##x##CLUSTER(const __grid_constant__ Maps maps, Gemm g, int term_k) {       \
+    gemm<BN, CLUSTER>(maps, g, term_k);                                                    \
   }
 WGMMA_KERNEL(128, 1)
 WGMMA_KERNEL(128, 2)

@@ -11,7 +11,7 @@ use super::{
     plan::Shape,
 };
 use crate::{
-    DType, Error, Result,
+    DType, Error, Mat, Result,
     cuda::{Arch, Gpu, Module, guard},
 };
 
@@ -49,11 +49,11 @@ const THREADS: usize = 384;
 
 /// One of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Variant {
+pub(crate) struct Variant {
     /// Columns of a tile of C.
-    pub(super) columns: usize,
+    pub(crate) columns: usize,
     /// Blocks of a cluster, which share the panels of B.
-    pub(super) cluster: usize,
+    pub(crate) cluster: usize,
 }
 
 /// The kernels, each with the time that a tile takes against one of the last, column for column: narrow tiles read more
@@ -103,7 +103,7 @@ impl Variant {
 /// or the storage are not theirs, or the product is so small that another kernel is the better choice anyway.
 ///
 /// TMA reads matrices at multiples of 16 bytes whose rows are multiples of 16 bytes apart.
-pub(super) fn variants(compute_capability: (u32, u32), multiprocessors: usize, s: &Shape) -> Vec<Variant> {
+pub(crate) fn variants(compute_capability: (u32, u32), multiprocessors: usize, s: &Shape) -> Vec<Variant> {
     let types = s.dtype == DType::Bf16 && matches!(s.out, DType::Bf16 | DType::F32);
     let aligned = s.alignment[0] == 16 && s.alignment[1] == 16 && [s.ld[0], s.ld[1]].iter().all(|ld| ld % 8 == 0);
     // Coordinates are ints, also those of the rows that a tile has too many.
@@ -185,6 +185,29 @@ fn encode(address: u64, map: &Map) -> Result<TensorMap> {
     })
 }
 
+/// Whether TMA can read a matrix: at a multiple of 16 bytes, rows multiples of 16 bytes apart, in bf16.
+pub(crate) fn is_readable(x: Mat) -> bool {
+    x.dtype() == DType::Bf16 && x.address().is_multiple_of(16) && x.ld().is_multiple_of(8) && x.ld() < 1 << 39
+}
+
+/// What is added to a product before it is completed, `A'·B'` with [m, r] and [r, n]: transposed where A and B are.
+#[derive(Clone, Copy)]
+pub(crate) struct Term<'a> {
+    pub(crate) a: Mat<'a>,
+    pub(crate) b: Mat<'a>,
+}
+
+/// The shape of a product's term: what its maps are made from.
+fn term_shape(s: &Shape, term: &Term) -> Shape {
+    let (ld_a, ld_b) = (term.a.ld(), term.b.ld());
+    Shape { k: term.a.cols(), ld: [ld_a, ld_b, s.ld[2], s.ld[3]], ..*s }
+}
+
+/// `Maps` of the kernel.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Maps([TensorMap; 4]);
+
 /// Puts a product into the stream.
 ///
 /// # Errors
@@ -193,14 +216,43 @@ fn encode(address: u64, map: &Map) -> Result<TensorMap> {
 /// # Safety
 /// The shape is that of the product, and `variant` is one of its [`variants`] on this device.
 pub(super) unsafe fn run(gpu: &Gpu, s: &Shape, variant: Variant, p: &Problem) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { run_with(gpu, s, variant, p, None) }
+}
+
+/// The same with a term that costs its steps of k and no pass over C: `C = act(α·(A·B + A'·B') + β·C + bias) + residual`.
+///
+/// # Errors
+/// As [`run`].
+///
+/// # Panics
+/// When the term's shape or storage is not that of the product, [TMA cannot read](is_readable) it, or it lies elsewhere.
+///
+/// # Safety
+/// As [`run`].
+pub(crate) unsafe fn run_with(gpu: &Gpu, s: &Shape, variant: Variant, p: &Problem, term: Option<Term>) -> Result<()> {
     let module = module_of(s).expect("a shape that a variant was found for");
     let [a, b] = maps(s, variant);
-    let arguments = arguments(gpu, p);
+    let (a, b) = (encode(p.a.address(), &a)?, encode(p.b.address(), &b)?);
+    let (mut all, mut steps) = (Maps([a, b, a, b]), 0);
+    if let Some(term) = term.filter(|term| term.a.cols() > 0) {
+        let Term { a, b } = term;
+        assert_eq!((a.rows(), a.cols(), b.cols()), (s.m, b.rows(), s.n), "gemm: a term is [m, r]·[r, n]");
+        assert_eq!((a.is_transposed(), b.is_transposed()), (s.ta, s.tb), "gemm: a term is stored as the product is");
+        for x in [a, b] {
+            assert!(is_readable(x), "gemm: a term that TMA cannot read");
+            assert!(x.gpu().is_some_and(|g| **g == *gpu), "gemm: a term on {} among those on {gpu}", x.device());
+        }
+        let [map_a, map_b] = maps(&term_shape(s, &term), variant);
+        (all.0[2], all.0[3]) = (encode(a.address(), &map_a)?, encode(b.address(), &map_b)?);
+        steps = a.cols();
+    }
     let mut launch = gpu.launch(module, &format!("wgmma_{}x{}", variant.columns, variant.cluster))?;
-    launch.raw(encode(p.a.address(), &a)?).raw(encode(p.b.address(), &b)?).raw(arguments);
+    launch.raw(all).raw(arguments(gpu, p)).i32(steps);
     let grid = variant.grid(s.m, s.n, gpu.info().multiprocessors);
-    // SAFETY: the parameters are the kernel's. TMA reads within the maps, which are those of A and B; C is written, and
-    // residual and bias are read, at rows below m and columns below n. All are live: `Mat` and `MatMut` checked it.
+    // SAFETY: the parameters are the kernel's. TMA reads within the maps, which are those of A, B and the term; C is
+    // written, and residual and bias are read, at rows below m and columns below n. All are live: `Mat` and `MatMut`
+    // checked it.
     unsafe { launch.run([grid, 1, 1], THREADS, variant.shared()) }
 }
 
@@ -247,6 +299,8 @@ mod tests {
             "BM = 128, BK = 64, CONSUMERS = 2",
             "STAGES = BN == 256 ? 4 : BN == 192 ? 5 : 6;",
             "STAGING = 16 * 128",
+            "struct Maps { TensorMap a, b, term_a, term_b; };",
+            "(const __grid_constant__ Maps maps, Gemm g, int term_k)",
             "BYTES = 1024 + EMPTY + 8 * STAGES;",
         ] {
             assert!(NT.text().contains(text), "{text}");
@@ -286,6 +340,28 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_term_has_the_boxes_of_its_product_and_ends_with_its_rank() {
+        let v = Variant { columns: 192, cluster: 2 };
+        let map = |size, pitch, window| Map { size, pitch, window };
+        let device = crate::Device::Cpu;
+        let buffer = crate::Buffer::zeros(&device, DType::Bf16, 800 * 64).unwrap();
+        let of = |rows, cols| Mat::new(&buffer, 0, rows, cols);
+        // Rank 10 in rows of 16: what lies beyond 10 is zero to TMA, whatever the padding holds.
+        let (h, b) = (of(600, 16).cols_in(0..10), of(776, 16).cols_in(0..10));
+        let s = shape(600, 776, 3072, false, true);
+        assert_eq!(
+            maps(&term_shape(&s, &Term { a: h, b: b.t() }), v),
+            [map([10, 600], 32, [64, 128]), map([10, 776], 32, [64, 96])]
+        );
+        let s = shape(600, 776, 3072, false, false);
+        assert_eq!(
+            maps(&term_shape(&s, &Term { a: h, b: of(10, 784).cols_in(0..776) }), v),
+            [map([10, 600], 32, [64, 128]), map([776, 10], 1568, [64, 64])]
+        );
+        assert_eq!((size_of::<Maps>(), align_of::<Maps>()), (512, 64));
     }
 
     #[test]

@@ -6,8 +6,13 @@ use std::{ops::Range, sync::Arc};
 
 use super::{LoraAdapter, LoraPart, ranges};
 use crate::{
-    Acc, Buffer, DType, Device, Mat, MatMut, Result,
+    Acc, Buffer, DType, Device, Epilogue, Mat, MatMut, Result, axpby,
     cuda::{Arch, Gpu, Module, suffix},
+    gemm::{
+        cuda::{self as product, Problem},
+        plan::{self, Engine, Shape},
+        wgmma::{self, Variant},
+    },
 };
 
 /// f32 on CUDA cores.
@@ -36,6 +41,7 @@ macro_rules! tensor {
                 include_str!("../gemm/mma.cu"),
                 include_str!("terms.cu"),
                 include_str!("up.cu"),
+                include_str!("pack.cu"),
                 $kernels
             ),
             Arch::Any,
@@ -47,7 +53,7 @@ macro_rules! tensor {
 pub(crate) static LORA_BF16: Module = tensor!(
     "lora_bf16",
     "LORA_TERMS(bf16, bf16, 128)\nLORA_UP(bf16, bf16, 16, 3)\nLORA_UP(bf16, bf16, 32, 3)\nLORA_UP(bf16, bf16, 64, 3)\n\
-     LORA_UP_REDUCE(bf16, bf16)\n"
+     LORA_UP_REDUCE(bf16, bf16)\nLORA_PACK(bf16, bf16)\n"
 );
 /// f16 on tensor cores.
 pub(crate) static LORA_F16: Module = tensor!(
@@ -219,13 +225,11 @@ impl Size {
     }
 }
 
-/// The tiles with which one kernel computes a projection with its terms, for pieces of so many columns; none where it is better to
-/// compute the projection first and to add the terms to it, with one more pass over the result:
-/// - where Hopper's own kernel or cuBLASLt computes it, which are twice as fast as tensor cores are here;
-/// - with so few rows that ranges of k have to fill the device, or that only the reading of W matters.
-fn size(gpu: &Gpu, dtype: DType, rows: usize, widths: &[usize]) -> Option<Size> {
-    let (cc, multiprocessors) = (gpu.info().compute_capability, gpu.info().multiprocessors);
-    if dtype != DType::F32 && cc == (9, 0) || rows <= 8 {
+/// The tiles with which one kernel computes a projection with its terms, for pieces of so many columns; none with so few
+/// rows that ranges of k have to fill the device, or that only the reading of W matters: then it is better to compute the
+/// projection first and to add the terms to it, with one more pass over the result.
+fn size(multiprocessors: usize, rows: usize, widths: &[usize]) -> Option<Size> {
+    if rows <= 8 {
         return None;
     }
     let across = |size: Size| widths.iter().map(|w| w.div_ceil(size.tile())).sum::<usize>();
@@ -234,6 +238,28 @@ fn size(gpu: &Gpu, dtype: DType, rows: usize, widths: &[usize]) -> Option<Size> 
         return Some(Size::Large);
     }
     (blocks(Size::Small) >= multiprocessors).then_some(Size::Small)
+}
+
+/// How a projection gets its terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// In the kernel of [`launch`], with tiles of that size.
+    Tiles(Size),
+    /// In the kernel for Hopper's tensor cores.
+    Hopper(Variant),
+    /// After the projection, which another engine computes.
+    Apart,
+}
+
+/// The way that follows from the engine that computes the projection: what is fastest for it alone, or what the user asked
+/// for, is also what computes it with its terms, which cost far less than it does.
+fn way(engine: Engine, rounded: bool, packable: bool, size: Option<Size>) -> Way {
+    match engine {
+        Engine::Wgmma(variant) if packable => Way::Hopper(variant),
+        // True f32 would be many times slower than a projection on tensor cores.
+        Engine::Base if !rounded => size.map_or(Way::Apart, Way::Tiles),
+        _ => Way::Apart,
+    }
 }
 
 /// Cuts `n` columns at the edges of the parts. Each piece has the number of its part, if it has one.
@@ -268,14 +294,158 @@ struct Job<'a> {
     b: Mat<'a>,
     bias: Option<Mat<'a>>,
     beta: f64,
+    /// All h or g, [m, Σ r].
+    low: Mat<'a>,
     /// [m, r] and [r, …], and the first column of C that it goes to.
     terms: Vec<(Mat<'a>, Mat<'a>, usize)>,
     /// Columns of C and the terms that they get.
     pieces: Vec<(Range<usize>, Range<usize>)>,
 }
 
+impl<'a> Job<'a> {
+    /// The projection without its terms.
+    fn projection<'b>(&'b self, c: MatMut<'b>) -> Problem<'b> {
+        Problem::single(1.0, self.a, self.b, self.beta, c, Epilogue { bias: self.bias, ..Epilogue::default() })
+    }
+
+    /// B of all terms, [Σ r, n], as it lies in memory: contiguous along the ranks where that of the projection is
+    /// contiguous along k.
+    fn by_rank(&self) -> bool {
+        !self.b.is_transposed()
+    }
+
+    /// That matrix where it exists already and TMA can read it: one term, which goes to all columns and lies that way.
+    fn whole(&self, n: usize) -> Option<Mat<'a>> {
+        let &[(_, b, first)] = &self.terms[..] else { return None };
+        // B is [c, r], A is [r, c].
+        let (of_ranks, columns) = if self.what == "forward" { (false, b.rows()) } else { (true, b.cols()) };
+        let fits = (first, columns, of_ranks) == (0, n, self.by_rank()) && wgmma::is_readable(b);
+        fits.then(|| b.t_if(!of_ranks))
+    }
+
+    /// Whether one matrix for all terms is worth its zeros. It has as many steps of k as there are ranks; up to 64, one
+    /// panel, they cost nothing. Far beyond, the parts' own products take less time, for all their passes over C.
+    fn is_packable(&self) -> bool {
+        self.what == "input" || self.terms.len() == 1 || self.low.cols() <= MOST_PACKED
+    }
+}
+
+/// The ranks of several parts of a projection that are multiplied as one matrix, at most: the products with its zeros, at
+/// 2·256 operations an element, take about as long as to read and write the element once more.
+const MOST_PACKED: usize = 256;
+
+/// `Block` of pack.cu.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Block {
+    from: u64,
+    step_col: i64,
+    step_rank: i64,
+    col: i32,
+    end: i32,
+    rank: i32,
+    rank_end: i32,
+}
+
+/// `Pack`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Pack {
+    blocks: [Block; TERMS],
+    to: u64,
+    ld: i64,
+    rows: i32,
+    cols: i32,
+    by_rank: i32,
+}
+
+/// B of all terms of a projection with n columns, in memory of its own whose rows TMA can read: [Σ r, n] where it lies by
+/// rank, else [n, Σ r]. Returns the elements from one row to the next as well.
+fn packed(gpu: &Arc<Gpu>, job: &Job, n: usize) -> Result<(Buffer, usize)> {
+    let ranks = job.low.cols();
+    let (rows, cols) = if job.by_rank() { (ranks, n) } else { (n, ranks) };
+    let ld = cols.next_multiple_of(8);
+    let mut to = Buffer::empty(&Device::Cuda(gpu.clone()), DType::Bf16, rows * ld)?;
+    let mut blocks = [Block::default(); TERMS];
+    let mut rank = 0;
+    for (block, (a, b, first)) in blocks.iter_mut().zip(&job.terms) {
+        let (columns, step_col, step_rank) =
+            if job.what == "forward" { (b.rows(), b.ld(), 1) } else { (b.cols(), 1, b.ld()) };
+        let [col, end, from, rank_end] = [*first, first + columns, rank, rank + a.cols()].map(int);
+        *block = Block {
+            from: b.address(),
+            step_col: step_col as i64,
+            step_rank: step_rank as i64,
+            col,
+            end,
+            rank: from,
+            rank_end,
+        };
+        rank += a.cols();
+    }
+    let address = MatMut::new(&mut to, 0, rows, ld).address();
+    let by_rank = job.by_rank().into();
+    let pack = Pack { blocks, to: address, ld: ld as i64, rows: int(rows), cols: int(cols), by_rank };
+    let mut l = gpu.launch(&LORA_BF16, "lora_pack_bf16")?;
+    // SAFETY: the arguments are the kernel's; it reads each block at its columns and ranks, which are those of a live
+    // matrix, and writes rows and columns of the buffer.
+    unsafe { l.raw(pack).run([(rows * cols).div_ceil(256), 1, 1], 256, 0)? };
+    Ok((to, ld))
+}
+
+/// A job on Hopper's tensor cores: the terms as one, behind the steps of the projection.
+///
+/// # Safety
+/// The variant is one of those for the job's projection on this device.
+unsafe fn launch_hopper(gpu: &Arc<Gpu>, job: &Job, c: &mut MatMut, variant: Variant) -> Result<()> {
+    let (m, n, ranks) = (c.rows(), c.cols(), job.low.cols());
+    let width = ranks.next_multiple_of(8);
+    // Of odd ranks, rows of h and g begin where TMA cannot read: a copy then, small as they are.
+    let copy = match wgmma::is_readable(job.low) {
+        true => None,
+        false => {
+            let mut copy = Buffer::empty(&Device::Cuda(gpu.clone()), DType::Bf16, m * width)?;
+            axpby(1.0, job.low, 0.0, MatMut::new(&mut copy, 0, m, width).cols_in(0..ranks))?;
+            Some(copy)
+        }
+    };
+    let a = copy.as_ref().map_or(job.low, |copy| Mat::new(copy, 0, m, width).cols_in(0..ranks));
+    let all;
+    let b = match job.whole(n) {
+        Some(whole) => whole,
+        None => {
+            let ld;
+            (all, ld) = packed(gpu, job, n)?;
+            if job.by_rank() {
+                Mat::new(&all, 0, ranks, ld).cols_in(0..n)
+            } else {
+                Mat::new(&all, 0, n, ld).cols_in(0..ranks).t()
+            }
+        }
+    };
+    let problem = job.projection(c.reborrow());
+    let shape = Shape::of(&problem, false);
+    // SAFETY: the shape is that of the projection, and the variant one for it. The buffers outlive the kernel in the stream.
+    unsafe { wgmma::run_with(gpu, &shape, variant, &problem, Some(wgmma::Term { a, b })) }
+}
+
+/// Computes a job; `false`, with nothing done, where the terms are better added after the projection.
+fn run(gpu: &Arc<Gpu>, job: &Job, c: &mut MatMut) -> Result<bool> {
+    let widths: Vec<_> = job.pieces.iter().map(|(cols, _)| cols.len()).collect();
+    let size = size(gpu.info().multiprocessors, c.rows(), &widths);
+    let rounded = job.a.dtype() == DType::F32 && plan::tf32()?;
+    let engine = product::engine(gpu, &job.projection(c.reborrow()))?;
+    match way(engine, rounded, job.is_packable(), size) {
+        Way::Tiles(size) => launch(gpu, job, c, size)?,
+        // SAFETY: the engine is one that computes the projection on this device.
+        Way::Hopper(variant) => unsafe { launch_hopper(gpu, job, c, variant)? },
+        Way::Apart => return Ok(false),
+    }
+    Ok(true)
+}
+
 fn launch(gpu: &Gpu, job: &Job, c: &mut MatMut, size: Size) -> Result<()> {
-    let Job { what, a, b, bias, beta, terms, pieces } = job;
+    let Job { what, a, b, bias, beta, terms, pieces, .. } = job;
     let (dtype, layout) = (a.dtype(), if b.is_transposed() { "nt" } else { "nn" });
     let (segments, tiles) = segments(pieces, size.tile());
     let mut list = [Term::default(); TERMS];
@@ -319,7 +489,7 @@ fn launch(gpu: &Gpu, job: &Job, c: &mut MatMut, size: Size) -> Result<()> {
 
 /// [`super::lora_forward`] in one kernel; `false`, with nothing done, where that is not the fastest way.
 pub(super) fn forward(
-    gpu: &Gpu,
+    gpu: &Arc<Gpu>,
     x: Mat,
     w: Mat,
     bias: Option<Mat>,
@@ -328,9 +498,7 @@ pub(super) fn forward(
     y: &mut MatMut,
 ) -> Result<bool> {
     let Some(job) = forward_job(gpu, x, w, bias, h, parts, y) else { return Ok(false) };
-    let widths: Vec<_> = job.pieces.iter().map(|(cols, _)| cols.len()).collect();
-    let Some(size) = size(gpu, x.dtype(), y.rows(), &widths) else { return Ok(false) };
-    launch(gpu, &job, y, size).map(|()| true)
+    run(gpu, &job, y)
 }
 
 fn forward_job<'a>(
@@ -359,14 +527,13 @@ fn forward_job<'a>(
     let terms = parts.iter().zip(ranges).map(|(p, range)| (h.cols_in(range), p.b, p.cols.start)).collect();
     let pieces = pieces(y.cols(), parts.iter().map(|p| &p.cols));
     let pieces = pieces.into_iter().map(|(cols, part)| (cols, part.map_or(0..0, |i| i..i + 1))).collect();
-    Some(Job { what: "forward", a: x, b: w, bias, beta: 0.0, terms, pieces })
+    Some(Job { what: "forward", a: x, b: w, bias, beta: 0.0, low: h, terms, pieces })
 }
 
 /// [`super::lora_backward_input`] in one kernel; `false`, with nothing done, where that is not the fastest way.
-pub(super) fn backward_input(gpu: &Gpu, dy: Mat, w: Mat, g: Mat, a: &[Mat], dx: &mut Acc) -> Result<bool> {
+pub(super) fn backward_input(gpu: &Arc<Gpu>, dy: Mat, w: Mat, g: Mat, a: &[Mat], dx: &mut Acc) -> Result<bool> {
     let Some(job) = input_job(gpu, dy, w, g, a, dx) else { return Ok(false) };
-    let Some(size) = size(gpu, dy.dtype(), dx.to.rows(), &[dx.to.cols()]) else { return Ok(false) };
-    launch(gpu, &job, &mut dx.to, size).map(|()| true)
+    run(gpu, &job, &mut dx.to)
 }
 
 fn input_job<'a>(gpu: &Gpu, dy: Mat<'a>, w: Mat<'a>, g: Mat<'a>, a: &[Mat<'a>], dx: &Acc) -> Option<Job<'a>> {
@@ -388,7 +555,7 @@ fn input_job<'a>(gpu: &Gpu, dy: Mat<'a>, w: Mat<'a>, g: Mat<'a>, a: &[Mat<'a>], 
         None => a.iter().zip(ranges(a.iter().map(Mat::rows))).map(|(a, range)| (g.cols_in(range), *a, 0)).collect(),
     };
     let pieces = vec![(0..to.cols(), 0..terms.len())];
-    Some(Job { what: "input", a: dy, b: w.t(), bias: None, beta: dx.beta, terms, pieces })
+    Some(Job { what: "input", a: dy, b: w.t(), bias: None, beta: dx.beta, low: g, terms, pieces })
 }
 
 /// `UpPart`.
@@ -716,7 +883,7 @@ pub(crate) mod tests {
         let g = s.random(4, n, case.rank(), pad, 1.0);
         // One below the other, or each in memory of its own.
         let together = case.a(s);
-        let apart: Vec<_> = case.parts.iter().zip(40..).map(|((_, r), seed)| s.random(seed, *r, k, pad, 1.0)).collect();
+        let apart = apart(s, case);
         let a: Vec<_> = if i % 4 < 2 { a_list(&together, case) } else { apart.iter().map(Padded::mat).collect() };
         let beta = [0.0, 1.0][i % 2];
         let mut dx = s.target(5, n, k, pad, beta);
@@ -750,6 +917,156 @@ pub(crate) mod tests {
     #[test]
     fn projections_with_their_terms_equal_the_reference_in_f32() {
         parity("lora terms", &[(F32, 1e-5)], terms);
+    }
+
+    /// A's in memory of their own.
+    fn apart(s: &Side, case: &Case) -> Vec<Padded> {
+        case.parts.iter().zip(40..).map(|((_, r), seed)| s.random(seed, *r, case.k, case.pad, 1.0)).collect()
+    }
+
+    fn weight(s: &Side, case: &Case, transposed: bool) -> Padded {
+        let (rows, cols) = if transposed { (case.out, case.k) } else { (case.k, case.out) };
+        s.random(2, rows, cols, case.pad, 1.0)
+    }
+
+    /// B of all terms as the device puts it together, [Σ r, n].
+    fn unpacked(gpu: &Arc<Gpu>, job: &Job, n: usize) -> Vec<f64> {
+        let (to, ld) = packed(gpu, job, n).unwrap();
+        assert_eq!(ld % 8, 0);
+        let values = to.to_vec::<half::bf16>(0..to.len()).unwrap();
+        let at = |i: usize| if job.by_rank() { i / n * ld + i % n } else { i % n * ld + i / n };
+        (0..job.low.cols() * n).map(|i| values[at(i)].to_f64()).collect()
+    }
+
+    fn packs(s: &Side) {
+        for (i, case) in CASES.iter().enumerate() {
+            let &Case { n, k, out, parts, pad } = case;
+            for transposed in [false, true] {
+                let (x, h, w) =
+                    (s.random(1, n, k, pad, 1.0), s.random(4, n, case.rank(), pad, 1.0), weight(s, case, transposed));
+                let (w, b, a) = (w.mat().t_if(transposed), case.b(s), apart(s, case));
+                let (mut y, dy, mut dx) = (s.poison(n, out, pad), s.random(5, n, out, pad, 1.0), s.poison(n, k, pad));
+                let Device::Cuda(gpu) = s.device() else {
+                    let mut of_b = vec![0.0; case.rank() * out];
+                    for ((b, range), (cols, r)) in b.iter().zip(case.ranges()).zip(parts) {
+                        for (j, v) in b.get().into_iter().enumerate() {
+                            of_b[(range.start + j % r) * out + cols.start + j / r] = v;
+                        }
+                    }
+                    s.out(format!("B {i}"), of_b);
+                    s.out(format!("A {i}"), a.iter().flat_map(Padded::get).collect());
+                    continue;
+                };
+                let (one, aligned) = (parts.len() == 1, pad == 0);
+                let job = forward_job(gpu, x.mat(), w, None, h.mat(), &case.list(&b), &y.mat_mut()).unwrap();
+                let direct = one && aligned && transposed && parts[0].0 == (0..out) && case.rank().is_multiple_of(8);
+                assert_eq!(job.whole(out).is_some(), s.tested() == Bf16 && direct, "{i}");
+                s.out(format!("B {i}"), unpacked(gpu, &job, out));
+                let a: Vec<_> = a.iter().map(Padded::mat).collect();
+                let Some(job) = input_job(gpu, dy.mat(), w, h.mat(), &a, &dx.acc(0.0)) else {
+                    assert_eq!(k, 0);
+                    s.out("nothing", Vec::new());
+                    continue;
+                };
+                let direct = one && aligned && transposed && k.is_multiple_of(8);
+                assert_eq!(job.whole(k).is_some(), direct, "{i}");
+                s.out(format!("A {i}"), unpacked(gpu, &job, k));
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_of_all_parts_are_put_together() {
+        parity("lora pack", &[(Bf16, 0.0)], packs);
+    }
+
+    /// Kernels for Hopper, where there is one: every variant by itself. Elsewhere what the public functions choose.
+    #[test]
+    fn projections_on_hopper_equal_the_reference() {
+        const VARIANTS: usize = 5;
+        let cases = [
+            // More panels than the ring has stages; B as it lies, or turned.
+            Case { n: 130, k: 520, out: 328, parts: &[(0..328, 16)], pad: 0 },
+            // Zeros between the blocks of two parts, and ranks in more than one panel in rows that TMA cannot read.
+            Case { n: 257, k: 64, out: 192, parts: &[(0..64, 8), (128..192, 8)], pad: 0 },
+            Case { n: 64, k: 72, out: 200, parts: &[(8..101, 5), (101..200, 70)], pad: 0 },
+        ];
+        parity("lora hopper", &[(Bf16, 2e-2)], |s| {
+            // Each variant's result, or one result as that of each.
+            let each = |job: &dyn Fn(&Arc<Gpu>) -> Option<Vec<Vec<f64>>>, other: &dyn Fn() -> Vec<f64>| {
+                let results = match s.device() {
+                    Device::Cuda(gpu) if gpu.info().compute_capability == (9, 0) => job(gpu).expect("a job"),
+                    _ => vec![other(); VARIANTS],
+                };
+                assert_eq!(results.len(), VARIANTS);
+                results.into_iter().for_each(|v| s.out("C", v));
+            };
+            for case in &cases {
+                let &Case { n, k, out, .. } = case;
+                for transposed in [false, true] {
+                    let (x, h, w) =
+                        (s.random(1, n, k, 0, 0.1), s.random(4, n, case.rank(), 0, 0.25), weight(s, case, transposed));
+                    let (w, b, a) = (w.mat().t_if(transposed), case.b(s), apart(s, case));
+                    let (bias, dy) = (s.random_acc(3, 1, out, 0, 1.0), s.random(5, n, out, 0, 0.1));
+                    let bias = transposed.then(|| bias.mat());
+                    let a: Vec<_> = a.iter().map(Padded::mat).collect();
+                    let forward = |gpu: &Arc<Gpu>| {
+                        let mut y = s.poison(n, out, 0);
+                        let job = forward_job(gpu, x.mat(), w, bias, h.mat(), &case.list(&b), &y.mat_mut())?;
+                        Some(every_variant(gpu, &job, &mut y, None))
+                    };
+                    each(&forward, &|| {
+                        let mut y = s.poison(n, out, 0);
+                        lora_forward(x.mat(), w, bias, h.mat(), &case.list(&b), y.mat_mut()).unwrap();
+                        y.get()
+                    });
+                    let old = || s.random(6, n, k, 0, 1.0);
+                    let input = |gpu: &Arc<Gpu>| {
+                        let mut dx = old();
+                        let job = input_job(gpu, dy.mat(), w, h.mat(), &a, &dx.acc(1.0))?;
+                        Some(every_variant(gpu, &job, &mut dx, Some(&old)))
+                    };
+                    each(&input, &|| {
+                        let mut dx = old();
+                        lora_backward_input(dy.mat(), w, h.mat(), &a, dx.acc(1.0)).unwrap();
+                        dx.get()
+                    });
+                }
+            }
+        });
+    }
+
+    /// What each variant makes of a job, in a C that is new each time where it is read.
+    fn every_variant(gpu: &Arc<Gpu>, job: &Job, c: &mut Padded, new: Option<&dyn Fn() -> Padded>) -> Vec<Vec<f64>> {
+        let info = gpu.info();
+        let shape = Shape::of(&job.projection(c.mat_mut()), false);
+        let variants = wgmma::variants(info.compute_capability, info.multiprocessors, &shape);
+        let mut result = |variant| {
+            if let Some(new) = new {
+                *c = new();
+            }
+            // SAFETY: one of the variants for the projection on this device.
+            unsafe { launch_hopper(gpu, job, &mut c.mat_mut(), variant).unwrap() };
+            c.get()
+        };
+        variants.into_iter().map(&mut result).collect()
+    }
+
+    #[test]
+    fn the_engine_of_the_projection_decides() {
+        let variant = Variant { columns: 256, cluster: 2 };
+        let (hopper, tiles) = (Engine::Wgmma(variant), Way::Tiles(Size::Large));
+        let large = Some(Size::Large);
+        assert_eq!(way(hopper, false, true, large), Way::Hopper(variant));
+        assert_eq!(way(hopper, false, false, large), Way::Apart, "too many zeros");
+        assert_eq!(way(Engine::Base, false, false, large), tiles);
+        assert_eq!(way(Engine::Base, false, true, None), Way::Apart, "few rows");
+        assert_eq!(way(Engine::Base, true, true, large), Way::Apart, "tf32");
+        assert_eq!(way(Engine::CublasLt(0), false, true, large), Way::Apart, "the faster, or what LORA_GEMM asks for");
+        assert_eq!(size(132, 8192, &[768, 768, 768]), large);
+        assert_eq!(size(132, 512, &[768]), None);
+        assert_eq!(size(132, 1024, &[768]), Some(Size::Small));
+        assert_eq!(size(1, 8, &[768]), None);
     }
 
     /// dy read once: shapes for one block and for several across and down.
@@ -970,6 +1287,7 @@ pub(crate) mod tests {
     fn arguments_are_laid_out_as_in_c() {
         assert_eq!((size_of::<Product>(), size_of::<Term>(), size_of::<Segment>()), (136, 48, 20));
         assert_eq!((size_of::<Arguments>(), std::mem::offset_of!(Arguments, segments)), (424, 280));
+        assert_eq!((size_of::<Block>(), size_of::<Pack>()), (40, 152));
         assert_eq!((size_of::<UpPart>(), size_of::<Up>()), (88, 304));
         assert_eq!((size_of::<Grouped>(), std::mem::offset_of!(Grouped, k)), (64, 56));
     }
@@ -1030,6 +1348,20 @@ pub(crate) mod tests {
             from: "buffers + DEPTH * LA + in_b);\n    __syncthreads();",
             to: "buffers + DEPTH * LA + in_b);",
             check: projections_with_their_terms_equal_the_reference_in_f32,
+        },
+        Mutation {
+            name: "blocks of another storage",
+            module: "lora_bf16",
+            from: "(col - k.col) * k.step_col + (rank - k.rank) * k.step_rank",
+            to: "(col - k.col) * k.step_rank + (rank - k.rank) * k.step_col",
+            check: matrices_of_all_parts_are_put_together,
+        },
+        Mutation {
+            name: "a block is one rank too wide",
+            module: "lora_bf16",
+            from: "rank < k.rank_end",
+            to: "rank <= k.rank_end",
+            check: matrices_of_all_parts_are_put_together,
         },
         Mutation {
             name: "no barrier before a tile of dy is multiplied",
