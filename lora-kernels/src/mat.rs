@@ -106,9 +106,12 @@ impl<'a> Mat<'a> {
         self.ld
     }
 
-    /// The address of the first element on its device.
+    /// The address of the first element on its device, for a launch: a graph that is being recorded keeps its memory.
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
+        if let Some(gpu) = self.gpu() {
+            gpu.note(self.ptr as u64);
+        }
         self.ptr as u64
     }
 

@@ -144,18 +144,20 @@ impl KvCache {
     fn make_room(&mut self, more: usize) -> Result<()> {
         let live: BTreeSet<u32> = self.sequences.iter().flatten().copied().collect();
         let live: Vec<u32> = live.into_iter().collect();
+        #[cfg(feature = "cuda")]
+        self.recorded.forget();
+        // All new pools before anything changes: without memory the cache stays as it was.
+        let moved = |pool: &Tensor| -> Result<Tensor> {
+            let ids = Tensor::from_slice(&pool.device(), &[live.len()], &live)?;
+            let mut moved = Tensor::empty(&pool.device(), pool.dtype(), &[2 * (live.len() + more), pool.cols()])?;
+            gather(pool.mat(), ids.mat(), Acc { to: moved.make_mut()?.rows_in(0..live.len()), beta: 0.0 })?;
+            Ok(moved)
+        };
+        self.layers = self.layers.iter().map(|(k, v)| Ok((moved(k)?, moved(v)?))).collect::<Result<_>>()?;
         for row in self.sequences.iter_mut().flatten() {
             *row = live.binary_search(row).expect("live rows are those of the sequences") as u32;
         }
         self.used = live.len();
-        for pool in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
-            let ids = Tensor::from_slice(&pool.device(), &[live.len()], &live)?;
-            let mut moved = Tensor::empty(&pool.device(), pool.dtype(), &[2 * (live.len() + more), pool.cols()])?;
-            gather(pool.mat(), ids.mat(), Acc { to: moved.make_mut()?.rows_in(0..live.len()), beta: 0.0 })?;
-            *pool = moved;
-        }
-        #[cfg(feature = "cuda")]
-        self.recorded.forget();
         Ok(())
     }
 

@@ -35,7 +35,7 @@ fn golden_model_on(device: &Device) -> (Box<dyn Model>, Adapted) {
 
 /// The host, and with their features the emulated device and the first CUDA device.
 fn devices() -> Vec<Device> {
-    [
+    let devices: Vec<Device> = [
         Ok(CPU),
         #[cfg(feature = "emulator")]
         lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),
@@ -46,7 +46,10 @@ fn devices() -> Vec<Device> {
     .filter_map(|device: Result<Device, lora_kernels::Error>| {
         device.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok()
     })
-    .collect()
+    .collect();
+    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
+    assert!(!(required && devices.len() == 1), "required, but there is no CUDA device");
+    devices
 }
 
 /// A random model of another size, whose logits are small.

@@ -38,7 +38,7 @@ fn places() -> Vec<Place> {
 
 /// With their features the emulated device and the first CUDA device.
 fn gpus() -> Vec<Device> {
-    [
+    let gpus: Vec<Device> = [
         #[cfg(feature = "emulator")]
         lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),
         #[cfg(feature = "cuda")]
@@ -48,7 +48,10 @@ fn gpus() -> Vec<Device> {
     .filter_map(|gpu: Result<Device, lora_kernels::Error>| {
         gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok()
     })
-    .collect()
+    .collect();
+    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
+    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
+    gpus
 }
 
 #[derive(Deserialize)]

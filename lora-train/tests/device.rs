@@ -17,14 +17,17 @@ const CPU: Device = Device::Cpu;
 const VOCAB: u32 = 101;
 
 fn gpus() -> Vec<Arc<Gpu>> {
-    [
+    let gpus: Vec<Arc<Gpu>> = [
         #[cfg(feature = "emulator")]
         Gpu::emulated(0),
         Gpu::open(0),
     ]
     .into_iter()
     .filter_map(|gpu| gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok())
-    .collect()
+    .collect();
+    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
+    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
+    gpus
 }
 
 /// A model of 2 layers; a folder, so that each device can load it.

@@ -113,7 +113,7 @@ mod tests {
         parity("activation", &TYPES, |s| {
             for kind in KINDS {
                 for (rows, cols, pad) in SHAPES {
-                    let x = s.new(rows, cols, pad, &inputs(rows * cols));
+                    let x = s.given(rows, cols, pad, &inputs(rows * cols));
                     let mut y = s.poison(rows, cols, pad);
                     activation(kind, x.mat(), y.mat_mut()).unwrap();
                     s.out(format!("{kind:?} {rows}×{cols}"), y.get());
@@ -136,7 +136,7 @@ mod tests {
     fn gates() {
         parity("silu_gate", &TYPES, |s| {
             for (rows, cols, pad) in SHAPES {
-                let gate = s.new(rows, cols, pad, &inputs(rows * cols));
+                let gate = s.given(rows, cols, pad, &inputs(rows * cols));
                 let (up, dy) = (s.random(4, rows, cols, pad, 2.0), s.random(5, rows, cols, pad, 1.0));
                 let mut y = s.poison(rows, cols, pad);
                 silu_gate(gate.mat(), up.mat(), y.mat_mut()).unwrap();

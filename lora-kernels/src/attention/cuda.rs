@@ -482,7 +482,7 @@ pub(crate) mod tests {
                 let pool = |seed| {
                     let mut data = random(seed, capacity * wk, 1.0);
                     free.iter().for_each(|&r| data[r as usize * wk..][..wk].fill(f64::NAN));
-                    s.new(capacity, wk, pad, &data)
+                    s.given(capacity, wk, pad, &data)
                 };
                 let (k, v) = (pool(2), pool(3));
                 let queries = new.iter().sum();

@@ -139,7 +139,7 @@ pub(super) fn open(ordinal: usize) -> Result<(GpuInfo, Box<dyn Driver>)> {
         let context = CudaContext::new(ordinal).map_err(failed)?;
         context.bind_to_thread().map_err(failed)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
-        let events = [event()?, event()?];
+        let events = Mutex::new([event()?, event()?]);
         let driver = Cuda { context, stream, events, info: info.clone(), modules: Mutex::default(), staged: Mutex::default() };
         Ok((info.clone(), Box::new(driver) as Box<dyn Driver>))
     })
@@ -224,8 +224,8 @@ fn info(ordinal: i32) -> std::result::Result<GpuInfo, DriverError> {
 struct Cuda {
     context: Arc<CudaContext>,
     stream: sys::CUstream,
-    /// The ends of a measured time.
-    events: [sys::CUevent; 2],
+    /// The ends of a measured time: one measurement at a time.
+    events: Mutex<[sys::CUevent; 2]>,
     info: GpuInfo,
     modules: Mutex<Vec<(&'static str, Loaded)>>,
     /// While work is recorded, the host's side of its copies to the device.
@@ -259,6 +259,7 @@ impl Drop for Staged {
 /// A graph of CUDA's, ready to run.
 pub(crate) struct CudaGraph {
     context: Arc<CudaContext>,
+    stream: sys::CUstream,
     graph: sys::CUgraph,
     run: sys::CUgraphExec,
     /// Read by its copies; freed after it.
@@ -273,7 +274,9 @@ unsafe impl Sync for CudaGraph {}
 impl Drop for CudaGraph {
     fn drop(&mut self) {
         // The staged bytes must not go while the device still runs the graph.
-        let done = self.context.bind_to_thread().and_then(|()| self.context.synchronize());
+        // SAFETY: the stream lives as long as the device.
+        let done =
+            self.context.bind_to_thread().and_then(|()| unsafe { result::stream::synchronize(self.stream) });
         if done.is_ok() {
             // SAFETY: both were made together, and nobody uses them any more.
             let _ = unsafe { result::graph::exec_destroy(self.run).and_then(|()| result::graph::destroy(self.graph)) };
@@ -420,7 +423,8 @@ impl Driver for Cuda {
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<f32>> {
         self.bind()?;
-        let [start, end] = self.events;
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let [start, end] = *events;
         // SAFETY: events and stream live as long as the device.
         unsafe {
             result::event::record(start, self.stream).map_err(failed)?;
@@ -433,11 +437,12 @@ impl Driver for Cuda {
 
     fn begin_capture(&self) -> Result<()> {
         self.bind()?;
-        *self.staged.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
         // Relaxed: the pool may have to ask for memory meanwhile.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives as long as the device.
-        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed)
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed)?;
+        *self.staged.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+        Ok(())
     }
 
     fn end_capture(&self) -> Result<Captured> {
@@ -447,9 +452,14 @@ impl Driver for Cuda {
         let (graph, run) = unsafe {
             let graph = result::stream::end_capture(self.stream).map_err(failed)?;
             let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-            (graph, result::graph::instantiate(graph, flags).map_err(failed)?)
+            let run = result::graph::instantiate(graph, flags).map_err(|e| {
+                let _ = result::graph::destroy(graph);
+                failed(e)
+            })?;
+            (graph, run)
         };
-        Ok(Captured::Cuda(CudaGraph { context: self.context.clone(), graph, run, _staged: staged }))
+        let (context, stream) = (self.context.clone(), self.stream);
+        Ok(Captured::Cuda(CudaGraph { context, stream, graph, run, _staged: staged }))
     }
 
     fn replay(&self, captured: &Captured) -> Result<()> {

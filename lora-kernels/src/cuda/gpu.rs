@@ -96,6 +96,7 @@ impl Gpu {
     /// # Errors
     /// What a kernel did wrong since the last call.
     pub fn synchronize(&self) -> Result<()> {
+        let _turn = self.turn();
         self.driver.synchronize()
     }
 
@@ -109,7 +110,7 @@ impl Gpu {
         mut work: impl FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Duration>, E> {
         let mut failed = None;
-        let milliseconds = self.driver.time(&mut || {
+        let milliseconds = self.timed(&mut || {
             work().map_err(|e| {
                 failed = Some(e);
                 Error::Cuda { what: "the measured work failed".into() }
@@ -119,6 +120,22 @@ impl Gpu {
             Some(e) => Err(e),
             None => Ok(milliseconds?.map(|ms| Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))),
         }
+    }
+
+    /// [`Gpu::time`] in milliseconds.
+    pub(crate) fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Option<f32>> {
+        let _turn = self.turn();
+        self.driver.time(work)
+    }
+
+    /// Waits for a recording of another thread ([`graph::Memory::turn`]): held around whatever is asked of the device.
+    pub(crate) fn turn(&self) -> Option<graph::Turn<'_>> {
+        self.memory.turn(self)
+    }
+
+    /// A launch uses this address.
+    pub(crate) fn note(&self, address: u64) {
+        self.memory.note(address);
     }
 
     /// The state of the device's memory pool.
@@ -139,6 +156,7 @@ impl Gpu {
 
     /// Gives idle memory back to the device.
     pub fn release_idle_memory(&self) {
+        let _turn = self.turn();
         self.pool().release(&*self.driver);
     }
 
@@ -161,7 +179,7 @@ impl Gpu {
 
     /// Whether work is only recorded now, to be done later or never: what it writes must not be kept for other work.
     pub(crate) fn is_recording(&self) -> bool {
-        self.memory.is_recording()
+        self.memory.is_recording(self)
     }
 
     pub(crate) fn driver(&self) -> &dyn Driver {
@@ -189,9 +207,10 @@ impl Gpu {
         shared: u32,
         arguments: &mut Arguments,
     ) -> Result<()> {
+        let _turn = self.turn();
         // SAFETY: the caller's promise.
         unsafe { self.driver.launch(function, grid, threads, shared, arguments)? };
-        if self.synchronous && !self.memory.is_recording() { self.driver.synchronize() } else { Ok(()) }
+        if self.synchronous && !self.is_recording() { self.driver.synchronize() } else { Ok(()) }
     }
 }
 

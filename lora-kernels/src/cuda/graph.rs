@@ -3,9 +3,11 @@
 #![allow(unsafe_code)]
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, BTreeSet},
+    ptr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -21,14 +23,16 @@ use crate::{Device, Error, Result, pool::Pool};
 pub struct Graph {
     gpu: Arc<Gpu>,
     id: usize,
-    captured: Captured,
+    captured: Option<Captured>,
 }
 
 impl Graph {
-    /// Records what `work` asks of the device, without doing any of it. `work` must not read anything back.
+    /// Records what `work` asks of the device, without doing any of it. `work` must not read anything back, and what it
+    /// computes once and keeps (a cast of parameters) has to be there already. Other threads' work waits meanwhile.
     ///
     /// # Errors
-    /// Those of `work`; [`Error::Cuda`] when the device is the CPU, or cannot record the work.
+    /// Those of `work`; [`Error::Cuda`] when the device is the CPU, this thread records already, or the device cannot record
+    /// the work.
     pub fn record<T, E: From<Error>>(
         device: &Device,
         work: impl FnOnce() -> std::result::Result<T, E>,
@@ -36,16 +40,13 @@ impl Graph {
         let Device::Cuda(gpu) = device else {
             return Err(Error::Cuda { what: "the CPU records no graphs".into() }.into());
         };
-        gpu.memory.begin()?;
-        let captured = gpu.driver().begin_capture().map_err(E::from).and_then(|()| {
-            let result = work();
-            // Ended in any case: a stream that goes on recording does nothing any more.
-            let captured = gpu.driver().end_capture();
-            Ok((result?, captured?))
-        });
-        let id = gpu.memory.end(gpu, captured.is_ok());
-        let (result, captured) = captured?;
-        Ok((result, Graph { gpu: gpu.clone(), id, captured }))
+        let recording = Recording::begin(gpu)?;
+        let result = work();
+        // Ended in any case: a stream that goes on recording does nothing any more.
+        let captured = recording.end();
+        let (captured, id) = captured?;
+        let graph = Graph { gpu: gpu.clone(), id, captured: Some(captured) };
+        Ok((result?, graph))
     }
 
     /// Does the recorded work once more, after all that was asked of the device before.
@@ -53,12 +54,80 @@ impl Graph {
     /// # Errors
     /// What starting it can cause.
     pub fn launch(&self) -> Result<()> {
-        self.gpu.driver().replay(&self.captured)
+        let _turn = self.gpu.turn();
+        match &self.captured {
+            Some(captured) => self.gpu.driver().replay(captured),
+            None => Ok(()),
+        }
+    }
+}
+
+thread_local! {
+    /// The device that this thread records on.
+    static RECORDING: Cell<*const Gpu> = const { Cell::new(ptr::null()) };
+    /// The device of which this thread has the turn.
+    static HAVING: Cell<*const Gpu> = const { Cell::new(ptr::null()) };
+}
+
+/// While it lives, no other thread begins to record on the device.
+pub(crate) struct Turn<'g> {
+    _shared: RwLockReadGuard<'g, ()>,
+    before: *const Gpu,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        HAVING.set(self.before);
+    }
+}
+
+/// A recording under way; ended when dropped, also by a panic.
+struct Recording<'g> {
+    gpu: &'g Gpu,
+    /// All others wait.
+    _alone: RwLockWriteGuard<'g, ()>,
+    capturing: bool,
+}
+
+impl<'g> Recording<'g> {
+    fn begin(gpu: &'g Gpu) -> Result<Recording<'g>> {
+        if gpu.is_recording() {
+            return Err(Error::Cuda { what: "a graph is recorded already".into() });
+        }
+        let _alone = gpu.memory.turns.write().unwrap_or_else(PoisonError::into_inner);
+        RECORDING.set(gpu);
+        gpu.memory.begin();
+        let mut recording = Recording { gpu, _alone, capturing: false };
+        gpu.driver().begin_capture()?;
+        recording.capturing = true;
+        Ok(recording)
+    }
+
+    /// The recorded work, and the number under which its memory is kept.
+    fn end(mut self) -> Result<(Captured, usize)> {
+        self.capturing = false;
+        let captured = self.gpu.driver().end_capture()?;
+        Ok((captured, self.gpu.memory.keep_recorded()))
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if self.capturing {
+            // Given up half way: what was recorded is nobody's.
+            let _ = self.gpu.driver().end_capture();
+        }
+        RECORDING.set(ptr::null());
+        self.gpu.memory.discard_recorded(self.gpu);
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        // Waits until it has run, which nobody may while another thread records.
+        let turn = self.gpu.turn();
+        drop(self.captured.take());
+        drop(turn);
         self.gpu.memory.forget(&self.gpu, self.id);
     }
 }
@@ -73,6 +142,8 @@ pub(super) struct Memory {
     state: Mutex<State>,
     /// How many graphs there are, the one being recorded included: with none, nobody looks further.
     count: AtomicUsize,
+    /// Held for reading by whoever asks something of the device, and for writing by the thread that records.
+    turns: RwLock<()>,
 }
 
 #[derive(Default)]
@@ -110,33 +181,40 @@ impl Memory {
         self.count.load(Ordering::Acquire) == 0
     }
 
-    /// Whether a graph is being recorded.
-    pub(super) fn is_recording(&self) -> bool {
-        !self.idle() && self.state().recording.is_some()
-    }
-
-    fn begin(&self) -> Result<()> {
-        let mut state = self.state();
-        if state.recording.is_some() {
-            return Err(Error::Cuda { what: "a graph is recorded already".into() });
+    /// Waits until no other thread records on the device, and keeps others from beginning to. Nothing to wait for when
+    /// this thread records or has the turn.
+    pub(super) fn turn(&self, gpu: &Gpu) -> Option<Turn<'_>> {
+        if self.is_recording(gpu) || ptr::eq(HAVING.get(), gpu) {
+            return None;
         }
-        state.recording = Some(Held::default());
-        self.count.fetch_add(1, Ordering::AcqRel);
-        Ok(())
+        let _shared = self.turns.read().unwrap_or_else(PoisonError::into_inner);
+        Some(Turn { _shared, before: HAVING.replace(gpu) })
     }
 
-    fn end(&self, gpu: &Gpu, keep: bool) -> usize {
+    /// Whether this thread records on the device.
+    pub(super) fn is_recording(&self, gpu: &Gpu) -> bool {
+        ptr::eq(RECORDING.get(), gpu)
+    }
+
+    fn begin(&self) {
+        self.state().recording = Some(Held::default());
+        self.count.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn keep_recorded(&self) -> usize {
         let mut state = self.state();
         let held = state.recording.take().unwrap_or_default();
         let id = state.next;
         state.next += 1;
-        if keep {
-            state.graphs.insert(id, held);
-            return id;
-        }
-        drop(state);
-        self.release(gpu, held);
+        state.graphs.insert(id, held);
         id
+    }
+
+    fn discard_recorded(&self, gpu: &Gpu) {
+        let held = self.state().recording.take();
+        if let Some(held) = held {
+            self.release(gpu, held);
+        }
     }
 
     fn forget(&self, gpu: &Gpu, id: usize) {
@@ -262,6 +340,74 @@ mod tests {
                 assert!(gpu.pool_stats().idle >= idle + 2 * 256, "two blocks came back to the pool of {device}");
             }
             gpu.synchronize().unwrap();
+        }
+    }
+
+    /// Every kind of launch keeps what it uses: those that lay their arguments out themselves too.
+    #[test]
+    fn products_keep_their_matrices() {
+        for device in devices() {
+            let m = |v: f32| Buffer::from_slice(&device, &[v; 16 * 16]).unwrap();
+            let (x, w, a, b, mut h, mut y) = (m(1.0), m(2.0), m(0.5), m(0.25), m(0.0), m(0.0));
+            let of = |b: &Buffer| -> Vec<f32> { b.to_vec(0..256).unwrap() };
+            let ((), graph) = Graph::record(&device, || {
+                crate::lora_down(1.0, mat(&x), &[mat(&a)], MatMut::new(&mut h, 0, 16, 16))?;
+                let parts = [crate::LoraPart { cols: 0..16, b: mat(&b) }];
+                crate::lora_forward(mat(&x), mat(&w), None, mat(&h), &parts, MatMut::new(&mut y, 0, 16, 16))?;
+                crate::gemm(1.0, mat(&x), mat(&w), 1.0, MatMut::new(&mut y, 0, 16, 16))
+            })
+            .unwrap();
+            drop((x, w, a, b, h));
+            // Whoever takes memory now must not be given theirs.
+            let others: Vec<Buffer> = (0..8).map(|_| m(7.0)).collect();
+            graph.launch().unwrap();
+            // x·W twice, 32 each, and h·Bᵀ = 16 · (16·0.5) · 0.25.
+            assert_eq!(of(&y), [64.0 + 32.0; 256], "{device}");
+            assert!(others.iter().all(|o| of(o) == [7.0; 256]), "{device}");
+        }
+    }
+
+    fn mat(b: &Buffer) -> Mat<'_> {
+        Mat::new(b, 0, 16, 16)
+    }
+
+    #[test]
+    fn other_threads_wait_while_one_records() {
+        for device in devices() {
+            let x = Buffer::from_slice(&device, &[3.0f32; 8]).unwrap();
+            let mut y = Buffer::from_slice(&device, &[0.0f32; 8]).unwrap();
+            let (ready, recording) = std::sync::mpsc::channel();
+            std::thread::scope(|s| {
+                let (x, device) = (&x, &device);
+                let other = s.spawn(move || {
+                    recording.recv().unwrap();
+                    let mut z = Buffer::from_slice(device, &[0.0f32; 8]).unwrap();
+                    axpby(1.0, Mat::new(x, 0, 1, 8), 0.0, MatMut::new(&mut z, 0, 1, 8)).unwrap();
+                    z.to_vec::<f32>(0..8).unwrap()
+                });
+                let ((), graph) = Graph::record(device, || {
+                    ready.send(()).unwrap();
+                    // Long enough for the other to get in, if it could.
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    doubled(device, x, &mut y)
+                })
+                .unwrap();
+                assert_eq!(other.join().unwrap(), [3.0; 8], "{device}");
+                graph.launch().unwrap();
+            });
+            assert_eq!(y.to_vec::<f32>(0..8).unwrap(), [6.0; 8], "{device}");
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_the_recording() {
+        for device in devices() {
+            let recorded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let _: Result<_> = Graph::record(&device, || -> Result<()> { panic!("half way") });
+            }));
+            assert!(recorded.is_err());
+            let x = Buffer::from_slice(&device, &[1.0f32]).unwrap();
+            assert_eq!(x.to_vec::<f32>(0..1).unwrap(), [1.0], "{device}");
         }
     }
 

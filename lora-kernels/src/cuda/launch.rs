@@ -67,7 +67,6 @@ impl<'g> Launch<'g> {
     /// When the matrix lies on another device.
     pub(crate) fn mat(&mut self, m: Mat) -> &mut Self {
         assert!(m.gpu().is_some_and(|g| **g == *self.gpu), "a matrix on {} among those on {}", m.device(), self.gpu);
-        self.gpu.memory.note(m.address());
         self.raw(m.address())
     }
 

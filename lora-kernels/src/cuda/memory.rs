@@ -17,6 +17,7 @@ pub(crate) struct DeviceBlock {
 
 impl DeviceBlock {
     pub(crate) fn take(gpu: &Arc<Gpu>, bytes: usize) -> Result<DeviceBlock> {
+        let _turn = gpu.turn();
         let (address, bytes) = match gpu.memory.take(gpu, bytes) {
             Some(block) => block?,
             None if gpu.driver().pooled() => gpu.pool().take(gpu.driver(), bytes)?,
@@ -32,6 +33,7 @@ impl DeviceBlock {
     pub(crate) fn zero(&mut self, bytes: usize) -> Result<()> {
         assert!(bytes <= self.bytes);
         self.gpu.memory.note(self.address);
+        let _turn = self.gpu.turn();
         // SAFETY: the block holds that many bytes and is uniquely borrowed.
         unsafe { self.gpu.driver().zero(self.address, bytes) }
     }
@@ -39,6 +41,7 @@ impl DeviceBlock {
     pub(crate) fn read(&self, skip: usize, to: &mut [u8]) -> Result<()> {
         assert!(skip + to.len() <= self.bytes);
         self.gpu.transfers[0].fetch_add(1, Ordering::Relaxed);
+        let _turn = self.gpu.turn();
         // SAFETY: the bytes lie in the block.
         unsafe { self.gpu.driver().read(self.address + skip as u64, to) }
     }
@@ -47,6 +50,7 @@ impl DeviceBlock {
         assert!(skip + from.len() <= self.bytes);
         self.gpu.memory.note(self.address);
         self.gpu.transfers[1].fetch_add(1, Ordering::Relaxed);
+        let _turn = self.gpu.turn();
         // SAFETY: the bytes lie in the block, which is uniquely borrowed.
         unsafe { self.gpu.driver().write(self.address + skip as u64, from) }
     }
@@ -56,6 +60,7 @@ impl DeviceBlock {
         assert!(skip + bytes <= from.bytes && bytes <= self.bytes && self.gpu == from.gpu);
         self.gpu.memory.note(self.address);
         self.gpu.memory.note(from.address);
+        let _turn = self.gpu.turn();
         // SAFETY: both ranges lie in their blocks; `self` is uniquely borrowed, so they are different blocks.
         unsafe { self.gpu.driver().copy(self.address, from.address + skip as u64, bytes) }
     }

@@ -34,11 +34,12 @@ pub(crate) fn gpus() -> Vec<Arc<Gpu>> {
             Err(e) => missing(&format!("no emulation ({e})")),
         }
     }
-    if !EMULATED_ONLY.get() {
-        gpus.extend(Gpu::open(0));
+    // A device that is there and cannot be opened is a failure, not a skip.
+    if !EMULATED_ONLY.get() && crate::cuda::devices().is_ok_and(|d| !d.is_empty()) {
+        gpus.push(Gpu::open(0).unwrap());
     }
     if gpus.is_empty() {
-        println!("skipped: no CUDA device");
+        missing("no CUDA device");
     }
     gpus
 }
@@ -76,34 +77,34 @@ impl Side {
     }
 
     /// Given numbers, rounded to the tested type.
-    pub(crate) fn new(&self, rows: usize, cols: usize, pad: usize, data: &[f64]) -> Padded {
+    pub(crate) fn given(&self, rows: usize, cols: usize, pad: usize, data: &[f64]) -> Padded {
         Padded::on(&self.device, self.dtype, rows, cols, pad, &rounded(self.tested, data))
     }
 
     /// Given numbers in the accumulator's type.
-    pub(crate) fn new_acc(&self, rows: usize, cols: usize, pad: usize, data: &[f64]) -> Padded {
+    pub(crate) fn given_acc(&self, rows: usize, cols: usize, pad: usize, data: &[f64]) -> Padded {
         let data = rounded(self.tested.accumulator(), data);
         Padded::on(&self.device, self.dtype.accumulator(), rows, cols, pad, &data)
     }
 
     /// Random numbers in ±scale.
     pub(crate) fn random(&self, seed: u64, rows: usize, cols: usize, pad: usize, scale: f32) -> Padded {
-        self.new(rows, cols, pad, &random(seed, rows * cols, scale))
+        self.given(rows, cols, pad, &random(seed, rows * cols, scale))
     }
 
     /// Random numbers in ±scale, in the accumulator's type.
     pub(crate) fn random_acc(&self, seed: u64, rows: usize, cols: usize, pad: usize, scale: f32) -> Padded {
-        self.new_acc(rows, cols, pad, &random(seed, rows * cols, scale))
+        self.given_acc(rows, cols, pad, &random(seed, rows * cols, scale))
     }
 
     /// All NaN: a destination that may only be written.
     pub(crate) fn poison(&self, rows: usize, cols: usize, pad: usize) -> Padded {
-        self.new(rows, cols, pad, &vec![f64::NAN; rows * cols])
+        self.given(rows, cols, pad, &vec![f64::NAN; rows * cols])
     }
 
     /// All NaN, in the accumulator's type.
     pub(crate) fn poison_acc(&self, rows: usize, cols: usize, pad: usize) -> Padded {
-        self.new_acc(rows, cols, pad, &vec![f64::NAN; rows * cols])
+        self.given_acc(rows, cols, pad, &vec![f64::NAN; rows * cols])
     }
 
     /// The destination of a test of β: NaN for 0, random numbers else.

@@ -46,7 +46,7 @@ mod tests {
                         let d = Dropout { p, seed, step: 5, site: 0x2_0009, row_offset };
                         // Nowhere 0, so that every 0 of the result was dropped.
                         let ones: Vec<f64> = (0..rows * cols).map(|i| 1.0 + (i % 97) as f64 / 97.0).collect();
-                        let x = s.new(rows, cols, pad, &ones);
+                        let x = s.given(rows, cols, pad, &ones);
                         let mut y = s.poison(rows, cols, pad);
                         dropout(&d, x.mat(), y.acc(0.0)).unwrap();
                         // Compared within the tolerance, which no 0 for a 1 passes: exactly the mask.

@@ -190,7 +190,7 @@ mod tests {
                     s.out("add_bias", y.get());
                 }
             }
-            let mut y = s.new(1, 3, 0, &[1.0, f64::NAN, 2.0]);
+            let mut y = s.given(1, 3, 0, &[1.0, f64::NAN, 2.0]);
             scale(0.0, y.mat_mut()).unwrap();
             s.out("0·NaN", y.get());
         });
@@ -201,10 +201,10 @@ mod tests {
         parity("scale_by", &TYPES, |s| {
             for factor in [0.3, 1.0, 0.0] {
                 let mut y = s.random(6, 7, 33, 3, 2.0);
-                scale_by(s.new_acc(1, 1, 0, &[factor]).mat(), y.mat_mut()).unwrap();
+                scale_by(s.given_acc(1, 1, 0, &[factor]).mat(), y.mat_mut()).unwrap();
                 s.out(format!("{factor} in f32"), y.get());
                 let mut y = s.random(6, 7, 40, 0, 2.0);
-                scale_by(s.new(1, 1, 0, &[factor]).mat(), y.mat_mut()).unwrap();
+                scale_by(s.given(1, 1, 0, &[factor]).mat(), y.mat_mut()).unwrap();
                 s.out(format!("{factor}"), y.get());
             }
         });

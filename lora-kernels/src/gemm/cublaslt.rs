@@ -50,6 +50,7 @@ pub(super) fn proposals(gpu: &Gpu, shape: &Shape) -> Result<Option<usize>> {
         return Ok(None);
     }
     let Some(form) = Form::new(shape) else { return Ok(Some(0)) };
+    let _turn = gpu.turn();
     guard(|| {
         let mut all = libraries();
         let library = Library::of(&mut all, gpu)?;
@@ -70,6 +71,8 @@ pub(super) fn proposals(gpu: &Gpu, shape: &Shape) -> Result<Option<usize>> {
 pub(super) unsafe fn run(gpu: &Arc<Gpu>, shape: &Shape, rank: usize, p: &Problem) -> Result<()> {
     let form = Form::new(shape).expect("a product that cuBLASLt has proposals for");
     let stream = gpu.driver().stream().expect("a device that cuBLASLt knows");
+    // Before the lock of the libraries, which a recording may want.
+    let _turn = gpu.turn();
     guard(|| {
         let mut all = libraries();
         let library = Library::of(&mut all, gpu)?;

@@ -120,8 +120,8 @@ pub(super) fn base(gpu: &Arc<Gpu>, p: &Problem, tf32: bool) -> Result<()> {
     run(gpu, p, family, cut(family, &Sizes::of(p), gpu.info().multiprocessors))
 }
 
-/// What computes a product: for those who would do more on the way, where the engine allows it. As [`plan::engine`], C may
-/// be written.
+/// What computes a product best that low-rank terms are added to on the way, where the engine allows it. As
+/// [`plan::engine`], C may be written.
 ///
 /// # Errors
 /// As [`gemm`].
@@ -130,7 +130,7 @@ pub(crate) fn engine(gpu: &Arc<Gpu>, p: &Problem) -> Result<Engine> {
         return Ok(Engine::Base);
     }
     let tf32 = plan::tf32()?;
-    plan::engine(gpu, p, tf32, &mut |p| base(gpu, p, tf32))
+    Ok(plan::engine(gpu, p, tf32, &mut |p| base(gpu, p, tf32))?.with_terms)
 }
 
 /// A set of kernels for one type of operands.

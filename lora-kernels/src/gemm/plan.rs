@@ -168,7 +168,17 @@ pub(crate) fn tf32() -> Result<bool> {
     flag("LORA_TF32", TF32.as_deref())
 }
 
-type Plans = HashMap<Key, Engine>;
+/// What is known of a shape.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Settled {
+    /// The fastest engine.
+    pub(crate) engine: Engine,
+    /// The fastest that can add low-rank terms on the way: ours, unless the library is faster by more than the pass over C
+    /// costs that adding them afterwards takes.
+    pub(crate) with_terms: Engine,
+}
+
+type Plans = HashMap<Key, Settled>;
 
 fn plans() -> MutexGuard<'static, Plans> {
     static PLANS: LazyLock<Mutex<Plans>> = LazyLock::new(Mutex::default);
@@ -179,8 +189,9 @@ fn plans() -> MutexGuard<'static, Plans> {
 pub(super) const CANDIDATES: usize = 3;
 
 /// The engine that is fastest for a product: `base` launches our kernels for any device; those for Hopper join where they
-/// can compute it, and cuBLASLt where it is installed. `LORA_GEMM` restricts the choice: `own` to our kernels, `cublaslt`
-/// to cuBLASLt wherever it can.
+/// can compute it, and cuBLASLt where it is installed. `LORA_GEMM` restricts the choice: `own` to the most promising of our
+/// kernels by their shapes alone, so that the same work gives the same bits in every process; `cublaslt` to cuBLASLt
+/// wherever it can.
 ///
 /// What is fastest is measured when such a product comes up for the first time, and C then holds it if β = 0; not while a
 /// graph is captured, nor where time means nothing: then it is the most promising of our kernels.
@@ -192,19 +203,22 @@ pub(super) fn engine(
     p: &Problem,
     tf32: bool,
     base: &mut dyn FnMut(&Problem) -> Result<()>,
-) -> Result<Engine> {
+) -> Result<Settled> {
     static CHOICE: LazyLock<Option<String>> = LazyLock::new(|| variable("LORA_GEMM"));
     let choice = choice(CHOICE.as_deref())?;
     let shape = Shape::of(p, tf32);
     let info = gpu.info();
     let hopper = wgmma::variants(info.compute_capability, info.multiprocessors, &shape);
-    let own: Vec<Engine> = hopper.into_iter().take(CANDIDATES - 1).map(Engine::Wgmma).chain([Engine::Base]).collect();
+    let possible: Vec<Engine> = hopper.into_iter().map(Engine::Wgmma).collect();
+    let own: Vec<Engine> = possible.iter().copied().take(CANDIDATES - 1).chain([Engine::Base]).collect();
     // SAFETY: the engine is one of those for this device and shape, which are those of the product.
     let mut run = |engine: Engine, p: &Problem| unsafe { run(gpu, &shape, engine, p, base) };
     let key = Key::new(info.ordinal, &shape);
-    let known = if choice == Choice::Fastest { plans().get(&key).copied() } else { None };
+    // Shapes that share a plan need not have the same kernels of ours at the top of their lists.
+    let fits = |e: Engine| !matches!(e, Engine::Wgmma(_)) || possible.contains(&e);
+    let known = plans().get(&key).copied().filter(|s| fits(s.engine) && fits(s.with_terms));
     let proposed = match (choice, known) {
-        (Choice::Own, _) | (_, Some(Engine::Base | Engine::Wgmma(_))) => 0,
+        (Choice::Own, _) | (_, Some(Settled { engine: Engine::Base | Engine::Wgmma(_), .. })) => 0,
         (Choice::Fastest, _) => cublaslt::proposals(gpu, &shape)?.unwrap_or(0),
         (Choice::CublasLt, _) => cublaslt::proposals(gpu, &shape)?.ok_or_else(cublaslt::missing)?,
     };
@@ -227,10 +241,10 @@ pub(super) fn engine(
     };
     // The lock is not held while a plan is measured: whoever comes at the same time measures as well.
     let plan = choose(choice, &own, proposed, known, capturing(gpu)?, &mut trial)?;
-    if plan.measured && choice == Choice::Fastest {
-        plans().insert(key, plan.engine);
+    if plan.measured {
+        plans().insert(key, plan.settled);
     }
-    Ok(plan.engine)
+    Ok(plan.settled)
 }
 
 /// Computes a product with the [`engine`] that is fastest for it.
@@ -243,7 +257,7 @@ pub(super) fn gemm(
     tf32: bool,
     base: &mut dyn FnMut(&Problem) -> Result<()>,
 ) -> Result<()> {
-    let engine = engine(gpu, p, tf32, base)?;
+    let engine = engine(gpu, p, tf32, base)?.engine;
     // SAFETY: the engine is one for this device and shape, which are those of the product.
     unsafe { run(gpu, &Shape::of(p, tf32), engine, p, base) }
 }
@@ -276,7 +290,8 @@ fn timed(
     run: &mut dyn FnMut(Engine, &Problem) -> Result<()>,
 ) -> Result<Option<f32>> {
     run(engine, p)?;
-    gpu.driver().time(&mut || run(engine, p))
+    let time = gpu.timed(&mut || (0..REPEATS).try_for_each(|_| run(engine, p)))?;
+    Ok(time.map(|ms| ms / REPEATS as f32))
 }
 
 /// Whether the device's stream is being captured into a graph.
@@ -293,56 +308,75 @@ fn capturing(gpu: &Gpu) -> Result<bool> {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Plan {
-    engine: Engine,
+    settled: Settled,
     measured: bool,
 }
 
+/// How much longer than the library's a product of ours may take and still be faster together with low-rank terms, which
+/// the library would leave to a pass of their own: one more pass over C was measured at about an eighth of a 4096² product.
+const PASS: f32 = 1.1;
+
 /// Timings of each engine; the shortest counts.
 const TRIALS: usize = 3;
+
+/// Products in one timing: what the host does to start them then hides behind the one before.
+const REPEATS: usize = 4;
 
 fn choose(
     choice: Choice,
     own: &[Engine],
     proposed: usize,
-    known: Option<Engine>,
+    known: Option<Settled>,
     capturing: bool,
     trial: &mut dyn FnMut(Engine) -> Result<Option<f32>>,
 ) -> Result<Plan> {
     let library = (0..proposed).map(Engine::CublasLt);
     let candidates: Vec<Engine> = match choice {
-        Choice::Own => own.to_vec(),
+        Choice::Own => own[..1].to_vec(),
         // What cuBLASLt cannot express is ours all the same.
         Choice::CublasLt if proposed > 0 => library.collect(),
         Choice::CublasLt => own.to_vec(),
         Choice::Fastest => own.iter().copied().chain(library).collect(),
     };
-    let plan = |engine, measured| Ok(Plan { engine, measured });
+    let plan = |engine, with_terms, measured| Ok(Plan { settled: Settled { engine, with_terms }, measured });
+    let unmeasured = |engine| plan(engine, engine, false);
+    // Shapes that share a plan need not have equally many proposals.
+    let clamped = |engine| match engine {
+        Engine::CublasLt(rank) => Engine::CublasLt(rank.min(proposed.saturating_sub(1))),
+        ours => ours,
+    };
     match known {
-        // Shapes that share a plan need not have equally many proposals.
-        Some(Engine::CublasLt(rank)) if proposed > 0 => return plan(Engine::CublasLt(rank.min(proposed - 1)), false),
-        Some(engine) if candidates.contains(&engine) => return plan(engine, false),
-        _ => {}
+        Some(Settled { engine: Engine::CublasLt(_), .. }) if proposed == 0 => {}
+        Some(s) => return plan(clamped(s.engine), clamped(s.with_terms), false),
+        None => {}
     }
     if capturing || candidates.len() == 1 {
-        return plan(candidates[0], false);
+        return unmeasured(candidates[0]);
     }
     let mut best: Option<(f32, Engine)> = None;
+    let mut best_of_ours = best;
     for &engine in &candidates {
         let mut shortest = f32::INFINITY;
         for _ in 0..TRIALS {
             match trial(engine) {
                 Ok(Some(time)) => shortest = shortest.min(time),
-                Ok(None) => return plan(candidates[0], false),
+                Ok(None) => return unmeasured(candidates[0]),
                 // The library may refuse at run time what it proposed; there are others.
                 Err(_) if matches!(engine, Engine::CublasLt(_)) && candidates.len() > 1 => break,
                 Err(e) => return Err(e),
             }
         }
-        if shortest.is_finite() && best.is_none_or(|(time, _)| shortest < time) {
+        let faster = |than: Option<(f32, Engine)>| shortest.is_finite() && than.is_none_or(|(time, _)| shortest < time);
+        if faster(best) {
             best = Some((shortest, engine));
         }
+        if !matches!(engine, Engine::CublasLt(_)) && faster(best_of_ours) {
+            best_of_ours = Some((shortest, engine));
+        }
     }
-    plan(best.map_or(candidates[0], |(_, engine)| engine), true)
+    let Some((time, engine)) = best else { return unmeasured(candidates[0]) };
+    let near = best_of_ours.filter(|&(ours, _)| ours <= PASS * time);
+    plan(engine, near.map_or(engine, |(_, ours)| ours), true)
 }
 
 #[cfg(test)]
@@ -360,9 +394,24 @@ mod tests {
         }))
     }
 
+    fn settled(engine: Engine) -> Settled {
+        Settled { engine, with_terms: engine }
+    }
+
     fn engine(choice: Choice, proposed: usize, known: Option<Engine>, capturing: bool) -> (Engine, bool) {
-        let plan = choose(choice, &OWN, proposed, known, capturing, &mut clock).unwrap();
-        (plan.engine, plan.measured)
+        let plan = choose(choice, &OWN, proposed, known.map(settled), capturing, &mut clock).unwrap();
+        (plan.settled.engine, plan.measured)
+    }
+
+    #[test]
+    fn terms_go_with_ours_unless_the_library_is_faster_by_more_than_their_pass() {
+        let with_terms = |library: f32, choice| {
+            let mut clock = |e| Ok(Some(if matches!(e, Engine::CublasLt(_)) { library } else { 2.0 }));
+            choose(choice, &OWN, 2, None, false, &mut clock).unwrap().settled.with_terms
+        };
+        assert_eq!(with_terms(1.9, Choice::Fastest), OWN[0]);
+        assert_eq!(with_terms(1.5, Choice::Fastest), Engine::CublasLt(0));
+        assert_eq!(with_terms(1.9, Choice::CublasLt), Engine::CublasLt(0));
     }
 
     #[test]
@@ -371,7 +420,7 @@ mod tests {
         assert_eq!(engine(Fastest, 0, None, false), (OWN[1], true));
         assert_eq!(engine(Fastest, 1, None, false), (OWN[1], true));
         assert_eq!(engine(Fastest, 3, None, false), (Engine::CublasLt(2), true));
-        assert_eq!(engine(Own, 3, None, false), (OWN[1], true));
+        assert_eq!(engine(Own, 3, None, false), (OWN[0], false), "ours alone need no clock");
         assert_eq!(engine(CublasLt, 1, None, false), (Engine::CublasLt(0), false), "one candidate needs no clock");
         assert_eq!(engine(CublasLt, 0, None, false), (OWN[1], true), "what cuBLASLt cannot do");
     }
@@ -379,8 +428,8 @@ mod tests {
     #[test]
     fn what_is_known_is_not_measured_again() {
         let mut never = |_| -> Result<Option<f32>> { panic!("measured") };
-        let mut pick = |proposed, known, capturing| {
-            choose(Choice::Fastest, &OWN, proposed, known, capturing, &mut never).unwrap().engine
+        let mut pick = |proposed, known: Option<Engine>, capturing| {
+            choose(Choice::Fastest, &OWN, proposed, known.map(settled), capturing, &mut never).unwrap().settled.engine
         };
         assert_eq!(pick(2, Some(Engine::Base), false), Engine::Base);
         assert_eq!(pick(2, Some(Engine::CublasLt(7)), false), Engine::CublasLt(1), "fewer proposals for this shape");
@@ -391,14 +440,15 @@ mod tests {
     #[test]
     fn a_plan_that_does_not_fit_is_made_again() {
         assert_eq!(engine(Choice::Fastest, 0, Some(Engine::CublasLt(1)), false), (OWN[1], true));
-        let gone = Engine::Wgmma(Variant { columns: 64, cluster: 1 });
-        assert_eq!(engine(Choice::Fastest, 0, Some(gone), false), (OWN[1], true));
+        // A kernel of ours that is not at the top of this shape's list is as good as known.
+        let other = Engine::Wgmma(Variant { columns: 64, cluster: 1 });
+        assert_eq!(engine(Choice::Fastest, 0, Some(other), false), (other, false));
     }
 
     #[test]
     fn without_a_clock_the_first_of_ours_is_taken_and_not_remembered() {
         let plan = choose(Choice::Fastest, &OWN, 2, None, false, &mut |_| Ok(None)).unwrap();
-        assert_eq!(plan, Plan { engine: OWN[0], measured: false });
+        assert_eq!(plan, Plan { settled: settled(OWN[0]), measured: false });
     }
 
     #[test]
@@ -408,7 +458,7 @@ mod tests {
                 if e == bad { Err(Error::Cuda { what: "refused".into() }) } else { clock(e) }
             })
         };
-        assert_eq!(refuse(Engine::CublasLt(1)).unwrap().engine, OWN[1]);
+        assert_eq!(refuse(Engine::CublasLt(1)).unwrap().settled.engine, OWN[1]);
         assert!(refuse(Engine::Base).is_err());
     }
 

@@ -54,7 +54,11 @@ template <int BM, int BN, int DEPTH, bool TA, bool TB> DEVICE void simt(const Ge
   __shared__ Chunk shared[FLOATS / 4];
   float* buffers = (float*)shared;
 
-  Tile tile = tile_of_block<BM, BN>(g);
+  // Where the tile is waits here while panels are multiplied: the sums take all registers.
+  __shared__ Tile place;
+  if (threadIdx.x == 0) place = tile_of_block<BM, BN>(g);
+  __syncthreads();
+  Tile tile = place;
   const float* a = (const float*)g.a + tile.batch * g.step_a;
   const float* b = (const float*)g.b + tile.batch * g.step_b;
   bool vector_a = g.flags & VECTOR_A, vector_b = g.flags & VECTOR_B;
@@ -119,7 +123,7 @@ template <int BM, int BN, int DEPTH, bool TA, bool TB> DEVICE void simt(const Ge
         }
     }
     __syncthreads();
-    finish_tile<float, 4, WM, BN, BN + 4, 256>(g, buffers, tile.batch, tile.row + turn * WM, tile.col);
+    finish_tile<float, 4, WM, BN, BN + 4, 256>(g, buffers, place.batch, place.row + turn * WM, place.col);
     __syncthreads();
   }
 }

@@ -302,6 +302,9 @@ mod tests {
             "struct Maps { TensorMap a, b, term_a, term_b; };",
             "(const __grid_constant__ Maps maps, Gemm g, int term_k)",
             "BYTES = 1024 + EMPTY + 8 * STAGES;",
+            "u64 leading = mn_major ? BOX : 16, stride = 1024;",
+            "return (u64)((address & 0x3ffff) >> 4) | leading >> 4 << 16 | stride >> 4 << 32 | 1ull << 62;",
+            "DEVICE constexpr u64 k_step(bool mn_major) { return (mn_major ? 2048 : 32) >> 4; }",
         ] {
             assert!(NT.text().contains(text), "{text}");
         }

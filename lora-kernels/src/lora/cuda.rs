@@ -251,8 +251,7 @@ enum Way {
     Apart,
 }
 
-/// The way that follows from the engine that computes the projection: what is fastest for it alone, or what the user asked
-/// for, is also what computes it with its terms, which cost far less than it does.
+/// The way that follows from the engine that [`engine`] names for the projection.
 fn way(engine: Engine, rounded: bool, packable: bool, size: Option<Size>) -> Way {
     match engine {
         Engine::Wgmma(variant) if packable => Way::Hopper(variant),
@@ -331,7 +330,7 @@ impl<'a> Job<'a> {
 }
 
 /// The ranks of several parts of a projection that are multiplied as one matrix, at most: the products with its zeros, at
-/// 2·256 operations an element, take about as long as to read and write the element once more.
+/// 2·256 operations an element, take no longer than to read and write the element once more.
 const MOST_PACKED: usize = 256;
 
 /// `Block` of pack.cu.
@@ -980,6 +979,9 @@ pub(crate) mod tests {
         parity("lora pack", &[(Bf16, 0.0)], packs);
     }
 
+    /// Results of the variants on a device, for a job that they can compute.
+    type OfVariants<'a> = dyn Fn(&Arc<Gpu>) -> Option<Vec<Vec<f64>>> + 'a;
+
     /// Kernels for Hopper, where there is one: every variant by itself. Elsewhere what the public functions choose.
     #[test]
     fn projections_on_hopper_equal_the_reference() {
@@ -993,7 +995,7 @@ pub(crate) mod tests {
         ];
         parity("lora hopper", &[(Bf16, 2e-2)], |s| {
             // Each variant's result, or one result as that of each.
-            let each = |job: &dyn Fn(&Arc<Gpu>) -> Option<Vec<Vec<f64>>>, other: &dyn Fn() -> Vec<f64>| {
+            let each = |job: &OfVariants, other: &dyn Fn() -> Vec<f64>| {
                 let results = match s.device() {
                     Device::Cuda(gpu) if gpu.info().compute_capability == (9, 0) => job(gpu).expect("a job"),
                     _ => vec![other(); VARIANTS],

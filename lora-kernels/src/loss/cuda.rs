@@ -129,7 +129,7 @@ pub(crate) mod tests {
             let t = Mat::new(&ids, 0, 1, n);
             for (shift, scale) in [(0.0, 20.0), (1000.0, 3.0), (-1000.0, 3.0)] {
                 let data: Vec<f64> = crate::testing::random(2, n * v, scale).iter().map(|z| z + shift).collect();
-                let z = s.new(n, v, 1, &data);
+                let z = s.given(n, v, 1, &data);
                 let mut l = s.poison_acc(n, 1, 0);
                 nll(z.mat(), t, 0.1, l.mat_mut()).unwrap();
                 s.out(format!("nll at {shift}"), l.get());
@@ -189,7 +189,7 @@ pub(crate) mod tests {
             }
             let ids = s.ids(&targets);
             let t = Mat::new(&ids, 0, 1, n);
-            let (mut z, mut l) = (s.new(n, v, 0, &data), s.poison_acc(n, 1, 0));
+            let (mut z, mut l) = (s.given(n, v, 0, &data), s.poison_acc(n, 1, 0));
             nll(z.mat(), t, 0.0, l.mat_mut()).unwrap();
             s.out("nll", l.get());
             cross_entropy(z.mat_mut(), t, 0.0, 1.0, l.mat_mut()).unwrap();

@@ -142,7 +142,7 @@ mod tests {
     ];
 
     fn inputs(s: &Side, rows: usize, n: usize, pad: usize) -> Padded {
-        s.new(rows, n, pad, &random(1, rows * n, 2.0).iter().map(|x| x + 0.5).collect::<Vec<_>>())
+        s.given(rows, n, pad, &random(1, rows * n, 2.0).iter().map(|x| x + 0.5).collect::<Vec<_>>())
     }
 
     fn rows_of_mean_0() {
@@ -179,7 +179,7 @@ mod tests {
             for (mean, scale) in [(1000.0, 1.0), (7.0, 0.0)] {
                 let data: Vec<f64> = random(1, 3 * 128, 1.0).iter().map(|x| mean + scale * x).collect();
                 let (x, gamma, beta) =
-                    (s.new(3, 128, 0, &data), s.random(2, 1, 128, 0, 2.0), s.random(3, 1, 128, 0, 1.0));
+                    (s.given(3, 128, 0, &data), s.random(2, 1, 128, 0, 2.0), s.random(3, 1, 128, 0, 1.0));
                 let (mut y, mut stats) = (s.poison(3, 128, 0), s.poison_acc(3, 2, 0));
                 layer_norm(x.mat(), gamma.mat(), beta.mat(), EPS, y.mat_mut(), stats.mat_mut()).unwrap();
                 s.out(format!("mean {mean}"), y.get());

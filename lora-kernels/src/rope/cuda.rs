@@ -58,9 +58,9 @@ mod tests {
         let table = |f: fn(f64) -> f64| {
             let data: Vec<f64> = (0..known * head_dim / 2).map(|i| f(angle(i))).collect();
             if wide_tables {
-                s.new_acc(known, head_dim / 2, pad, &data)
+                s.given_acc(known, head_dim / 2, pad, &data)
             } else {
-                s.new(known, head_dim / 2, pad, &data)
+                s.given(known, head_dim / 2, pad, &data)
             }
         };
         let (cos, sin, ids) = (table(f64::cos), table(f64::sin), s.ids(&positions));

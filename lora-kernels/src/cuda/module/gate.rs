@@ -20,14 +20,12 @@ const RESIDENT: usize = 1024;
 /// Kernels that hide latency by work of their own instead, by the start of their names: registers are their tiles.
 const RESIDENT_OF: &[(&str, usize)] = &[
     // Rows, and sums of columns, in registers.
-    ("norm_backward_", 256),
+    ("norm_backward_", 320),
     ("norm_", 512),
     // Many 128-bit loads each.
     ("rope_", 768),
     ("scatter_", 768),
     ("silu_gate_backward_", 768),
-    // Accumulators; one block on a multiprocessor.
-    ("wgmma_", 384),
     // Tiles of the product: two blocks of 256 threads.
     ("simt_", 512),
     ("mma_", 512),
@@ -42,6 +40,7 @@ const RESIDENT_OF: &[(&str, usize)] = &[
     // Queries, scores and outputs of a warp; longer heads need more.
     ("attention_64_", 384),
     ("attention_join_", 768),
+    // As many as a thread can have: here only spills are watched.
     ("attention_", 256),
 ];
 
