@@ -5,9 +5,8 @@
 #   FOLDER/gpu-report.sh run FOLDER OUT         there: checks, compute-sanitizer, the report, the peer; results into OUT
 #   ... build FOLDER --dry-run                  says what would be built
 #
-# build takes the peer's script and its data from where PEER, DATA (lines context||reference) and TOKENIZER (a folder) say,
-# by default ../shared/peers/torch_peft_e2e.py, ../shared/data/e2e/train.txt and ../shared/data/gpt2-tokenizer beside the
-# repository; without them the report says that there is no peer.
+# build takes the peer's training script and its data from where the variables PEER, DATA (lines context||reference) and
+# TOKENIZER (a folder) say; without them the report says that there is no peer.
 #
 # run needs the NVIDIA driver (580 or later); it uses NVRTC, cuBLASLt, compute-sanitizer and a python3 with torch,
 # transformers and peft where they are. No step can hang, and one that fails does not stop the others. Its status is 0 when
@@ -37,8 +36,7 @@ build() {
     "generate lora-model --test=generate generate"
     "train lora-train --test=device device"
   )
-  local peer=${PEER:-$root/../shared/peers/torch_peft_e2e.py} data=${DATA:-$root/../shared/data/e2e/train.txt}
-  local tokenizer=${TOKENIZER:-$root/../shared/data/gpt2-tokenizer}
+  local peer=${PEER:-} data=${DATA:-} tokenizer=${TOKENIZER:-}
   set -e
   if [ "$dry" = --dry-run ]; then
     for target in "${targets[@]}"; do
@@ -47,7 +45,7 @@ build() {
     done
     echo "cargo build --release -p lora-bench --features cuda --bin gpu -> $folder/gpu"
     for file in "$peer" "$data" "$tokenizer"; do
-      [ -e "$file" ] && echo "takes $file" || echo "there is no $file"
+      [ -e "$file" ] && echo "takes $file" || echo "no peer: there is no '$file'"
     done
     return
   fi
@@ -61,7 +59,10 @@ build() {
   done
   file=$(cargo build --release --message-format json -p lora-bench --features cuda --bin gpu | executable gpu bin)
   install -m 755 "$file" "$folder/gpu"
-  strip "$folder/kernels" "$folder/golden" "$folder/generate" "$folder/train" "$folder/gpu"
+  for name in kernels golden generate train gpu; do
+    strip "$folder/$name"
+    gzip -9 --force "$folder/$name"
+  done
   # Tests look for their goldens in the package that CARGO_MANIFEST_DIR names when they run.
   mkdir -p "$folder/lora-model/tests"
   rm -rf "$folder/lora-model/tests/golden"
@@ -138,22 +139,23 @@ run() {
   summary=$out/summary.txt log=$out/steps.log failed=0 device=yes
   : >"$summary"
   : >"$log"
+  work=$(mktemp -d) || exit 1
+  trap 'rm -rf "$work"' EXIT
   for bin in gpu kernels golden generate train; do
-    if [ ! -x "$folder/$bin" ]; then
-      echo "there is no $folder/$bin: run 'gpu-report.sh build' first" >&2
+    if ! gunzip -c "$folder/$bin.gz" >"$work/$bin" || ! chmod +x "$work/$bin"; then
+      echo "there is no whole $folder/$bin.gz: run 'gpu-report.sh build' first" >&2
       exit 2
     fi
   done
-  work=$(mktemp -d) || exit 1
-  trap 'rm -rf "$work"' EXIT
   original=${LD_LIBRARY_PATH:-}
   LD_LIBRARY_PATH="$(libraries)${original:+:$original}"
-  export LD_LIBRARY_PATH CARGO_MANIFEST_DIR="$folder/lora-model"
+  # A test that finds no device fails here, rather than passing for want of work.
+  export LD_LIBRARY_PATH CARGO_MANIFEST_DIR="$folder/lora-model" LORA_GATES=required
   # Kernels compiled for this report stay out of the user's cache.
   export XDG_CACHE_HOME="$work/cache"
   mkdir -p "$XDG_CACHE_HOME"
 
-  probe=$(timeout --kill-after=5 60 "$folder/gpu" --only lora --seconds 0 2>&1 </dev/null)
+  probe=$(timeout --kill-after=5 60 "$work/gpu" --only lora --seconds 0 2>&1 </dev/null)
   printf '%s\n' "$probe" >>"$log"
   case $probe in
     *"skipped: no CUDA device"*)
@@ -166,14 +168,14 @@ run() {
 
   # Parity. Each kernel for Hopper by itself and first: they have run nowhere else, and one that hangs stops only itself.
   for variant in 128x1 128x2 192x2 256x1 256x2; do
-    step "parity: wgmma $variant" 25 "$folder/kernels" "engines::tests::wgmma_$variant" --nocapture
+    step "parity: wgmma $variant" 25 "$work/kernels" "engines::tests::wgmma_$variant" --nocapture
   done
   tests=(cuda:: engines:: --skip cuda::module --skip engines::tests::wgmma --skip lora::)
-  step "parity: kernels" 75 "$folder/kernels" "${tests[@]}" --test-threads 4
-  step "parity: LoRA" 40 "$folder/kernels" lora::cuda --test-threads 4
-  step "parity: models and gradients" 60 "$folder/golden" --test-threads 2
-  step "parity: generation" 30 "$folder/generate" --test-threads 2
-  step "parity: training" 40 "$folder/train" --test-threads 2
+  step "parity: kernels" 75 "$work/kernels" "${tests[@]}" --test-threads 4
+  step "parity: LoRA" 40 "$work/kernels" lora::cuda --test-threads 4
+  step "parity: models and gradients" 60 "$work/golden" --test-threads 2
+  step "parity: generation" 30 "$work/generate" --test-threads 2
+  step "parity: training" 40 "$work/train" --test-threads 2
 
   # The sanitizer makes kernels many times slower: a few tests, one at a time.
   tests=(norm::cuda activation::cuda elementwise::cuda gather::cuda loss::cuda engines::tests::base_in_bf16
@@ -181,13 +183,13 @@ run() {
     --test-threads 1)
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
-      step "compute-sanitizer $tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/kernels" "${tests[@]}"
+      step "compute-sanitizer $tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$work/kernels" "${tests[@]}"
     else
       skip "compute-sanitizer $tool" "there is no compute-sanitizer"
     fi
   done
 
-  step "report: kernels" 140 "$folder/gpu" --only gemm,lora,memory,attention --seconds 110 \
+  step "report: kernels" 140 "$work/gpu" --only gemm,lora,memory,attention --seconds 110 \
     --json "$out/report.json" --markdown "$out/report.md"
 
   # The peer finds its libraries as it always does.
@@ -202,12 +204,12 @@ run() {
   local own=(--model "$work/model")
   [ ! -d "$folder/peer" ] || own+=(--data "$folder/peer/lines.txt" --tokenizer "$folder/peer/tokenizer")
   if [ "$python_peer" = yes ]; then
-    step "report: decoding, training against PyTorch" 100 "$folder/gpu" --only decode,train "${own[@]}" \
+    step "report: decoding, training against PyTorch" 100 "$work/gpu" --only decode,train "${own[@]}" \
       --peer "$peer" --peer-rounds 2 --json "$out/train.json" --markdown "$out/train.md"
-    step "report: training against torch.compile" 100 "$folder/gpu" --only train "${own[@]}" \
+    step "report: training against torch.compile" 100 "$work/gpu" --only train "${own[@]}" \
       --peer "$peer --compile" --peer-rounds 1 --json "$out/train-compiled.json" --markdown "$out/train-compiled.md"
   else
-    step "report: decoding, training" 60 "$folder/gpu" --only decode,train "${own[@]}" \
+    step "report: decoding, training" 60 "$work/gpu" --only decode,train "${own[@]}" \
       --json "$out/train.json" --markdown "$out/train.md"
     skip "report: training against PyTorch" "peer not available"
   fi

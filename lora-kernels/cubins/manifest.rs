@@ -55,7 +55,7 @@
         ("sm_90a", include_bytes!("gemm_mma_tf32.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemm_mma_tf32.ptx.z")),
     ] },
-    Prebuilt { module: "gemm_simt", source: 0x498e06d86f618837, images: &[
+    Prebuilt { module: "gemm_simt", source: 0xd62be187ba10b8bd, images: &[
         ("sm_80", include_bytes!("gemm_simt.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("gemm_simt.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemm_simt.ptx.z")),
@@ -65,26 +65,26 @@
         ("sm_90a", include_bytes!("gemv.sm_90a.cubin.z")),
         ("ptx", include_bytes!("gemv.ptx.z")),
     ] },
-    Prebuilt { module: "wgmma_nn", source: 0x278e9806c6ae0bc3, images: &[
+    Prebuilt { module: "wgmma_nn", source: 0x45eb3933e89c262f, images: &[
         ("sm_90a", include_bytes!("wgmma_nn.sm_90a.cubin.z")),
     ] },
-    Prebuilt { module: "wgmma_nt", source: 0x6c296efb51535e3a, images: &[
+    Prebuilt { module: "wgmma_nt", source: 0xa9ab6a0acd66f3d6, images: &[
         ("sm_90a", include_bytes!("wgmma_nt.sm_90a.cubin.z")),
     ] },
-    Prebuilt { module: "wgmma_tn", source: 0x96581628065196f0, images: &[
+    Prebuilt { module: "wgmma_tn", source: 0x45b83ee8c1e8abcc, images: &[
         ("sm_90a", include_bytes!("wgmma_tn.sm_90a.cubin.z")),
     ] },
-    Prebuilt { module: "lora_bf16", source: 0xff83be222e6730b3, images: &[
+    Prebuilt { module: "lora_bf16", source: 0xc8489970143ffadd, images: &[
         ("sm_80", include_bytes!("lora_bf16.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("lora_bf16.sm_90a.cubin.z")),
         ("ptx", include_bytes!("lora_bf16.ptx.z")),
     ] },
-    Prebuilt { module: "lora_f16", source: 0x8bd4a3e933caeb0f, images: &[
+    Prebuilt { module: "lora_f16", source: 0xd9e3fc153f07befa, images: &[
         ("sm_80", include_bytes!("lora_f16.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("lora_f16.sm_90a.cubin.z")),
         ("ptx", include_bytes!("lora_f16.ptx.z")),
     ] },
-    Prebuilt { module: "lora_f32", source: 0x0b694f79487a6e22, images: &[
+    Prebuilt { module: "lora_f32", source: 0x1da3037efb4eff30, images: &[
         ("sm_80", include_bytes!("lora_f32.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("lora_f32.sm_90a.cubin.z")),
         ("ptx", include_bytes!("lora_f32.ptx.z")),
@@ -103,5 +103,10 @@
         ("sm_80", include_bytes!("rope.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("rope.sm_90a.cubin.z")),
         ("ptx", include_bytes!("rope.ptx.z")),
+    ] },
+    Prebuilt { module: "transpose", source: 0x40a44a215558e6e1, images: &[
+        ("sm_80", include_bytes!("transpose.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("transpose.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("transpose.ptx.z")),
     ] },
 ]
