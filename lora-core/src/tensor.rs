@@ -143,8 +143,12 @@ impl Tensor {
         match dtype {
             DType::F64 => Tensor::from_slice(&device, shape, &values),
             DType::F32 => Tensor::from_slice(&device, shape, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
-            DType::Bf16 => Tensor::from_slice(&device, shape, &values.into_iter().map(bf16::from_f64).collect::<Vec<_>>()),
-            DType::F16 => Tensor::from_slice(&device, shape, &values.into_iter().map(f16::from_f64).collect::<Vec<_>>()),
+            DType::Bf16 => {
+                Tensor::from_slice(&device, shape, &values.into_iter().map(bf16::from_f64).collect::<Vec<_>>())
+            }
+            DType::F16 => {
+                Tensor::from_slice(&device, shape, &values.into_iter().map(f16::from_f64).collect::<Vec<_>>())
+            }
             other => Err(lora_kernels::Error::DType { kernel: "to_dtype", dtype: other }.into()),
         }
     }

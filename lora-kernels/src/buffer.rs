@@ -73,7 +73,12 @@ impl Buffer {
         };
         let len = part.len() / dtype.size();
         if part.as_ptr().align_offset(dtype.size()) == 0 {
-            return Ok(Buffer { storage: Storage::Borrowed { owner, start: range.start }, dtype, len, device: Device::Cpu });
+            return Ok(Buffer {
+                storage: Storage::Borrowed { owner, start: range.start },
+                dtype,
+                len,
+                device: Device::Cpu,
+            });
         }
         let mut b = Buffer::empty(&Device::Cpu, dtype, len)?;
         // SAFETY: both sides hold `len` elements; a fresh block does not overlap the owner's bytes.

@@ -16,7 +16,9 @@ pub enum Error {
         device: String,
     },
     /// No device has this name.
-    #[error("there is no device {name:?}; use cpu, cuda, cuda:N for the device of number N, or auto where it is offered")]
+    #[error(
+        "there is no device {name:?}; use cpu, cuda, cuda:N for the device of number N, or auto where it is offered"
+    )]
     UnknownDevice {
         /// The name.
         name: String,

@@ -56,7 +56,8 @@ pub use error::{Error, Result};
 pub use gather::{gather, put_rows, scatter};
 pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_with};
 pub use lora::{
-    LoraAdapter, LoraPart, lora_backward_down, lora_backward_input, lora_backward_up, lora_down, lora_forward, lora_grouped,
+    LoraAdapter, LoraPart, lora_backward_down, lora_backward_input, lora_backward_up, lora_down, lora_forward,
+    lora_grouped,
 };
 pub use loss::{cross_entropy, loss_head, nll};
 pub use mat::{Acc, Mat, MatMut};

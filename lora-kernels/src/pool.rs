@@ -162,11 +162,7 @@ impl<P: Copy> Pool<P> {
 
     /// A block and its size, as [`Pool::take`]; nothing goes back to the source meanwhile.
     #[cfg(feature = "cuda")]
-    pub(crate) fn take_or_add(
-        &mut self,
-        source: &(impl Source<Ptr = P> + ?Sized),
-        bytes: usize,
-    ) -> Result<(P, usize)> {
+    pub(crate) fn take_or_add(&mut self, source: &(impl Source<Ptr = P> + ?Sized), bytes: usize) -> Result<(P, usize)> {
         let bytes = size_class(bytes);
         if let Some((&size, _)) = self.idle.range(bytes..=bytes.saturating_mul(2)).next() {
             return Ok((self.pop(size), size));

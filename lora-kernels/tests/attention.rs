@@ -1,8 +1,8 @@
 //! Attention against plain loops in f64, against finite differences, and against itself cut differently.
 
 use lora_kernels::{
-    CachedRows, Acc, Attention, Buffer, DType, Device, Dropout, Element, Mat, MatMut, Sequences, attention, attention_backward,
-    attention_cached, philox,
+    Acc, Attention, Buffer, CachedRows, DType, Device, Dropout, Element, Mat, MatMut, Sequences, attention,
+    attention_backward, attention_cached, philox,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -12,7 +12,8 @@ use crate::{
     },
 };
 
-const SOURCE: &str = concat!(include_str!("../cuda/map.cuh"), include_str!("functions.cuh"), include_str!("activation.cu"));
+const SOURCE: &str =
+    concat!(include_str!("../cuda/map.cuh"), include_str!("functions.cuh"), include_str!("activation.cu"));
 pub(crate) static MODULE: Module = Module::new("activation", SOURCE, Arch::Any);
 
 /// The first part of a kernel's name.

@@ -140,7 +140,8 @@ pub(super) fn open(ordinal: usize) -> Result<(GpuInfo, Box<dyn Driver>)> {
         context.bind_to_thread().map_err(failed)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
         let events = Mutex::new([event()?, event()?]);
-        let driver = Cuda { context, stream, events, info: info.clone(), modules: Mutex::default(), staged: Mutex::default() };
+        let driver =
+            Cuda { context, stream, events, info: info.clone(), modules: Mutex::default(), staged: Mutex::default() };
         Ok((info.clone(), Box::new(driver) as Box<dyn Driver>))
     })
 }
@@ -275,8 +276,7 @@ impl Drop for CudaGraph {
     fn drop(&mut self) {
         // The staged bytes must not go while the device still runs the graph.
         // SAFETY: the stream lives as long as the device.
-        let done =
-            self.context.bind_to_thread().and_then(|()| unsafe { result::stream::synchronize(self.stream) });
+        let done = self.context.bind_to_thread().and_then(|()| unsafe { result::stream::synchronize(self.stream) });
         if done.is_ok() {
             // SAFETY: both were made together, and nobody uses them any more.
             let _ = unsafe { result::graph::exec_destroy(self.run).and_then(|()| result::graph::destroy(self.graph)) };

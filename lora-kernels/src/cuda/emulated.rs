@@ -189,8 +189,7 @@ impl Driver for Emulated {
         if self.record(|| Work::Launch { function, grid, threads, shared, arguments: arguments.clone() }) {
             return Ok(());
         }
-        let (library, kernel) =
-            self.functions.lock().unwrap_or_else(PoisonError::into_inner)[function.0].clone();
+        let (library, kernel) = self.functions.lock().unwrap_or_else(PoisonError::into_inner)[function.0].clone();
         // Another order of threads for every launch, of the kind (ahead or in lockstep) that the seed chose.
         let seed = self.seed.wrapping_add(2 * self.launches.fetch_add(1, Ordering::Relaxed));
         // SAFETY: the caller's promise.

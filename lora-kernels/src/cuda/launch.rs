@@ -136,8 +136,13 @@ impl<'g> Launch<'g> {
             (1..1 << 31).contains(&grid[0]) && grid[1..].iter().all(|g| (1..1 << 16).contains(g)),
             "no device takes a grid of {grid:?}"
         );
-        assert!(threads.is_multiple_of(32) && (32..=1024).contains(&threads), "no device takes {threads} threads a block");
+        assert!(
+            threads.is_multiple_of(32) && (32..=1024).contains(&threads),
+            "no device takes {threads} threads a block"
+        );
         // SAFETY: the caller's promise.
-        unsafe { self.gpu.run(self.function, grid.map(|g| g as u32), threads as u32, shared as u32, &mut self.arguments) }
+        unsafe {
+            self.gpu.run(self.function, grid.map(|g| g as u32), threads as u32, shared as u32, &mut self.arguments)
+        }
     }
 }

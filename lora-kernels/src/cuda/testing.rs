@@ -7,13 +7,13 @@ use std::{
 };
 
 pub(crate) use crate::DType::{Bf16, F16, F32};
+#[cfg(feature = "emulator")]
+use crate::cuda::emulated::Patch;
 use crate::{
     Buffer, DType, Device,
     cuda::Gpu,
     testing::{Padded, random, rounded},
 };
-#[cfg(feature = "emulator")]
-use crate::cuda::emulated::Patch;
 
 thread_local! {
     /// The bug to plant in emulated devices of this thread.
