@@ -44,7 +44,7 @@ pub struct Epilogue<'a> {
     pub residual: Option<Mat<'a>>,
 }
 
-/// `C = act(α·A·B + β·C + bias) + residual`: [`gemm`] and what often follows it. On CUDA devices one kernel, which
+/// `C = act(α·A·B + β·C + bias) + residual`: [`gemm()`] and what often follows it. On CUDA devices one kernel, which
 /// rounds to C's type once.
 ///
 /// # Panics
@@ -130,7 +130,7 @@ pub struct Batch {
     pub c: Stack,
 }
 
-/// `Cᵢ = α·Aᵢ·Bᵢ + β·Cᵢ` for every i of a batch, each as [`gemm`]. The three matrices hold all of the batch: with
+/// `Cᵢ = α·Aᵢ·Bᵢ + β·Cᵢ` for every i of a batch, each as [`gemm()`]. The three matrices hold all of the batch: with
 /// [`Stack::Rows`] A is [count·m, k], with [`Stack::Cols`] [m, count·k], with [`Stack::Shared`] [m, k].
 ///
 /// # Panics

@@ -43,10 +43,9 @@ impl Graph {
         let recording = Recording::begin(gpu)?;
         let result = work();
         // Ended in any case: a stream that goes on recording does nothing any more.
-        let captured = recording.end();
-        let (captured, id) = captured?;
-        let graph = Graph { gpu: gpu.clone(), id, captured: Some(captured) };
-        Ok((result?, graph))
+        let graph = recording.end().map(|(captured, id)| Graph { gpu: gpu.clone(), id, captured: Some(captured) });
+        // What went wrong in the work explains more than what it did to the recording.
+        Ok((result?, graph?))
     }
 
     /// Does the recorded work once more, after all that was asked of the device before.
@@ -91,8 +90,8 @@ struct Recording<'g> {
 
 impl<'g> Recording<'g> {
     fn begin(gpu: &'g Gpu) -> Result<Recording<'g>> {
-        if gpu.is_recording() {
-            return Err(Error::Cuda { what: "a graph is recorded already".into() });
+        if gpu.is_recording() || ptr::eq(HAVING.get(), gpu) {
+            return Err(Error::Cuda { what: "a graph cannot be recorded within recorded or measured work".into() });
         }
         let _alone = gpu.memory.turns.write().unwrap_or_else(PoisonError::into_inner);
         RECORDING.set(gpu);
@@ -408,6 +407,17 @@ mod tests {
             assert!(recorded.is_err());
             let x = Buffer::from_slice(&device, &[1.0f32]).unwrap();
             assert_eq!(x.to_vec::<f32>(0..1).unwrap(), [1.0], "{device}");
+        }
+    }
+
+    #[test]
+    fn recordings_do_not_nest() {
+        for device in devices() {
+            let Device::Cuda(gpu) = &device else { unreachable!("only GPUs were asked for") };
+            let inner = || Graph::record(&device, || Ok::<_, Error>(())).map(drop);
+            assert!(Graph::record(&device, inner).is_err_and(|e| e.to_string().contains("within")), "{device}");
+            assert!(gpu.time(inner).is_err_and(|e| e.to_string().contains("within")), "{device}");
+            assert!(inner().is_ok(), "{device}");
         }
     }
 
