@@ -45,6 +45,6 @@ mod tensor;
 pub use error::{Error, Result};
 pub use gradcheck::{Worst, gradcheck};
 pub use lora_kernels::hash;
-pub use params::{Grads, Init, ParamId, Params, ParamsBuilder};
+pub use params::{Grads, Init, Marks, ParamId, Params, ParamsBuilder};
 pub use tape::{Backward, Noise, Open, Slot, Tape, Var};
 pub use tensor::Tensor;

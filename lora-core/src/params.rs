@@ -200,6 +200,12 @@ impl Params {
         Ok(Tensor::view(&e.shape, cast, e.offset))
     }
 
+    /// The same values, sharing memory, but for a cast of its own, made when it is asked for first. For work that is
+    /// recorded: it has to cast what the values are then, each time.
+    pub fn uncast(&self) -> Params {
+        Params { cast: Arc::default(), ..self.clone() }
+    }
+
     /// The type in which computations see the values.
     pub fn compute_dtype(&self) -> DType {
         self.compute
@@ -240,6 +246,11 @@ impl Params {
         Arc::ptr_eq(&self.flat, &other.flat)
     }
 
+    /// The address of the values on their device, which changes when [`Params::flat_mut`] has to copy them.
+    pub fn address(&self) -> usize {
+        self.flat.address()
+    }
+
     /// Overwrites one parameter.
     ///
     /// # Panics
@@ -260,6 +271,10 @@ pub struct Grads {
     flat: Buffer,
     state: Vec<State>,
 }
+
+/// Which gradients have been written, at one moment ([`Grads::marks`]).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Marks(Vec<State>);
 
 /// What stands in the memory of one gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,6 +297,20 @@ impl Grads {
     pub fn new(params: &Params) -> Result<Grads> {
         let flat = Buffer::zeros(&params.device(), params.dtype(), params.count())?;
         Ok(Grads { entries: params.entries.clone(), flat, state: vec![State::Stale; params.entries.len()] })
+    }
+
+    /// Which gradients have been written up to now.
+    pub fn marks(&self) -> Marks {
+        Marks(self.state.clone())
+    }
+
+    /// Says which gradients have been written: for a recorded backward pass, which writes them without being called.
+    ///
+    /// # Panics
+    /// When the marks are those of other parameters.
+    pub fn restore(&mut self, marks: &Marks) {
+        assert_eq!(marks.0.len(), self.state.len(), "marks of other gradients");
+        self.state.clone_from(&marks.0);
     }
 
     /// Forgets all gradients: the next step begins.

@@ -67,6 +67,7 @@ pub struct Tape {
     params: Params,
     recording: bool,
     noise: Option<Noise>,
+    noisy: bool,
     sites: u32,
     /// Step i makes the value of node i.
     steps: Vec<Back>,
@@ -75,7 +76,7 @@ pub struct Tape {
 impl Tape {
     /// A tape on which `params` are variables. Without [`Tape::with_noise`] nothing is dropped out.
     pub fn new(params: &Params) -> Tape {
-        Tape { params: params.clone(), recording: true, noise: None, sites: 0, steps: Vec::new() }
+        Tape { params: params.clone(), recording: true, noise: None, noisy: false, sites: 0, steps: Vec::new() }
     }
 
     /// A tape that records nothing: evaluation and generation.
@@ -116,7 +117,13 @@ impl Tape {
         let site = self.sites;
         self.sites += 1;
         let Noise { seed, step, row_offset } = self.noise?;
+        self.noisy |= p > 0.0;
         (p > 0.0).then_some(Dropout { p, seed, step, site, row_offset })
+    }
+
+    /// Whether anything was dropped out so far: the pass then depends on the step's [`Noise`].
+    pub fn is_noisy(&self) -> bool {
+        self.noisy
     }
 
     /// Records how the gradient of a new value flows on. When `tracked` is false the value is a constant and `back` is

@@ -106,6 +106,11 @@ impl Buffer {
         &self.device
     }
 
+    /// The address of the first element on its device: for telling memory apart, not for following.
+    pub fn address(&self) -> usize {
+        self.ptr() as usize
+    }
+
     /// Whether the memory is somebody else's and must not be written.
     pub fn is_borrowed(&self) -> bool {
         matches!(self.storage, Storage::Borrowed { .. })

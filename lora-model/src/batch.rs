@@ -45,10 +45,7 @@ impl Batch {
         target_ids: &[u32],
     ) -> Result<Batch> {
         assert_eq!(lengths.iter().sum::<usize>(), tokens.len(), "the lengths add up to the tokens");
-        assert_eq!(target_rows.len(), target_ids.len(), "one token per target row");
-        assert!(target_rows.iter().all(|&r| (r as usize) < tokens.len()), "target rows are rows of the batch");
-        limits.check_tokens(tokens)?;
-        limits.check_tokens(target_ids)?;
+        check(limits, tokens, target_rows, target_ids)?;
         for &n in lengths {
             limits.check_length(n)?;
         }
@@ -63,10 +60,31 @@ impl Batch {
         })
     }
 
+    /// Another batch of the same lengths and number of targets, in the same memory: recorded work reads it there.
+    ///
+    /// # Errors
+    /// [`Error::Token`] for an id outside the vocabulary; the batch is then as it was.
+    ///
+    /// # Panics
+    /// When there are more or fewer tokens or targets, or a target's row is not among the tokens.
+    pub fn rewrite(&mut self, limits: Limits, tokens: &[u32], target_rows: &[u32], target_ids: &[u32]) -> Result<()> {
+        check(limits, tokens, target_rows, target_ids)?;
+        self.tokens.write(tokens)?;
+        self.target_rows.write(target_rows)?;
+        Ok(self.target_ids.write(target_ids)?)
+    }
+
     /// Number of targets.
     pub fn targets(&self) -> usize {
         self.target_ids.len()
     }
+}
+
+fn check(limits: Limits, tokens: &[u32], target_rows: &[u32], target_ids: &[u32]) -> Result<()> {
+    assert_eq!(target_rows.len(), target_ids.len(), "one token per target row");
+    assert!(target_rows.iter().all(|&r| (r as usize) < tokens.len()), "target rows are rows of the batch");
+    limits.check_tokens(tokens)?;
+    limits.check_tokens(target_ids)
 }
 
 impl Limits {

@@ -52,6 +52,7 @@ mod error;
 pub mod hub;
 mod log;
 mod output;
+mod passes;
 mod place;
 mod pretrain;
 mod run;

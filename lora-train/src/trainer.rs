@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::{
     Error, Result, TrainConfig,
     data::{Batch, Dataset, Sampler},
+    passes::{Pass, Passes},
 };
 
 /// What one optimiser step did.
@@ -49,6 +50,7 @@ pub struct Trainer<'a> {
     /// AdamW's mean of gradients and of their squares, flat like the parameters.
     pub(crate) moments: [Tensor; 2],
     scalars: Scalars,
+    passes: Passes,
     /// Steps done.
     pub(crate) done: u64,
     /// Steps of the whole run.
@@ -95,6 +97,7 @@ impl<'a> Trainer<'a> {
             grads,
             moments,
             scalars,
+            passes: Passes::default(),
             done: 0,
             total,
             sampler,
@@ -123,6 +126,12 @@ impl<'a> Trainer<'a> {
         &self.unreached
     }
 
+    /// How many forward and backward passes were replayed rather than asked for kernel by kernel: on a CUDA device, where
+    /// shapes repeat and nothing is dropped out.
+    pub fn replayed(&self) -> u64 {
+        self.passes.replayed()
+    }
+
     pub(crate) fn sampler(&self) -> &Sampler {
         &self.sampler
     }
@@ -138,13 +147,23 @@ impl<'a> Trainer<'a> {
         let tokens = batches.iter().map(Batch::sequence_tokens).sum();
         self.grads.reset();
         for (i, b) in batches.iter().enumerate() {
-            let batch = self.model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?;
             let noise = Noise { seed: c.seed, step: step as u32, row_offset: b.row_offset as u32 };
-            let mut tape = Tape::new(&self.adapted.params).with_noise(noise);
-            let part = self.model.loss(&mut tape, &self.adapted, &batch, c.label_smoothing, 1.0 / targets as f64)?;
-            let before = if i == 0 { 0.0 } else { 1.0 };
-            axpby(1.0, part.value().mat(), before, self.scalars.loss.make_mut()?)?;
-            tape.backward(part, &mut self.grads)?;
+            let mut passes = std::mem::take(&mut self.passes);
+            let done = passes.run(
+                &mut Pass {
+                    model: self.model,
+                    adapted: &self.adapted,
+                    grads: &mut self.grads,
+                    loss: &mut self.scalars.loss,
+                    smoothing: c.label_smoothing,
+                    scale: 1.0 / targets as f64,
+                    noise,
+                    first: i == 0,
+                },
+                b,
+            );
+            self.passes = passes;
+            done?;
         }
         self.unreached.clear();
         if std::mem::take(&mut self.first) {
