@@ -70,6 +70,15 @@ impl Device {
         Err(Error::Cuda { what: format!("this build cannot use cuda:{ordinal}; build with --features cuda") })
     }
 
+    /// The CUDA device, if it is one.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match self {
+            Device::Cpu => None,
+            Device::Cuda(gpu) => Some(gpu),
+        }
+    }
+
     /// Whether kernels run on the host.
     pub fn is_cpu(&self) -> bool {
         matches!(self, Device::Cpu)

@@ -94,10 +94,7 @@ impl<'a> Mat<'a> {
     /// The CUDA device that the memory lies on, if it does.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu(&self) -> Option<&'a Arc<Gpu>> {
-        match self.device {
-            Device::Cpu => None,
-            Device::Cuda(gpu) => Some(gpu),
-        }
+        self.device.gpu()
     }
 
     /// Elements from one stored row to the next.
@@ -218,10 +215,7 @@ impl<'a> MatMut<'a> {
     /// The CUDA device that the memory lies on, if it does.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu(&self) -> Option<&'a Arc<Gpu>> {
-        match self.device {
-            Device::Cpu => None,
-            Device::Cuda(gpu) => Some(gpu),
-        }
+        self.device.gpu()
     }
 
     /// Elements from one stored row to the next.
@@ -230,10 +224,10 @@ impl<'a> MatMut<'a> {
         self.ld
     }
 
-    /// The address of the first element on its device.
+    /// As [`Mat::address`].
     #[cfg(feature = "cuda")]
     pub(crate) fn address(&self) -> u64 {
-        self.ptr as u64
+        self.as_mat().address()
     }
 
     /// A shorter borrow of the same matrix.

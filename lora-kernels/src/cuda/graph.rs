@@ -347,16 +347,20 @@ mod tests {
     fn products_keep_their_matrices() {
         for device in devices() {
             let m = |v: f32| Buffer::from_slice(&device, &[v; 16 * 16]).unwrap();
-            let (x, w, a, b, mut h, mut y) = (m(1.0), m(2.0), m(0.5), m(0.25), m(0.0), m(0.0));
+            let (x, w, a, b) = (m(1.0), m(2.0), m(0.5), m(0.25));
+            let (mut h, mut g, mut unread, mut y) = (m(0.0), m(0.0), m(0.0), m(0.0));
             let of = |b: &Buffer| -> Vec<f32> { b.to_vec(0..256).unwrap() };
             let ((), graph) = Graph::record(&device, || {
                 crate::lora_down(1.0, mat(&x), &[mat(&a)], MatMut::new(&mut h, 0, 16, 16))?;
                 let parts = [crate::LoraPart { cols: 0..16, b: mat(&b) }];
                 crate::lora_forward(mat(&x), mat(&w), None, mat(&h), &parts, MatMut::new(&mut y, 0, 16, 16))?;
+                let db = crate::Acc { to: MatMut::new(&mut unread, 0, 16, 16), beta: 0.0 };
+                let g = MatMut::new(&mut g, 0, 16, 16);
+                crate::lora_backward_up(1.0, mat(&x), Some(mat(&h)), &parts, Some(g), vec![Some(db)])?;
                 crate::gemm(1.0, mat(&x), mat(&w), 1.0, MatMut::new(&mut y, 0, 16, 16))
             })
             .unwrap();
-            drop((x, w, a, b, h));
+            drop((x, w, a, b, h, g, unread));
             // Whoever takes memory now must not be given theirs.
             let others: Vec<Buffer> = (0..8).map(|_| m(7.0)).collect();
             graph.launch().unwrap();
