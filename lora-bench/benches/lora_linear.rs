@@ -6,7 +6,7 @@ use lora_bench::numbers;
 use lora_core::{
     Grads, Result, Tape, Tensor, Var,
     lowrank::Layout,
-    peft::{Adapted, Base, Linear, Lora, LoraConfig, Site},
+    peft::{Adapted, Base, Linear, LinearSite, Lora, LoraConfig, Outline, Site, SiteKind},
 };
 use lora_kernels::{DType, Device};
 
@@ -17,7 +17,7 @@ const OUT: usize = 2304;
 /// One linear layer as a base.
 struct Layer {
     w: Tensor,
-    sites: Vec<Site>,
+    outline: Outline,
 }
 
 impl Base for Layer {
@@ -25,8 +25,8 @@ impl Base for Layer {
         Box::new([("layer.weight", &self.w)].into_iter())
     }
 
-    fn sites(&self) -> &[Site] {
-        &self.sites
+    fn outline(&self) -> &Outline {
+        &self.outline
     }
 }
 
@@ -46,8 +46,10 @@ fn adapted(layer: &Layer, rank: usize) -> Result<Adapted> {
 }
 
 fn lora(c: &mut Criterion) {
-    let site = Site { name: "layer".into(), inputs: IN, outputs: OUT, layout: Layout::InOut, parts: vec![] };
-    let layer = Layer { w: numbers(IN, OUT), sites: vec![site] };
+    let linear = LinearSite { inputs: IN, outputs: OUT, layout: Layout::InOut, parts: vec![] };
+    let site = Site { name: "layer".into(), layer: Some(0), kind: SiteKind::Linear(linear) };
+    let outline = Outline { sites: vec![site], ..Outline::default() };
+    let layer = Layer { w: numbers(IN, OUT), outline };
     let (x, dy) = (numbers(TOKENS, IN), numbers(TOKENS, OUT));
     let mut group = c.benchmark_group("lora_linear");
     group.sample_size(20).throughput(Throughput::Elements(TOKENS as u64));

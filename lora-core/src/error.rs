@@ -37,10 +37,22 @@ pub enum Error {
         module: String,
     },
     /// A method that found nothing to train.
-    #[error("method `{method}` trains nothing on this model")]
+    #[error("method `{method}` trains nothing on this model of architecture {architecture}; choose another method")]
     NothingTrainable {
         /// The method.
         method: String,
+        /// `model_type` of the architecture.
+        architecture: String,
+    },
+    /// A method that an architecture has no place for.
+    #[error("method `{method}` does not fit the architecture {architecture}: {why}; choose another method")]
+    DoesNotFit {
+        /// The method.
+        method: String,
+        /// `model_type` of the architecture.
+        architecture: String,
+        /// What it lacks.
+        why: String,
     },
     /// An adapter's tensor of a wrong shape.
     #[error("tensor `{name}` has shape {found:?}, but this model and configuration need {expected:?}")]

@@ -28,8 +28,20 @@ pub enum Init {
         /// Standard deviation.
         std: f64,
     },
+    /// Normal with mean 0, drawn again where it is more than two deviations away.
+    TruncatedNormal {
+        /// Standard deviation of what is cut off.
+        std: f64,
+    },
+    /// Ones on the diagonal of a square matrix, and normal with mean 0 elsewhere.
+    NearIdentity {
+        /// Standard deviation.
+        std: f64,
+    },
     /// A copy of another tensor: a base weight that trains.
     Copy(Tensor),
+    /// Each row a copy of a random row of another tensor.
+    SampledRows(Tensor),
 }
 
 impl Init {
@@ -77,8 +89,10 @@ impl ParamsBuilder {
     pub fn add(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> ParamId {
         let (name, len) = (name.into(), shape.iter().product::<usize>());
         assert!(self.entries.iter().all(|e| e.name != name), "parameter {name} twice");
-        if let Init::Copy(t) = &init {
-            assert_eq!(t.len(), len, "{name}: copy of {:?} as {shape:?}", t.shape());
+        match &init {
+            Init::Copy(t) => assert_eq!(t.len(), len, "{name}: copy of {:?} as {shape:?}", t.shape()),
+            Init::SampledRows(t) => assert_eq!(t.cols(), shape[shape.len() - 1], "{name}: rows of {:?}", t.shape()),
+            _ => {}
         }
         self.entries.push(Entry { name, shape: shape.into(), offset: self.len, vector: shape.len() < 2 });
         self.inits.push(init);
@@ -114,10 +128,27 @@ impl ParamsBuilder {
                     lora_kernels::axpby(1.0, t.mat(), 0.0, to.reborrow())?;
                     continue;
                 }
+                Init::SampledRows(t) => {
+                    let (rows, cols) = e.matrix();
+                    let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..t.rows()) as u32).collect();
+                    let (ids, t) = (Tensor::from_slice(device, &[rows], &ids)?, t.to(device, dtype)?);
+                    lora_kernels::gather(t.mat(), ids.mat(), Acc { to: to.reborrow().reshape(rows, cols), beta: 0.0 })?;
+                    continue;
+                }
                 Init::Uniform { bound } => (0..len).map(|_| rng.random_range(-1.0..1.0) * bound).collect(),
                 Init::Normal { std } => {
                     let normal = Normal::new(0.0, *std).expect("a finite standard deviation");
                     normal.sample_iter(&mut rng).take(len).collect()
+                }
+                Init::TruncatedNormal { std } => {
+                    let normal = Normal::new(0.0, *std).expect("a finite standard deviation");
+                    normal.sample_iter(&mut rng).filter(|v: &f64| v.abs() <= 2.0 * std).take(len).collect()
+                }
+                Init::NearIdentity { std } => {
+                    let normal = Normal::new(0.0, *std).expect("a finite standard deviation");
+                    let (_, cols) = e.matrix();
+                    let noise = normal.sample_iter(&mut rng).take(len).enumerate();
+                    noise.map(|(i, v)| if i / cols == i % cols { 1.0 } else { v }).collect()
                 }
             };
             match dtype {

@@ -121,6 +121,16 @@ impl Tape {
         (p > 0.0).then_some(Dropout { p, seed, step, site, row_offset })
     }
 
+    /// Runs `f` on rows that all micro-batches of a step have in common, those of a table: its dropout masks count rows from
+    /// 0, so that splitting a batch does not change them.
+    pub fn on_common_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
+        let noise = self.noise;
+        self.noise = noise.map(|noise| Noise { row_offset: 0, ..noise });
+        let result = f(self);
+        self.noise = noise;
+        result
+    }
+
     /// Whether anything was dropped out so far: the pass then depends on the step's [`Noise`].
     pub fn is_noisy(&self) -> bool {
         self.noisy

@@ -42,6 +42,12 @@ impl Tensor {
         Tensor { shape: shape.into(), buf: Arc::new(buf), offset: 0 }
     }
 
+    /// A shape alone, without elements: what stands for a weight where a model is outlined and not loaded. To look at its
+    /// elements is a programmer error and panics.
+    pub fn unbacked(shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor { shape: shape.into(), buf: Arc::new(Buffer::empty(&Device::Cpu, DType::F32, 0)?), offset: 0 })
+    }
+
     /// A part of a shared buffer.
     pub(crate) fn view(shape: &[usize], buf: Arc<Buffer>, offset: usize) -> Tensor {
         assert!(offset + shape.iter().product::<usize>() <= buf.len());

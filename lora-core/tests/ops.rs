@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{NOISE, ids, make_noisy, random, relative, tensor};
-use lora_core::{Grads, Init, Params, ParamsBuilder, Result, Tape, Var, gradcheck, lowrank::Layout, ops};
+use common::{NOISE, make_noisy, random, relative, tensor};
+use lora_core::{Grads, Init, Params, ParamsBuilder, Result, Tape, Tensor, Var, gradcheck, lowrank::Layout, ops};
 use lora_kernels::{Activation, Attention, DType, Device, Dropout, Sequences, philox};
 use ndarray::{Array2, ArrayView2, s};
 
@@ -86,9 +86,11 @@ fn layer_norm(x: &M, gamma: &M, beta: &M, eps: f64) -> M {
 }
 
 fn rms_norm(x: &M, gamma: &M, eps: f64) -> M {
+    let n = gamma.ncols();
     M::from_shape_fn(x.dim(), |(i, j)| {
-        let square = x.row(i).iter().map(|v| v * v).sum::<f64>() / x.ncols() as f64;
-        gamma[[0, j]] * x[[i, j]] / (square + eps).sqrt()
+        let head = j / n * n;
+        let square = (head..head + n).map(|j| x[[i, j]].powi(2)).sum::<f64>() / n as f64;
+        gamma[[0, j - head]] * x[[i, j]] / (square + eps).sqrt()
     })
 }
 
@@ -121,8 +123,29 @@ fn attention(cfg: &Attention, lengths: &[usize], qkv: &M) -> M {
     y
 }
 
+/// The angles of the rotary embedding, as Su et al. 2021 have them: position·base^(−2i/head_dim).
+fn angle(position: u32, i: usize, head_dim: usize) -> f64 {
+    f64::from(position) * 100f64.powf(-2.0 * i as f64 / head_dim as f64)
+}
+
+fn roped(x: &M, positions: &[u32], head_dim: usize) -> M {
+    let half = head_dim / 2;
+    M::from_shape_fn(x.dim(), |(t, j)| {
+        let (head, i) = (j / head_dim * head_dim, j % head_dim % half);
+        // What the table holds: f32 numbers, so that all types see the same.
+        let (sin, cos) = angle(positions[t], i, head_dim).sin_cos();
+        let (c, s) = (f64::from(cos as f32), f64::from(sin as f32));
+        let (x1, x2) = (x[[t, head + i]], x[[t, head + half + i]]);
+        if j % head_dim < half { x1 * c - x2 * s } else { x2 * c + x1 * s }
+    })
+}
+
 fn loss(x: &M, w: &M, targets: &[u32], smoothing: f64, scale: f64) -> M {
-    let z = times(x.view(), w.t());
+    loss_of(&times(x.view(), w.t()), targets, smoothing, scale)
+}
+
+/// The loss of given logits.
+fn loss_of(z: &M, targets: &[u32], smoothing: f64, scale: f64) -> M {
     let v = z.ncols() as f64;
     let total: f64 = targets
         .iter()
@@ -137,6 +160,17 @@ fn loss(x: &M, w: &M, targets: &[u32], smoothing: f64, scale: f64) -> M {
 }
 
 // ---- the table ----
+
+/// Ids where the computation lies.
+fn ids(t: &Tape, ids: &[u32]) -> Tensor {
+    common::ids(ids).to_device(&t.device()).unwrap()
+}
+
+/// Numbers that are no input, such as targets, beside x and in the type of sums of its type.
+fn numbers(x: &Var, shape: &[usize], values: &[f64]) -> Tensor {
+    let x = x.value();
+    tensor(DType::F64, shape, values).to_dtype(x.dtype().accumulator()).unwrap().to_device(&x.device()).unwrap()
+}
 
 fn linear_cases(all: &mut Vec<Case>) {
     for layout in [Layout::OutIn, Layout::InOut] {
@@ -321,6 +355,20 @@ fn elementwise_cases(all: &mut Vec<Case>) {
         c.inputs[0].2 = 3.0;
         all.push(c);
     }
+    let mut c = case(
+        "silu_gate",
+        &[("gate", &[5, 7]), ("up", &[5, 7])],
+        |t, v| ops::silu_gate(t, &v[0], &v[1]),
+        |m| m[0].mapv(|x| activated(Activation::Silu, x)) * &m[1],
+    );
+    c.inputs[0].2 = 3.0;
+    all.push(c);
+    all.push(case(
+        "silu_gate of x with itself",
+        &[("x", &[5, 7])],
+        |t, v| ops::silu_gate(t, &v[0], &v[0]),
+        |m| m[0].mapv(|x| activated(Activation::Silu, x) * x),
+    ));
     for p in [0.0, 0.4] {
         all.push(case(
             format!("dropout {p}, the second of the model"),
@@ -360,18 +408,24 @@ fn row_cases(all: &mut Vec<Case>) {
         |t, v| ops::rms_norm(t, &v[0], &v[1], 1e-5),
         |m| rms_norm(&m[0], &m[1], 1e-5),
     ));
+    all.push(case(
+        "rms_norm of heads",
+        &[("x", &[4, 12]), ("gamma", &[4])],
+        |t, v| ops::rms_norm(t, &v[0], &v[1], 1e-5),
+        |m| rms_norm(&m[0], &m[1], 1e-5),
+    ));
     const ROWS: [u32; 6] = [2, 0, 2, 5, 2, 0];
     all.push(case(
         "gather with repeated rows",
         &[("table", &[6, 3])],
-        |t, v| ops::gather(t, &v[0], &ids(&ROWS)),
+        |t, v| ops::gather(t, &v[0], &ids(t, &ROWS)),
         |m| M::from_shape_fn((6, 3), |(i, j)| m[0][[ROWS[i] as usize, j]]),
     ));
     all.push(case(
         "gather of one table twice, added",
         &[("table", &[6, 3])],
         |t, v| {
-            let (a, b) = (ops::gather(t, &v[0], &ids(&ROWS))?, ops::gather(t, &v[0], &ids(&[1; 6]))?);
+            let (a, b) = (ops::gather(t, &v[0], &ids(t, &ROWS))?, ops::gather(t, &v[0], &ids(t, &[1; 6]))?);
             ops::add(t, a, b)
         },
         |m| M::from_shape_fn((6, 3), |(i, j)| m[0][[ROWS[i] as usize, j]] + m[0][[1, j]]),
@@ -382,8 +436,14 @@ fn row_cases(all: &mut Vec<Case>) {
             all.push(case(
                 format!("loss_head, smoothing {smoothing}, scale {scale}"),
                 &[("x", &[4, 3]), ("w", &[7, 3])],
-                move |t, v| ops::loss_head(t, &v[0], &v[1], &ids(&TARGETS), smoothing, scale),
+                move |t, v| ops::loss_head(t, &v[0], &v[1], None, &ids(t, &TARGETS), smoothing, scale),
                 move |m| loss(&m[0], &m[1], &TARGETS, smoothing, scale),
+            ));
+            all.push(case(
+                format!("loss_head with a bias, smoothing {smoothing}, scale {scale}"),
+                &[("x", &[4, 3]), ("w", &[7, 3]), ("b", &[7])],
+                move |t, v| ops::loss_head(t, &v[0], &v[1], Some(&v[2]), &ids(t, &TARGETS), smoothing, scale),
+                move |m| loss_of(&(times(m[0].view(), m[1].t()) + &m[2]), &TARGETS, smoothing, scale),
             ));
         }
     }
@@ -391,14 +451,105 @@ fn row_cases(all: &mut Vec<Case>) {
         "loss_head of a tied embedding",
         &[("w", &[7, 3])],
         |t, v| {
-            let x = ops::gather(t, &v[0], &ids(&[3, 3, 0, 6]))?;
-            ops::loss_head(t, &x, &v[0], &ids(&TARGETS), 0.0, 0.5)
+            let x = ops::gather(t, &v[0], &ids(t, &[3, 3, 0, 6]))?;
+            ops::loss_head(t, &x, &v[0], None, &ids(t, &TARGETS), 0.0, 0.5)
         },
         |m| {
             let x = m[0].select(ndarray::Axis(0), &[3, 3, 0, 6]);
             loss(&x, &m[0], &TARGETS, 0.0, 0.5)
         },
     ));
+    const REALS: [f64; 6] = [0.5, -1.25, 3.0, 0.0, -0.75, 2.0];
+    for shape in [[6, 1], [2, 3]] {
+        all.push(case(
+            format!("squared_error of {shape:?}"),
+            &[("x", &shape)],
+            |t, v| ops::squared_error(t, &v[0], &numbers(&v[0], &[6], &REALS), -0.75),
+            |m| {
+                let total: f64 = m[0].iter().zip(REALS).map(|(x, y)| (x - y).powi(2)).sum();
+                M::from_elem((1, 1), -0.75 * total)
+            },
+        ));
+    }
+}
+
+/// Operations that move rows and columns.
+fn part_cases(all: &mut Vec<Case>) {
+    for (n, m) in [(2, 3), (1, 4)] {
+        all.push(case(
+            format!("concat_rows of {n} and {m}"),
+            &[("a", &[n, 4]), ("b", &[m, 4])],
+            |t, v| ops::concat_rows(t, &v[0], &v[1]),
+            |m| ndarray::concatenate![ndarray::Axis(0), m[0], m[1]],
+        ));
+    }
+    all.push(case(
+        "concat_rows of a with itself, used again",
+        &[("a", &[2, 2, 3])],
+        |t, mut v| {
+            let a = v.remove(0);
+            let y = ops::concat_rows(t, &a, &a)?;
+            let z = ops::concat_rows(t, &a, &a)?;
+            let z = ops::activation(t, Activation::Tanh, &z)?;
+            ops::add(t, y, z)
+        },
+        |m| {
+            let y = ndarray::concatenate![ndarray::Axis(0), m[0], m[0]];
+            &y + &y.mapv(f64::tanh)
+        },
+    ));
+    for cols in [0..7, 0..3, 2..5, 6..7] {
+        let c = cols.clone();
+        all.push(case(
+            format!("columns {cols:?}"),
+            &[("x", &[4, 7])],
+            move |t, v| ops::columns(t, &v[0], cols.clone()),
+            move |m| m[0].slice(s![.., c.clone()]).to_owned(),
+        ));
+    }
+    all.push(case(
+        "overlapping columns of one value, added",
+        &[("x", &[4, 7])],
+        |t, v| {
+            let (a, b) = (ops::columns(t, &v[0], 1..4)?, ops::columns(t, &v[0], 3..6)?);
+            let b = ops::activation(t, Activation::Tanh, &b)?;
+            ops::add(t, a, b)
+        },
+        |m| &m[0].slice(s![.., 1..4]) + &m[0].slice(s![.., 3..6]).mapv(f64::tanh),
+    ));
+}
+
+fn mix_cases(all: &mut Vec<Case>) {
+    for many in [2, 3] {
+        all.push(case(
+            format!("mix of {many} candidates"),
+            &[("q", &[4, 5]), ("z", &[4 * many, 5])],
+            |t, v| ops::mix(t, &v[0], &v[1]),
+            move |m| mixed(&m[0], &m[1]),
+        ));
+    }
+    all.push(case(
+        "mix of q with itself and another",
+        &[("q", &[4, 5]), ("z", &[4, 5])],
+        |t, v| {
+            let z = ops::concat_rows(t, &v[0], &v[1])?;
+            ops::mix(t, &v[0], &z)
+        },
+        |m| mixed(&m[0], &ndarray::concatenate![ndarray::Axis(0), m[0], m[1]]),
+    ));
+}
+
+/// Each row's mean over its candidates, with weights softmax(q·z).
+fn mixed(q: &M, z: &M) -> M {
+    let (n, many) = (q.nrows(), z.nrows() / q.nrows());
+    let mut y = M::zeros(q.dim());
+    for i in 0..n {
+        let e: Vec<f64> = (0..many).map(|c| q.row(i).dot(&z.row(c * n + i)).exp()).collect();
+        for (c, e_c) in e.iter().enumerate() {
+            y.row_mut(i).scaled_add(e_c / e.iter().sum::<f64>(), &z.row(c * n + i));
+        }
+    }
+    y
 }
 
 const LENGTHS: [usize; 3] = [3, 1, 4];
@@ -414,12 +565,53 @@ fn attention_cases(all: &mut Vec<Case>) {
                 all.push(case(
                     format!("attention {cfg:?}"),
                     &[("qkv", &[8, 6 + 6 * kv_heads])],
-                    move |t, v| ops::attention(t, cfg, &Sequences::new(&LENGTHS), &v[0]),
+                    move |t, v| ops::attention(t, cfg, &Sequences::new(&LENGTHS), ops::Qkv::Fused(&v[0])),
                     move |m| attention(&cfg, &LENGTHS, &m[0]),
+                ));
+                all.push(case(
+                    format!("attention of separate projections, {cfg:?}"),
+                    &[("q", &[8, 6]), ("k", &[8, 3 * kv_heads]), ("v", &[8, 3 * kv_heads])],
+                    move |t, v| {
+                        let qkv = ops::Qkv::Separate { q: &v[0], k: &v[1], v: &v[2] };
+                        ops::attention(t, cfg, &Sequences::new(&LENGTHS), qkv)
+                    },
+                    move |m| attention(&cfg, &LENGTHS, &side_by_side(m)),
                 ));
             }
         }
     }
+    let cfg = Attention { heads: 2, kv_heads: 2, head_dim: 3, scale: 0.7, causal: true, dropout: None };
+    all.push(case(
+        "attention of x with itself",
+        &[("x", &[8, 6])],
+        move |t, v| {
+            let qkv = ops::Qkv::Separate { q: &v[0], k: &v[0], v: &v[0] };
+            ops::attention(t, cfg, &Sequences::new(&LENGTHS), qkv)
+        },
+        move |m| attention(&cfg, &LENGTHS, &side_by_side(&[m[0].clone(), m[0].clone(), m[0].clone()])),
+    ));
+    const POSITIONS: [u32; 5] = [0, 1, 6, 2, 6];
+    for head_dim in [2, 6] {
+        all.push(case(
+            format!("rope in heads of {head_dim}"),
+            &[("x", &[5, 12])],
+            move |t, v| {
+                let table = |f: fn(f64) -> f64| {
+                    let values = (0..7 * head_dim / 2).map(|i| {
+                        let at = angle(i as u32 / (head_dim as u32 / 2), i % (head_dim / 2), head_dim);
+                        f64::from(f(at) as f32)
+                    });
+                    numbers(&v[0], &[7, head_dim / 2], &values.collect::<Vec<_>>())
+                };
+                ops::rope(t, &v[0], &ids(t, &POSITIONS), &table(f64::cos), &table(f64::sin), head_dim)
+            },
+            move |m| roped(&m[0], &POSITIONS, head_dim),
+        ));
+    }
+}
+
+fn side_by_side(m: &[M]) -> M {
+    ndarray::concatenate![ndarray::Axis(1), m[0], m[1], m[2]]
 }
 
 /// A pre-norm block: attention with LoRA on the queries and values of a fused projection, its own residual.
@@ -452,7 +644,7 @@ fn block_case(all: &mut Vec<Case>) {
                 let u = ops::linear(t, &x, &v[4 + 2 * i], Layout::OutIn, None)?;
                 qkv = ops::linear_onto(t, qkv, cols.clone(), &u, &v[5 + 2 * i], s)?;
             }
-            let y = ops::attention(t, cfg, &Sequences::new(&LENGTHS), &qkv)?;
+            let y = ops::attention(t, cfg, &Sequences::new(&LENGTHS), ops::Qkv::Fused(&qkv))?;
             let y = ops::linear(t, &y, &v[8], Layout::OutIn, None)?;
             let y = ops::dropout(t, y, p)?;
             ops::add(t, h, y)
@@ -478,6 +670,8 @@ fn cases() -> Vec<Case> {
     lora_cases(&mut all);
     elementwise_cases(&mut all);
     row_cases(&mut all);
+    part_cases(&mut all);
+    mix_cases(&mut all);
     attention_cases(&mut all);
     block_case(&mut all);
     all
@@ -502,24 +696,30 @@ impl Case {
     }
 
     fn params(&self, dtype: DType, trains: &[bool]) -> Params {
+        self.params_on(&Device::Cpu, dtype, trains)
+    }
+
+    fn params_on(&self, device: &Device, dtype: DType, trains: &[bool]) -> Params {
         let mut b = ParamsBuilder::new();
         for (((name, shape, _), v), _) in self.inputs.iter().zip(self.values()).zip(trains).filter(|(_, t)| **t) {
-            b.add(*name, shape, Init::Copy(tensor(DType::F64, shape, &v)));
+            b.add(*name, shape, Init::Copy(tensor(dtype.accumulator(), shape, &v)));
         }
-        b.build(&Device::Cpu, dtype, 0).unwrap()
+        b.build(device, dtype, 0).unwrap()
     }
 
     /// The inputs as variables: what trains is a parameter itself, or a value computed from one.
     fn vars(&self, t: &mut Tape, params: &Params, trains: &[bool], computed: bool) -> Result<Vec<Var>> {
         let mut vars = Vec::new();
+        let (device, dtype) = (params.device(), params.compute_dtype());
+        let place = |v: &[f64], shape: &[usize]| tensor(DType::F64, shape, v).to_dtype(dtype)?.to_device(&device);
         for (((name, shape, _), v), &trains) in self.inputs.iter().zip(self.values()).zip(trains) {
             vars.push(match trains {
-                false => t.constant(&tensor(params.dtype(), shape, &v)),
+                false => t.constant(&place(&v, shape)?),
                 true => {
                     let p = t.param(params.find(name).unwrap()).unwrap();
                     match p.slot() {
                         Some(s) if computed => {
-                            let copy = tensor(params.dtype(), shape, &p.value().to_f64()?);
+                            let copy = place(&p.value().to_f64()?, shape)?;
                             t.record(copy, true, move |dy, g| g.pass(s, dy))
                         }
                         _ => p,
@@ -636,6 +836,58 @@ fn lora_linear_is_linear_and_linear_onto() {
     };
     let error = relative(&run(true), &run(false));
     assert!(error <= 1e-14, "{error}");
+}
+
+/// Value and gradients of an operation all of whose inputs train.
+#[cfg(feature = "cuda")]
+fn value_and_gradients(c: &Case, device: &Device, dtype: DType, computed: bool) -> Vec<(String, Vec<f64>)> {
+    let trains = vec![true; c.inputs.len()];
+    let params = c.params_on(device, dtype, &trains);
+    let mut t = Tape::new(&params);
+    let y = c.run(&mut t, &params, &trains, computed).unwrap();
+    let mut all = vec![("y".to_owned(), y.value().to_f64().unwrap())];
+    let dy = tensor(DType::F64, y.value().shape(), &random(99, y.value().len(), 1.0));
+    let dy = dy.to_dtype(y.value().dtype()).unwrap().to_device(device).unwrap();
+    let mut grads = Grads::new(&params).unwrap();
+    t.backward_from(y, dy, &mut grads).unwrap();
+    for id in params.ids() {
+        all.push((format!("d{}", params.name(id)), grads.get(id).unwrap().unwrap().to_f64().unwrap()));
+    }
+    all
+}
+
+/// The whole table on every GPU at hand (with their features the emulated device and the first CUDA device), in f32 and in
+/// bf16, against the CPU in f64.
+#[cfg(feature = "cuda")]
+#[test]
+fn devices_agree() {
+    let gpus = [
+        #[cfg(feature = "emulator")]
+        lora_kernels::cuda::Gpu::emulated(0),
+        lora_kernels::cuda::Gpu::open(0),
+    ];
+    for gpu in gpus {
+        let device = match gpu {
+            Ok(gpu) => Device::Cuda(gpu),
+            Err(e) => {
+                println!("skipped: no CUDA device ({e})");
+                continue;
+            }
+        };
+        // Not every kernel reads bf16 and writes the f32 gradient of a parameter: only those that meet one in a model.
+        for (dtype, tolerance, ways) in [(DType::F32, 1e-5, &[false, true][..]), (DType::Bf16, 3e-2, &[true])] {
+            for c in cases() {
+                for &computed in ways {
+                    let want = value_and_gradients(&c, &Device::Cpu, DType::F64, computed);
+                    let got = value_and_gradients(&c, &device, dtype, computed);
+                    for ((name, want), (_, got)) in want.iter().zip(&got) {
+                        let error = relative(got, want);
+                        assert!(error <= tolerance, "{} in {dtype:?}: {name} off by {error}", c.name);
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -60,7 +60,7 @@ fn lora(t: &mut Tape, x: &Var, w: &Var, a: Option<ParamId>, b: Option<ParamId>) 
 
 #[test]
 fn nothing_is_saved_that_only_a_frozen_weight_would_need() {
-    let loss: Use = |t, _, x, w| ops::loss_head(t, x, w, &ids(&[0, 1, 2, 3]), 0.0, 1.0);
+    let loss: Use = |t, _, x, w| ops::loss_head(t, x, w, None, &ids(&[0, 1, 2, 3]), 0.0, 1.0);
     let row = |t: &Tape| t.constant(&random_tensor(5, &[6]));
     let norm = |t: &mut Tape, x: &Var| {
         let (gamma, beta) = (row(t), row(t));
@@ -104,8 +104,29 @@ fn nothing_is_saved_that_only_a_frozen_weight_would_need() {
         ("loss_head, frozen", false, false, false, loss),
         ("attention, frozen", false, false, false, |t, _, x, _| {
             let (cfg, sequences) = attention();
-            ops::attention(t, cfg, &sequences, x)
+            ops::attention(t, cfg, &sequences, ops::Qkv::Fused(x))
         }),
+        ("attention of separate projections, frozen", false, false, false, |t, _, x, w| {
+            let cfg = Attention { heads: 3, kv_heads: 3, ..attention().0 };
+            let v = ops::linear(t, x, w, Layout::OutIn, None)?;
+            ops::attention(t, cfg, &Sequences::new(&[4]), ops::Qkv::Separate { q: x, k: x, v: &v })
+        }),
+        ("rope", true, false, false, |t, _, x, _| {
+            let table = random_tensor(6, &[1, 3]);
+            ops::rope(t, x, &ids(&[0; 4]), &table, &table, 6)
+        }),
+        ("silu_gate, frozen", false, false, false, |t, _, x, _| ops::silu_gate(t, x, x)),
+        ("silu_gate, the gate trains", true, true, false, |t, _, x, _| {
+            let up = t.constant(&random_tensor(6, &[4, 6]));
+            ops::silu_gate(t, x, &up)
+        }),
+        ("silu_gate, up trains", true, false, false, |t, _, x, _| {
+            let gate = t.constant(&random_tensor(6, &[4, 6]));
+            ops::silu_gate(t, &gate, x)
+        }),
+        ("concat_rows", true, false, false, |t, _, x, _| ops::concat_rows(t, x, x)),
+        ("columns", true, false, false, |t, _, x, _| ops::columns(t, x, 1..3)),
+        ("squared_error", true, false, false, |t, _, x, _| ops::squared_error(t, x, &random_tensor(6, &[24]), 1.0)),
     ];
     for &(name, tracked, keeps_x, keeps_w, op) in table {
         let p = params(&[("p", &[6, 6]), ("b", &[6])]);
@@ -179,8 +200,8 @@ fn an_addition_of_two_values_that_both_are_needed_later_writes_neither() {
     let mut t = Tape::new(&p);
     let a = computed(&mut t, &p);
     // The attention keeps its input a and its output b.
-    let b = ops::attention(&mut t, cfg, &sequences, &a).unwrap();
-    let c = ops::attention(&mut t, cfg, &sequences, &a).unwrap();
+    let b = ops::attention(&mut t, cfg, &sequences, ops::Qkv::Fused(&a)).unwrap();
+    let c = ops::attention(&mut t, cfg, &sequences, ops::Qkv::Fused(&a)).unwrap();
     let (b_was, c_was) = (b.share(), c.share());
     let (b_bits, c_bits) = (bits(b.value()), bits(c.value()));
     let sum = ops::add(&mut t, b, c).unwrap();
@@ -192,7 +213,7 @@ fn an_addition_of_two_values_that_both_are_needed_later_writes_neither() {
 fn losses(t: &mut Tape, p: &Params, which: usize) -> Var {
     let x = ops::activation(t, KIND, &t.param(id(p, "p")).unwrap()).unwrap();
     let w = t.param(id(p, ["q", "r"][which])).unwrap();
-    ops::loss_head(t, &x, &w, &ids(&[0, 4, 2]), 0.0, 0.5).unwrap()
+    ops::loss_head(t, &x, &w, None, &ids(&[0, 4, 2]), 0.0, 0.5).unwrap()
 }
 
 fn three() -> Params {
@@ -352,7 +373,7 @@ fn noisy(p: &Params, qkv: &Tensor, lengths: &[usize], noise: Noise) -> (Tensor, 
     let x = ops::dropout(&mut t, x, 0.3).unwrap();
     let dropout = t.dropout_mask(0.3);
     let cfg = Attention { heads: 2, kv_heads: 2, head_dim: 3, scale: 1.0, causal: true, dropout };
-    let y = ops::attention(&mut t, cfg, &Sequences::new(lengths), &x).unwrap();
+    let y = ops::attention(&mut t, cfg, &Sequences::new(lengths), ops::Qkv::Fused(&x)).unwrap();
     let y = ops::dropout(&mut t, y, 0.3).unwrap();
     let value = y.value().clone();
     let mut g = Grads::new(p).unwrap();

@@ -37,6 +37,12 @@ pub enum Error {
         /// What is missing or failed, and what to do.
         what: String,
     },
+    /// A kernel that runs on the host only was given matrices on a CUDA device.
+    #[error("{kernel} has no CUDA version; run this model on the CPU (device cpu)")]
+    NoCuda {
+        /// What has none.
+        kernel: &'static str,
+    },
     /// A borrowed range lies outside its owner's bytes.
     #[error("bytes {start}..{end} lie outside a source of {len} bytes; the file is truncated or its header is wrong")]
     Range {

@@ -36,6 +36,7 @@ pub mod hash;
 mod lora;
 mod loss;
 mod mat;
+mod mix;
 mod norm;
 mod pool;
 mod real;
@@ -44,10 +45,14 @@ mod rope;
 #[cfg(test)]
 mod testing;
 mod transpose;
+mod unfold;
 
 pub use activation::{Activation, activation, activation_backward, silu_gate, silu_gate_backward};
 pub use adamw::{AdamW, adamw, adamw_clipped, all_finite, clip_factor, sum_squares, sum_squares_into};
-pub use attention::{Attention, CachedRows, Sequences, attention, attention_backward, attention_cached};
+pub use attention::{
+    Attention, CachedRows, Disentangled, DisentangledGrads, DisentangledInputs, RelativePositions, Sequences,
+    attention, attention_backward, attention_cached, disentangled, disentangled_backward,
+};
 pub use buffer::Buffer;
 pub use device::{DType, Device, Element};
 pub use dropout::{Dropout, dropout, philox};
@@ -61,7 +66,9 @@ pub use lora::{
 };
 pub use loss::{cross_entropy, loss_head, nll};
 pub use mat::{Acc, Mat, MatMut};
+pub use mix::{mix, mix_backward};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use pool::{PoolStats, pool_stats, release_idle_memory};
 pub use rope::rope;
 pub use transpose::transpose;
+pub use unfold::{unfold, unfold_backward};

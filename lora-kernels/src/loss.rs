@@ -2,9 +2,10 @@
 pub(crate) mod cuda;
 
 use crate::{
-    Acc, Buffer, Error, Mat, MatMut, Result, gemm,
+    Acc, Buffer, Epilogue, Error, Mat, MatMut, Result, gemm, gemm_with,
     real::{Real, dispatch, simd},
     reduce::{max, rows_per_task, run, sum},
+    sum_rows,
 };
 
 /// Memory for one chunk of logits in [`loss_head`] on the CPU.
@@ -77,16 +78,16 @@ pub fn nll(logits: Mat, targets: Mat, smoothing: f64, losses: MatMut) -> Result<
     })
 }
 
-/// The head of a language model with its loss and backward pass, for rows x [n, d] that have a target:
+/// The head of a language model or a classifier with its loss and backward pass, for rows x [n, d] that have a target:
 ///
 /// ```text
-/// z = x·w    losses and dz as in cross_entropy    dx = dz·wᵀ    dw = xᵀ·dz
+/// z = x·w + b    losses and dz as in cross_entropy    dx = dz·wᵀ    dw = xᵀ·dz    db = Σᵢ dzᵢ
 /// ```
 ///
 /// w [d, V] may be the transpose of a stored [V, d] matrix (a tied embedding); dw has the layout that is stored, here
-/// [V, d]. Rows are taken in chunks of at most 32 MiB of logits (256 MiB on a CUDA device), so [n, V] is never held at
-/// once. With x and w of a 16-bit type, logits and losses are f32, dz is rounded to the type of x, and dx and dw are
-/// either.
+/// [V, d]. b and db are [1, V]. Rows are taken in chunks of at most 32 MiB of logits (256 MiB on a CUDA device), so [n, V] is never held at
+/// once. With x and w of a 16-bit type, b is of that type or f32, logits and losses are f32, dz is rounded to the type of
+/// x, and dx, dw and db are either.
 ///
 /// # Panics
 /// As [`cross_entropy`].
@@ -94,15 +95,21 @@ pub fn nll(logits: Mat, targets: Mat, smoothing: f64, losses: MatMut) -> Result<
 pub fn loss_head(
     x: Mat,
     w: Mat,
+    bias: Option<Mat>,
     targets: Mat,
     smoothing: f64,
     scale: f64,
     losses: MatMut,
     dx: Option<Acc>,
     dw: Option<Acc>,
+    db: Option<Acc>,
 ) -> Result<()> {
     let (n, v) = (x.rows(), w.cols());
     assert_eq!(x.cols(), w.rows(), "loss_head: x [n, d] and w [d, V]");
+    // Before anything is written, also where there is no row.
+    for b in bias.iter().copied().chain(db.iter().map(|db| db.to.as_mat())) {
+        assert_eq!((b.rows(), b.cols()), (1, v), "loss_head: one number of the bias per class");
+    }
     check_shapes("loss_head", n, targets, &losses);
     let bytes = v * x.dtype().accumulator().size();
     let rows = if x.device().is_cpu() {
@@ -112,7 +119,7 @@ pub fn loss_head(
     } else {
         chunk_rows(n, DEVICE_CHUNK_BYTES / bytes.max(1), TILE)
     };
-    in_chunks(rows, x, w, targets, smoothing, scale, losses, dx, dw)
+    in_chunks(rows, x, w, bias, targets, smoothing, scale, losses, dx, dw, db)
 }
 
 /// Rows of each chunk but the last of n rows: chunks of almost equal size with at most `most` rows, or one, and
@@ -132,16 +139,19 @@ fn in_chunks(
     rows: usize,
     x: Mat,
     w: Mat,
+    bias: Option<Mat>,
     targets: Mat,
     smoothing: f64,
     scale: f64,
     mut losses: MatMut,
     mut dx: Option<Acc>,
     mut dw: Option<Acc>,
+    mut db: Option<Acc>,
 ) -> Result<()> {
     let (n, v) = (x.rows(), w.cols());
     let wide = x.dtype().accumulator();
-    let gradients = dx.is_some() || dw.is_some();
+    let gradients = dx.is_some() || dw.is_some() || db.is_some();
+    let epilogue = Epilogue { bias, ..Epilogue::default() };
     // On a CUDA device every row begins at a multiple of 16 bytes, in f32 and in 16 bits: faster loads and products.
     let stride = if x.device().is_cpu() { v } else { v.next_multiple_of(8) };
     let mut logits = Buffer::empty(x.device(), wide, rows * stride)?;
@@ -149,13 +159,13 @@ fn in_chunks(
         true => Some(Buffer::empty(x.device(), x.dtype(), rows * stride)?),
         false => None,
     };
-    // One even of no rows, because dw takes its β in any case.
+    // One even of no rows, because dw and db take their β in any case.
     for i in 0..n.div_ceil(rows.max(1)).max(1) {
         let r = (i * rows).min(n)..((i + 1) * rows).min(n);
         let (x, targets) = (x.rows_in(r.clone()), targets.cols_in(r.clone()));
         let losses = losses.reborrow().rows_in(r.clone());
         let mut z = MatMut::new(&mut logits, 0, r.len(), stride).cols_in(0..v);
-        gemm(1.0, x, w, 0.0, z.reborrow())?;
+        gemm_with(1.0, x, w, 0.0, z.reborrow(), &epilogue)?;
         if !gradients {
             nll(z.as_mat(), targets, smoothing, losses)?;
             continue;
@@ -178,6 +188,10 @@ fn in_chunks(
             let beta = if i == 0 { dw.beta } else { 1.0 };
             let (a, b) = if w.is_transposed() { (dz.as_mat(), x) } else { (x, dz.as_mat()) };
             gemm(1.0, a.t(), b, beta, dw.to.reborrow())?;
+        }
+        if let Some(db) = &mut db {
+            let beta = if i == 0 { db.beta } else { 1.0 };
+            sum_rows(dz.as_mat(), Acc { to: db.to.reborrow(), beta })?;
         }
     }
     Ok(())
@@ -370,35 +384,43 @@ mod tests {
         nll(z.mat(), Mat::new(&t, 0, 1, 1), 0.0, l.mat_mut()).unwrap();
     }
 
-    /// losses, dx and dw of the head; dw as w is stored.
-    fn head(dtype: DType, (n, d, v): (usize, usize, usize), stored: bool, beta: f64, ask: [bool; 2]) -> [Vec<f64>; 3] {
+    /// losses, dx, dw and db of the head; dw as w is stored. Asked for a gradient of the bias, it has one.
+    fn head(dtype: DType, (n, d, v): (usize, usize, usize), stored: bool, beta: f64, ask: [bool; 3]) -> [Vec<f64>; 4] {
         let (x, w, old) = (random(4, n * d, 1.0), random(5, v * d, 1.0), random(6, (n + v) * d, 1.0));
+        let (b, old_b) = (random(7, v, 2.0), random(8, v, 1.0));
         let (r, c) = if stored { (v, d) } else { (d, v) };
         let (px, pw) = (Padded::new(dtype, n, d, 3, &x), Padded::new(dtype, r, c, 2, &w));
+        let pb = Padded::new(dtype, 1, v, 1, &b);
         let mut l = Padded::poison(dtype, n, 1, 0);
         let mut dx = Padded::target(dtype, n, d, 1, beta, &old[..n * d]);
         let mut dw = Padded::target(dtype, r, c, 1, beta, &old[n * d..]);
+        let mut db = Padded::target(dtype, 1, v, 0, beta, &old_b);
         let t = ids(&classes(n, v));
         let (to_x, to_w) = (ask[0].then(|| dx.acc(beta)), ask[1].then(|| dw.acc(beta)));
+        let to_b = ask[2].then(|| db.acc(beta));
         let (t, w) = (Mat::new(&t, 0, 1, n), pw.mat().t_if(stored));
-        loss_head(px.mat(), w, t, 0.1, 0.5, l.mat_mut(), to_x, to_w).unwrap();
-        [l.get(), dx.get(), dw.get()]
+        loss_head(px.mat(), w, Some(pb.mat()), t, 0.1, 0.5, l.mat_mut(), to_x, to_w, to_b).unwrap();
+        [l.get(), dx.get(), dw.get(), db.get()]
     }
 
     /// The same from whole logits, by plain loops.
-    fn head_oracle((n, d, v): (usize, usize, usize), stored: bool, beta: f64) -> [Vec<f64>; 3] {
+    fn head_oracle((n, d, v): (usize, usize, usize), stored: bool, beta: f64) -> [Vec<f64>; 4] {
         let (x, w, old) = (random(4, n * d, 1.0), random(5, v * d, 1.0), random(6, (n + v) * d, 1.0));
+        let (b, old_b) = (random(7, v, 2.0), random(8, v, 1.0));
         let at = |j: usize, k: usize| if stored { j * d + k } else { k * v + j };
-        let z: Vec<f64> = (0..n * v).map(|i| (0..d).map(|k| x[i / v * d + k] * w[at(i % v, k)]).sum()).collect();
+        let dot = |i: usize| (0..d).map(|k| x[i / v * d + k] * w[at(i % v, k)]).sum::<f64>();
+        let z: Vec<f64> = (0..n * v).map(|i| dot(i) + b[i % v]).collect();
         let (losses, dz) = oracle(&z, v, &classes(n, v), 0.1, 0.5);
-        let (mut dx, mut dw) = (vec![0.0; n * d], vec![0.0; v * d]);
+        let (mut dx, mut dw, mut db) = (vec![0.0; n * d], vec![0.0; v * d], vec![0.0; v]);
         for (i, g) in dz.iter().enumerate() {
+            db[i % v] += g;
             for k in 0..d {
                 dx[i / v * d + k] += g * w[at(i % v, k)];
                 dw[at(i % v, k)] += g * x[i / v * d + k];
             }
         }
-        [losses, accumulated(&dx, beta, &old[..n * d]), accumulated(&dw, beta, &old[n * d..])]
+        let (dx, dw) = (accumulated(&dx, beta, &old[..n * d]), accumulated(&dw, beta, &old[n * d..]));
+        [losses, dx, dw, accumulated(&db, beta, &old_b)]
     }
 
     #[test]
@@ -410,15 +432,16 @@ mod tests {
                 for &beta in if shape.2 > 1000 { &[1.0][..] } else { &[0.0, 1.0] } {
                     let want = head_oracle(shape, stored, beta);
                     for dtype in FLOATS {
-                        let got = head(dtype, shape, stored, beta, [true; 2]);
-                        for k in 0..3 {
+                        let got = head(dtype, shape, stored, beta, [true; 3]);
+                        for k in 0..4 {
                             close(&format!("output {k} of {shape:?}"), &got[k], &want[k], tol(dtype, 3e-6));
                         }
                         if shape.2 < 1000 {
-                            let alone = head(dtype, shape, stored, beta, [true, false]);
-                            assert_eq!(alone[1], got[1], "dx without dw");
-                            assert_eq!(head(dtype, shape, stored, beta, [false, true])[2], got[2], "dw without dx");
-                            let none = head(dtype, shape, stored, beta, [false; 2]);
+                            for (k, what) in [(0, "dx"), (1, "dw"), (2, "db")] {
+                                let alone = head(dtype, shape, stored, beta, [0, 1, 2].map(|i| i == k));
+                                assert_eq!(alone[k + 1], got[k + 1], "{what} alone");
+                            }
+                            let none = head(dtype, shape, stored, beta, [false; 3]);
                             close("losses alone", &none[0], &got[0], tol(dtype, 1e-6));
                         }
                     }
@@ -455,6 +478,6 @@ mod tests {
 
     #[test]
     fn same_bits_for_any_number_of_threads() {
-        same_bits("head", || head(DType::F32, (170, 8, 50_257), true, 1.0, [true; 2]).concat());
+        same_bits("head", || head(DType::F32, (170, 8, 50_257), true, 1.0, [true; 3]).concat());
     }
 }

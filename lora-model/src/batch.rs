@@ -1,7 +1,10 @@
-use lora_core::Tensor;
+use lora_core::{Tensor, peft::Adapted};
 use lora_kernels::{Device, Sequences};
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result, Task,
+    virtual_rows::{Place, VirtualRows},
+};
 
 /// What a model's tables can look up: checked once per batch, so that no kernel meets an id that is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,81 +13,266 @@ pub struct Limits {
     pub vocab_size: usize,
     /// The longest sequence.
     pub max_positions: usize,
+    /// The position of a sequence's first token: 0, or what RoBERTa begins with.
+    pub first_position: usize,
+    /// Kinds of segments; 0 where a model does not tell them apart.
+    pub segments: usize,
+}
+
+/// Sequences to compute on, and what they should give.
+#[derive(Clone, Copy, Debug)]
+pub struct Texts<'a> {
+    /// All tokens, one sequence after the other.
+    pub tokens: &'a [u32],
+    /// The number of tokens of each sequence.
+    pub lengths: &'a [usize],
+    /// The segment of each token (BERT's `token_type_ids`); 0 for all when absent.
+    pub segments: Option<&'a [u32]>,
+    /// What is to be predicted.
+    pub targets: Targets<'a>,
+}
+
+/// What is to be predicted.
+#[derive(Clone, Copy, Debug)]
+pub enum Targets<'a> {
+    /// Nothing: a forward pass.
+    None,
+    /// That token `rows[i]` (counted over all sequences, ascending) predicts `ids[i]`: as the token after it in a causal
+    /// model, in its own place in a masked one.
+    Tokens {
+        /// Rows that predict.
+        rows: &'a [u32],
+        /// What they predict.
+        ids: &'a [u32],
+    },
+    /// The label of each sequence.
+    Labels(&'a [u32]),
+    /// The number of each sequence.
+    Values(&'a [f32]),
+}
+
+impl<'a> Texts<'a> {
+    /// For a forward pass without a loss.
+    pub fn new(tokens: &'a [u32], lengths: &'a [usize]) -> Texts<'a> {
+        Texts { tokens, lengths, segments: None, targets: Targets::None }
+    }
+
+    /// With the segment of each token.
+    pub fn segments(self, segments: &'a [u32]) -> Texts<'a> {
+        Texts { segments: Some(segments), ..self }
+    }
+
+    /// With something to predict.
+    pub fn targets(self, targets: Targets<'a>) -> Texts<'a> {
+        Texts { targets, ..self }
+    }
 }
 
 /// Sequences as one flat run of tokens, without padding, on the model's device: what a forward pass reads.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Token ids, `[rows]`.
+    /// Token ids, `[tokens]`.
     pub tokens: Tensor,
-    /// Each row's position in its sequence, `[rows]`.
+    /// The position of each row in its sequence, `[rows]`; rows are the tokens and, with some methods, virtual ones.
     pub positions: Tensor,
-    /// Where sequences begin and end.
+    /// The segment of each row, in models that tell them apart.
+    pub segments: Option<Tensor>,
+    /// Where sequences of rows begin and end.
     pub sequences: Sequences,
+    /// Virtual rows among the tokens, or among keys and values.
+    pub(crate) virtual_rows: Option<VirtualInputs>,
     /// The rows that predict something, `[targets]`.
     pub target_rows: Tensor,
-    /// What they should predict, `[targets]`.
-    pub target_ids: Tensor,
+    /// What they should predict, `[targets]`: ids or labels of u32, or numbers.
+    pub targets: Tensor,
+}
+
+/// [`VirtualRows`] on the device.
+#[derive(Clone, Debug)]
+pub(crate) struct VirtualInputs {
+    pub(crate) place: Place,
+    pub(crate) sources: Tensor,
+    pub(crate) own: Tensor,
+    /// The run's sequences.
+    pub(crate) sequences: Sequences,
+}
+
+/// A batch on the host.
+struct Host<'a> {
+    tokens: &'a [u32],
+    positions: Vec<u32>,
+    segments: Option<Vec<u32>>,
+    lengths: Vec<usize>,
+    place: Place,
+    rows: VirtualRows,
+    target_rows: Vec<u32>,
+    targets: Values<'a>,
+}
+
+enum Values<'a> {
+    Ids(&'a [u32]),
+    Numbers(&'a [f32]),
 }
 
 impl Batch {
-    /// Lays sequences of the given lengths end to end. `target_rows[i]` (a row of the flat run) should predict
-    /// `target_ids[i]`; both are empty for a forward pass without a loss.
+    /// `texts` for a model with these limits and this task, under a method.
     ///
     /// # Errors
-    /// [`Error::Token`] for an id outside the vocabulary, [`Error::TooLong`] for a sequence longer than the positions.
+    /// [`Error::Token`] for an id outside the vocabulary, [`Error::TooLong`] for a sequence longer than the positions,
+    /// [`Error::Label`] and [`Error::Segment`] for numbers that the model does not have.
     ///
     /// # Panics
-    /// When the lengths do not add up to the tokens, or a target's row is not among them.
-    pub fn new(
-        device: &Device,
-        limits: Limits,
-        tokens: &[u32],
-        lengths: &[usize],
-        target_rows: &[u32],
-        target_ids: &[u32],
-    ) -> Result<Batch> {
-        assert_eq!(lengths.iter().sum::<usize>(), tokens.len(), "the lengths add up to the tokens");
-        check(limits, tokens, target_rows, target_ids)?;
-        for &n in lengths {
-            limits.check_length(n)?;
-        }
-        let positions: Vec<u32> = lengths.iter().flat_map(|&n| 0..n as u32).collect();
+    /// When the lengths do not add up to the tokens, a target's row is not among them, there is not one label or number
+    /// per sequence, or the targets are not of the task's kind.
+    pub fn new(device: &Device, limits: Limits, task: Task, adapted: &Adapted, texts: &Texts) -> Result<Batch> {
+        let host = Host::new(limits, task, Place::of(adapted), texts)?;
         let ids = |v: &[u32]| Tensor::from_slice(device, &[v.len()], v);
+        let virtual_rows = match host.place {
+            Place::Nowhere => None,
+            place => Some(VirtualInputs {
+                place,
+                sources: ids(&host.rows.sources)?,
+                own: ids(&host.rows.own)?,
+                sequences: Sequences::new(&host.rows.lengths),
+            }),
+        };
         Ok(Batch {
-            tokens: ids(tokens)?,
-            positions: ids(&positions)?,
-            sequences: Sequences::new(lengths),
-            target_rows: ids(target_rows)?,
-            target_ids: ids(target_ids)?,
+            tokens: ids(host.tokens)?,
+            positions: ids(&host.positions)?,
+            segments: host.segments.as_deref().map(ids).transpose()?,
+            sequences: Sequences::new(&host.lengths),
+            virtual_rows,
+            target_rows: ids(&host.target_rows)?,
+            targets: match host.targets {
+                Values::Ids(v) => ids(v)?,
+                Values::Numbers(v) => Tensor::from_slice(device, &[v.len()], v)?,
+            },
         })
     }
 
-    /// Another batch of the same lengths and number of targets, in the same memory: recorded work reads it there.
+    /// Other texts of the same lengths and number of targets, in the same memory: recorded work reads them there.
     ///
     /// # Errors
-    /// [`Error::Token`] for an id outside the vocabulary; the batch is then as it was.
+    /// As [`Batch::new`]; the batch is then as it was.
     ///
     /// # Panics
-    /// When there are more or fewer tokens or targets, or a target's row is not among the tokens.
-    pub fn rewrite(&mut self, limits: Limits, tokens: &[u32], target_rows: &[u32], target_ids: &[u32]) -> Result<()> {
-        check(limits, tokens, target_rows, target_ids)?;
-        self.tokens.write(tokens)?;
-        self.target_rows.write(target_rows)?;
-        Ok(self.target_ids.write(target_ids)?)
+    /// As [`Batch::new`], and when there are more or fewer tokens or targets.
+    pub fn rewrite(&mut self, limits: Limits, task: Task, adapted: &Adapted, texts: &Texts) -> Result<()> {
+        let host = Host::new(limits, task, Place::of(adapted), texts)?;
+        self.tokens.write(host.tokens)?;
+        self.positions.write(&host.positions)?;
+        if let (Some(to), Some(segments)) = (&mut self.segments, &host.segments) {
+            to.write(segments)?;
+        }
+        if let Some(rows) = &mut self.virtual_rows {
+            rows.sources.write(&host.rows.sources)?;
+            rows.own.write(&host.rows.own)?;
+        }
+        self.target_rows.write(&host.target_rows)?;
+        match host.targets {
+            Values::Ids(v) => Ok(self.targets.write(v)?),
+            Values::Numbers(v) => Ok(self.targets.write(v)?),
+        }
     }
 
     /// Number of targets.
-    pub fn targets(&self) -> usize {
-        self.target_ids.len()
+    pub fn target_count(&self) -> usize {
+        self.targets.len()
     }
 }
 
-fn check(limits: Limits, tokens: &[u32], target_rows: &[u32], target_ids: &[u32]) -> Result<()> {
-    assert_eq!(target_rows.len(), target_ids.len(), "one token per target row");
-    assert!(target_rows.iter().all(|&r| (r as usize) < tokens.len()), "target rows are rows of the batch");
-    limits.check_tokens(tokens)?;
-    limits.check_tokens(target_ids)
+impl<'a> Host<'a> {
+    fn new(limits: Limits, task: Task, place: Place, texts: &Texts<'a>) -> Result<Host<'a>> {
+        let Texts { tokens, lengths, segments, targets } = *texts;
+        assert_eq!(lengths.iter().sum::<usize>(), tokens.len(), "the lengths add up to the tokens");
+        assert!(segments.is_none_or(|s| s.len() == tokens.len()), "one segment per token");
+        limits.check_tokens(tokens)?;
+        limits.check_segments(segments.unwrap_or_default())?;
+        let starts: Vec<usize> = lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
+        // The infix comes before the first token that is to be predicted.
+        let splits: Vec<usize> = match (task, targets) {
+            (Task::CausalLm, Targets::Tokens { rows, .. }) => (starts.iter().zip(lengths))
+                .map(|(&start, &n)| {
+                    let first = rows[rows.partition_point(|&r| (r as usize) < start)..].first();
+                    first.map_or(n, |&r| (r as usize + 1 - start).min(n))
+                })
+                .collect(),
+            _ => lengths.to_vec(),
+        };
+        let rows = match place {
+            Place::Nowhere => VirtualRows::default(),
+            place => VirtualRows::new(lengths, &splits, |_| place.tokens()),
+        };
+        let whole = if place == Place::Nowhere { lengths } else { &rows.lengths };
+        whole.iter().try_for_each(|&n| limits.check_length(n))?;
+        let stream = matches!(place, Place::Stream(_));
+        let in_run = || whole.iter().flat_map(|&n| 0..n as u32);
+        let first = limits.first_position as u32;
+        let positions = match place {
+            Place::Attention(_) => {
+                let all: Vec<u32> = in_run().collect();
+                rows.own.iter().map(|&r| all[r as usize] + first).collect()
+            }
+            _ => in_run().map(|p| p + first).collect(),
+        };
+        let segments = (limits.segments > 0).then(|| {
+            let own = |i: usize| segments.map_or(0, |s| s[i]);
+            match stream {
+                true => rows
+                    .sources
+                    .iter()
+                    .map(|&r| if (r as usize) < tokens.len() { own(r as usize) } else { 0 })
+                    .collect(),
+                false => (0..tokens.len()).map(own).collect(),
+            }
+        });
+        let row = |r: usize| if stream { rows.own[r] } else { r as u32 };
+        let (target_rows, values) = match (task, targets) {
+            (_, Targets::None) => (Vec::new(), Values::Ids(&[])),
+            (Task::CausalLm | Task::MaskedLm, Targets::Tokens { rows: at, ids }) => {
+                assert_eq!(at.len(), ids.len(), "one token per target row");
+                assert!(at.is_sorted(), "target rows ascend");
+                assert!(at.last().is_none_or(|&r| (r as usize) < tokens.len()), "target rows are rows of the batch");
+                limits.check_tokens(ids)?;
+                // In a causal model the row before the predicted token: of the infix, where that comes in between.
+                let ends: Vec<u32> = whole
+                    .iter()
+                    .scan(0, |at, &n| {
+                        *at += n as u32;
+                        Some(*at)
+                    })
+                    .collect();
+                let before_next = |r: usize| {
+                    let i = starts.partition_point(|&s| s <= r) - 1;
+                    if r + 1 < starts[i] + lengths[i] { row(r + 1) - 1 } else { ends[i] - 1 }
+                };
+                let map = |&r: &u32| match task {
+                    Task::CausalLm if stream => before_next(r as usize),
+                    _ => row(r as usize),
+                };
+                (at.iter().map(map).collect(), Values::Ids(ids))
+            }
+            (Task::Classification { labels }, Targets::Labels(of)) => {
+                assert_eq!(of.len(), lengths.len(), "one label per sequence");
+                if let Some(&label) = of.iter().find(|&&l| l as usize >= labels) {
+                    return Err(Error::Label { label, labels });
+                }
+                (Vec::new(), Values::Ids(of))
+            }
+            (Task::Regression, Targets::Values(of)) => {
+                assert_eq!(of.len(), lengths.len(), "one number per sequence");
+                (Vec::new(), Values::Numbers(of))
+            }
+            (task, targets) => panic!("{targets:?} are no targets of {task:?}"),
+        };
+        // A sequence is judged by its first token.
+        let target_rows = match task {
+            Task::Classification { .. } | Task::Regression => starts.iter().map(|&r| row(r)).collect(),
+            _ => target_rows,
+        };
+        let lengths = if stream { rows.lengths.clone() } else { lengths.to_vec() };
+        Ok(Host { tokens, positions, segments, lengths, place, rows, target_rows, targets: values })
+    }
 }
 
 impl Limits {
@@ -104,5 +292,14 @@ impl Limits {
             return Err(Error::TooLong { length, max_positions: self.max_positions });
         }
         Ok(())
+    }
+
+    fn check_segments(&self, segments: &[u32]) -> Result<()> {
+        // A model without segments ignores the only one that there is then.
+        let most = self.segments.max(1);
+        match segments.iter().find(|&&s| s as usize >= most) {
+            Some(&segment) => Err(Error::Segment { segment, segments: most }),
+            None => Ok(()),
+        }
     }
 }

@@ -1,28 +1,13 @@
 use std::collections::BTreeSet;
 
-use lora_core::{Result, Tape, Tensor, Var, ops};
-use lora_kernels::{Acc, Attention, CachedRows, DType, Device, Sequences, attention_cached, gather, put_rows};
+use lora_core::{Result, Tensor, peft::VirtualTokens};
+use lora_kernels::{Acc, Attention, CachedRows, DType, Device, Mat, Sequences, attention_cached, gather, put_rows};
 
-/// What attention looks at in a forward pass: the sequences of the batch alone, or a cache of earlier positions too.
-pub enum Context<'a> {
-    /// Whole sequences: training and evaluation.
-    Whole(&'a Sequences),
-    /// The newest positions of sequences whose earlier ones are cached: generation.
-    Cached(&'a mut KvCache),
-}
-
-impl Context<'_> {
-    /// Attention of one layer over its fused projection `qkv`, [rows, (heads + 2·kv_heads)·head_dim].
-    pub(crate) fn attend(&mut self, t: &mut Tape, layer: usize, cfg: Attention, qkv: &Var) -> Result<Var> {
-        match self {
-            Context::Whole(sequences) => ops::attention(t, cfg, sequences, qkv),
-            Context::Cached(cache) => {
-                let y = cache.attend(layer, cfg, qkv.value())?;
-                Ok(t.constant(&y))
-            }
-        }
-    }
-}
+use crate::{
+    Limits,
+    batch::VirtualInputs,
+    virtual_rows::{Place, VirtualRows},
+};
 
 /// What the keys and values of a model look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +49,8 @@ pub(crate) struct Inputs {
     places: Tensor,
     /// The last row of each sequence.
     pub(crate) last: Tensor,
+    /// Virtual rows, where a sequence begins with some.
+    pub(crate) virtual_rows: Option<VirtualInputs>,
 }
 
 impl KvCache {
@@ -78,13 +65,19 @@ impl KvCache {
             new: vec![0; sequences],
             used: 0,
             rows: CachedRows::new(device, shape.group),
-            inputs: Inputs { tokens: none.clone(), positions: none.clone(), places: none.clone(), last: none },
+            inputs: Inputs {
+                tokens: none.clone(),
+                positions: none.clone(),
+                places: none.clone(),
+                last: none,
+                virtual_rows: None,
+            },
             #[cfg(feature = "cuda")]
             recorded: Default::default(),
         })
     }
 
-    /// Positions of a sequence so far.
+    /// Positions of a sequence so far, virtual tokens included.
     pub fn len(&self, sequence: usize) -> usize {
         self.sequences[sequence].len()
     }
@@ -94,29 +87,54 @@ impl KvCache {
         self.sequences.len()
     }
 
-    /// Announces that the next forward pass adds `new[i]` tokens to sequence i. They come sequence by sequence.
+    /// Announces that the next forward pass adds `new[i]` tokens to sequence i, and virtual ones to those that begin. The
+    /// tokens come sequence by sequence.
     ///
     /// # Panics
     /// When there is not one number per sequence, or the tokens are not as many.
-    pub(crate) fn extend(&mut self, tokens: &[u32], new: &[usize]) -> Result<()> {
+    pub(crate) fn extend(&mut self, limits: Limits, place: Place, tokens: &[u32], new: &[usize]) -> Result<()> {
         assert_eq!(new.len(), self.sequences.len(), "one number per sequence");
-        let more: usize = new.iter().sum();
-        assert_eq!(more, tokens.len(), "as many tokens as announced");
+        assert_eq!(new.iter().sum::<usize>(), tokens.len(), "as many tokens as announced");
+        let begins: Vec<bool> = self.sequences.iter().map(Vec::is_empty).collect();
+        // After the whole of the prompt.
+        let virtual_rows = (place != Place::Nowhere && begins.contains(&true))
+            .then(|| VirtualRows::new(new, new, |i| if begins[i] { place.tokens() } else { VirtualTokens::default() }));
+        let rows_of = virtual_rows.as_ref().map_or(new, |v| &v.lengths);
+        let more: usize = rows_of.iter().sum();
         if self.used + more > self.layers.first().map_or(usize::MAX, |(k, _)| k.rows()) {
             self.make_room(more)?;
         }
         let first = self.used as u32;
-        let (mut positions, mut last) = (Vec::with_capacity(more), Vec::with_capacity(new.len()));
-        for (rows, &n) in self.sequences.iter_mut().zip(new) {
-            positions.extend((rows.len()..rows.len() + n).map(|p| p as u32));
-            last.extend((positions.len() as u32).checked_sub(1));
+        let mut positions = Vec::with_capacity(more);
+        for (rows, &n) in self.sequences.iter_mut().zip(rows_of) {
+            positions.extend((rows.len()..rows.len() + n).map(|p| (p + limits.first_position) as u32));
             rows.extend((self.used..self.used + n).map(|r| r as u32));
             self.used += n;
         }
-        self.new = new.to_vec();
-        self.rows.set(&self.sequences, new)?;
+        self.new = rows_of.to_vec();
+        self.rows.set(&self.sequences, &self.new)?;
+        // The rows that layers compute: those of attention alone are no part of the stream.
+        let mut stream = rows_of;
+        if let (Place::Attention(_), Some(v)) = (place, &virtual_rows) {
+            positions = v.own.iter().map(|&r| positions[r as usize]).collect();
+            stream = new;
+        }
+        let ends = stream.iter().scan(0u32, |at, &n| {
+            *at += n as u32;
+            Some(*at)
+        });
+        let last: Vec<u32> = ends.filter_map(|end| end.checked_sub(1)).collect();
         let places: Vec<u32> = (first..self.used as u32).collect();
-        let Inputs { tokens: t, positions: p, places: r, last: l } = &mut self.inputs;
+        let device = self.inputs.tokens.device();
+        self.inputs.virtual_rows = match virtual_rows {
+            None => None,
+            Some(v) => {
+                let ids = |v: &[u32]| Tensor::from_slice(&device, &[v.len()], v);
+                let (sources, own) = (ids(&v.sources)?, ids(&v.own)?);
+                Some(VirtualInputs { place, sources, own, sequences: Sequences::new(&v.lengths) })
+            }
+        };
+        let Inputs { tokens: t, positions: p, places: r, last: l, .. } = &mut self.inputs;
         for (to, values) in [(t, tokens), (p, &positions), (r, &places), (l, &last)] {
             match to.len() == values.len() {
                 true => to.write(values)?,
@@ -162,17 +180,15 @@ impl KvCache {
     }
 
     /// Stores the new keys and values of a layer and attends over all of them.
-    fn attend(&mut self, layer: usize, cfg: Attention, qkv: &Tensor) -> Result<Tensor> {
-        let (q_cols, kv_cols) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
+    pub(crate) fn attend(&mut self, layer: usize, cfg: Attention, q: Mat, k: Mat, v: Mat) -> Result<Tensor> {
         let n: usize = self.new.iter().sum();
-        assert_eq!(qkv.rows(), n, "the forward pass has the rows that were announced");
-        let part = |from: usize, cols: usize| qkv.mat().cols_in(from..from + cols);
-        let (k, v) = &mut self.layers[layer];
+        assert_eq!(q.rows(), n, "the forward pass has the rows that were announced");
+        let (keys, values) = &mut self.layers[layer];
         let places = self.inputs.places.mat();
-        put_rows(part(q_cols, kv_cols), places, k.make_mut()?)?;
-        put_rows(part(q_cols + kv_cols, kv_cols), places, v.make_mut()?)?;
-        let mut y = Tensor::empty(&qkv.device(), qkv.dtype(), &[n, q_cols])?;
-        attention_cached(&cfg, part(0, q_cols), k.mat(), v.mat(), &self.rows, y.make_mut()?)?;
+        put_rows(k, places, keys.make_mut()?)?;
+        put_rows(v, places, values.make_mut()?)?;
+        let mut y = Tensor::empty(q.device(), q.dtype(), &[n, cfg.heads * cfg.head_dim])?;
+        attention_cached(&cfg, q, keys.mat(), values.mat(), &self.rows, y.make_mut()?)?;
         Ok(y)
     }
 }

@@ -125,6 +125,30 @@ pub enum Error {
         /// Number of tokens in the vocabulary.
         vocab_size: usize,
     },
+    /// A label that the model's head does not have.
+    #[error("label {label} is not one of the {labels} that the model's head has, counted from 0")]
+    Label {
+        /// The label.
+        label: u32,
+        /// Labels of the head.
+        labels: usize,
+    },
+    /// A segment that the model does not have.
+    #[error("segment {segment} is not one of the model's {segments}, counted from 0")]
+    Segment {
+        /// The segment.
+        segment: u32,
+        /// Segments of the model.
+        segments: usize,
+    },
+    /// A model that is asked for what its head does not do.
+    #[error("a model for {task} cannot {what}")]
+    Task {
+        /// What the model is for.
+        task: &'static str,
+        /// What was asked.
+        what: &'static str,
+    },
     /// A sequence longer than the model's positions.
     #[error(
         "a sequence of {length} tokens is longer than the model's {max_positions} positions; shorten it (--max-length)"

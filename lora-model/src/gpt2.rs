@@ -2,20 +2,22 @@ use std::path::Path;
 
 use lora_core::{
     Tape, Tensor, Var,
-    lowrank::Layout as WeightLayout,
-    ops,
-    peft::{Adapted, Base, Site},
+    lowrank::Layout::InOut,
+    ops::{self, Qkv},
+    peft::{Adapted, Base, Outline, Part},
 };
-use lora_kernels::{Attention, DType, Device};
+use lora_kernels::{Attention, Device};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
 
 use crate::{
-    Context, KvShape, Limits, Model, Result,
-    checkpoint::{Checkpoint, Layout, TensorSpec},
+    Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
+    architectures::only,
+    build::{self, Build},
+    checkpoint::Layout,
     config::{CONFIG_FILE, Gpt2Config, RawConfig},
-    layers::{LayerNorm, Projection, Weight},
+    layers::{LayerNorm, Projection, Sublayer, Weight},
 };
 
 /// GPT-2 (Radford et al. 2019): pre-norm blocks of causal attention and a GELU MLP, learned positions, a head tied to the
@@ -30,24 +32,68 @@ use crate::{
 /// Its linear maps are `Conv1D`s: weights stored [in, out].
 pub struct Gpt2 {
     config: Gpt2Config,
-    raw: RawConfig,
-    layout: Layout,
+    parts: Parts,
+    weights: Weights,
+}
+
+struct Weights {
     wte: Weight,
     wpe: Weight,
     blocks: Vec<Block>,
     ln_f: LayerNorm,
     /// Only when the head is not tied to `wte`.
     lm_head: Option<Weight>,
-    sites: Vec<Site>,
 }
 
 struct Block {
     ln_1: LayerNorm,
     c_attn: Projection,
     attn_c_proj: Projection,
+    attn: Sublayer,
     ln_2: LayerNorm,
     c_fc: Projection,
     mlp_c_proj: Projection,
+    mlp: Sublayer,
+}
+
+impl Gpt2Config {
+    /// What the model looks like, without weights.
+    pub fn outline(&self) -> Outline {
+        build::outline(|b: &mut Build| describe(self, b))
+    }
+}
+
+/// All of the model, in the order of its weights.
+fn describe(config: &Gpt2Config, b: &mut Build) -> Result<Weights> {
+    let (d, f, eps) = (config.n_embd, config.inner(), config.layer_norm_epsilon);
+    b.describe("gpt2", config.n_layer, config.n_positions, &["c_attn"]);
+    b.task_type("CAUSAL_LM");
+    let wte = b.weight("transformer.wte.weight", &[config.vocab_size, d])?;
+    b.tokens(&wte);
+    b.keys_values(d);
+    let wpe = b.weight("transformer.wpe.weight", &[config.n_positions, d])?;
+    let mut blocks = Vec::with_capacity(config.n_layer);
+    for i in 0..config.n_layer {
+        b.layer(Some(i));
+        let module = |name: &str| format!("transformer.h.{i}.{name}");
+        let ln_1 = b.layer_norm(module("ln_1"), d, eps)?;
+        let c_attn = b.linear(module("attn.c_attn"), [d, 3 * d], InOut, true)?;
+        b.parts(&[("q", d), ("k", d), ("v", d)]);
+        let attn_c_proj = b.linear(module("attn.c_proj"), [d, d], InOut, true)?;
+        let attn = b.sublayer(module("attn"), Part::Attention, d);
+        let ln_2 = b.layer_norm(module("ln_2"), d, eps)?;
+        let c_fc = b.linear(module("mlp.c_fc"), [d, f], InOut, true)?;
+        let mlp_c_proj = b.linear(module("mlp.c_proj"), [f, d], InOut, true)?;
+        let mlp = b.sublayer(module("mlp"), Part::Mlp, d);
+        blocks.push(Block { ln_1, c_attn, attn_c_proj, attn, ln_2, c_fc, mlp_c_proj, mlp });
+    }
+    b.layer(None);
+    let ln_f = b.layer_norm("transformer.ln_f", d, eps)?;
+    let lm_head = match config.tie_word_embeddings {
+        true => None,
+        false => Some(b.weight("lm_head.weight", &[config.vocab_size, d])?),
+    };
+    Ok(Weights { wte, wpe, blocks, ln_f, lm_head })
 }
 
 impl Gpt2 {
@@ -55,14 +101,13 @@ impl Gpt2 {
     ///
     /// # Errors
     /// A configuration that makes no sense; weights that are missing, damaged or of another shape.
-    pub fn load(dir: &Path, raw: RawConfig, device: &Device, dtype: DType) -> Result<Gpt2> {
+    pub fn load(dir: &Path, raw: RawConfig, device: &Device, options: &LoadOptions) -> Result<Gpt2> {
         let config = Gpt2Config::from_raw(&raw)?;
-        let weights = Checkpoint::open(dir)?.rename(|name| own_name(name, &config))?;
-        weights.expect(&specs(&config))?;
-        let layout = weights.layout().clone();
-        Gpt2::build(config, raw, layout, |name, shape| {
-            Ok(weights.tensor(name, shape, &Device::Cpu)?.to(device, dtype)?)
-        })
+        only(Task::CausalLm, &raw, options)?;
+        let own = |name: &str| own_name(name, &config);
+        let (weights, parts) =
+            build::load(dir, raw, (device, options.dtype), own, |b: &mut Build| describe(&config, b))?;
+        Ok(Gpt2 { config, parts, weights })
     }
 
     /// A fresh model to pretrain, initialised as the paper says: normal with deviation 0.02, residual projections scaled
@@ -76,7 +121,7 @@ impl Gpt2 {
         let raw = RawConfig::new(&path, config.to_json());
         let residual = 0.02 / (2.0 * config.n_layer as f64).sqrt();
         let mut stream = 0;
-        Gpt2::build(config, raw, Layout::single(), |name, shape| {
+        let mut tensor = |name: &str, shape: &[usize]| {
             let len = shape.iter().product();
             let std = match name {
                 _ if shape.len() == 1 => None,
@@ -95,52 +140,10 @@ impl Gpt2 {
             };
             stream += 1;
             Ok(Tensor::from_slice(device, shape, &values)?)
-        })
-    }
-
-    fn build(
-        config: Gpt2Config,
-        raw: RawConfig,
-        layout: Layout,
-        mut tensor: impl FnMut(&str, &[usize]) -> Result<Tensor>,
-    ) -> Result<Gpt2> {
-        let (d, f, eps) = (config.n_embd, config.inner(), config.layer_norm_epsilon);
-        let mut weight = |name: String, shape: &[usize]| -> Result<Weight> {
-            let tensor = tensor(&name, shape)?;
-            Ok(Weight { name, tensor })
         };
-        let wte = weight("transformer.wte.weight".into(), &[config.vocab_size, d])?;
-        let wpe = weight("transformer.wpe.weight".into(), &[config.n_positions, d])?;
-        let mut blocks = Vec::with_capacity(config.n_layer);
-        let norm = |weight: &mut dyn FnMut(String, &[usize]) -> Result<Weight>, module: String| {
-            let (w, b) = (weight(format!("{module}.weight"), &[d])?, weight(format!("{module}.bias"), &[d])?);
-            Result::Ok(LayerNorm { weight: w, bias: b, eps })
-        };
-        for i in 0..config.n_layer {
-            let module = |name: &str| format!("transformer.h.{i}.{name}");
-            let mut projection = |name: &str, inputs: usize, outputs: usize| {
-                let module = module(name);
-                let w = weight(format!("{module}.weight"), &[inputs, outputs])?;
-                let bias = weight(format!("{module}.bias"), &[outputs])?;
-                Result::Ok(Projection { module, weight: w, bias, layout: WeightLayout::InOut })
-            };
-            let (c_attn, attn_c_proj) = (projection("attn.c_attn", d, 3 * d)?, projection("attn.c_proj", d, d)?);
-            let (c_fc, mlp_c_proj) = (projection("mlp.c_fc", d, f)?, projection("mlp.c_proj", f, d)?);
-            let ln_1 = norm(&mut weight, module("ln_1"))?;
-            let ln_2 = norm(&mut weight, module("ln_2"))?;
-            blocks.push(Block { ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj });
-        }
-        let ln_f = norm(&mut weight, "transformer.ln_f".into())?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(weight("lm_head.weight".into(), &[config.vocab_size, d])?),
-        };
-        let qkv = || vec![("q", 0..d), ("k", d..2 * d), ("v", 2 * d..3 * d)];
-        let of = |b: &Block| {
-            [b.c_attn.site(qkv()), b.attn_c_proj.site(vec![]), b.c_fc.site(vec![]), b.mlp_c_proj.site(vec![])]
-        };
-        let sites = blocks.iter().flat_map(of).collect();
-        Ok(Gpt2 { config, raw, layout, wte, wpe, blocks, ln_f, lm_head, sites })
+        let describe = |b: &mut Build| describe(&config, b);
+        let (weights, parts) = build::make(raw, Layout::single(), &mut tensor, describe)?;
+        Ok(Gpt2 { config, parts, weights })
     }
 
     /// The configuration.
@@ -162,37 +165,6 @@ impl Gpt2 {
     }
 }
 
-/// The names and shapes of all tensors.
-fn specs(config: &Gpt2Config) -> Vec<TensorSpec> {
-    let (d, f) = (config.n_embd, config.inner());
-    let mut all = vec![
-        TensorSpec::new("transformer.wte.weight", [config.vocab_size, d]),
-        TensorSpec::new("transformer.wpe.weight", [config.n_positions, d]),
-    ];
-    let mut pair = |module: &str, weight: &[usize]| {
-        all.push(TensorSpec::new(format!("{module}.weight"), weight));
-        all.push(TensorSpec::new(format!("{module}.bias"), [weight[weight.len() - 1]]));
-    };
-    for i in 0..config.n_layer {
-        let modules: [(&str, &[usize]); 6] = [
-            ("ln_1", &[d]),
-            ("attn.c_attn", &[d, 3 * d]),
-            ("attn.c_proj", &[d, d]),
-            ("ln_2", &[d]),
-            ("mlp.c_fc", &[d, f]),
-            ("mlp.c_proj", &[f, d]),
-        ];
-        for (module, weight) in modules {
-            pair(&format!("transformer.h.{i}.{module}"), weight);
-        }
-    }
-    pair("transformer.ln_f", &[d]);
-    if !config.tie_word_embeddings {
-        all.push(TensorSpec::new("lm_head.weight", [config.vocab_size, d]));
-    }
-    all
-}
-
 /// The name of a file's tensor here: older files lack the prefix, hold masks as buffers, and repeat a tied head.
 fn own_name(name: &str, config: &Gpt2Config) -> Option<String> {
     if name == "lm_head.weight" {
@@ -204,40 +176,31 @@ fn own_name(name: &str, config: &Gpt2Config) -> Option<String> {
 }
 
 impl Base for Gpt2 {
-    fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_> {
-        let blocks = self.blocks.iter().flat_map(|b| {
-            let Block { ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj } = b;
-            let (attn, mlp) = ([c_attn, attn_c_proj], [c_fc, mlp_c_proj]);
-            [&ln_1.weight, &ln_1.bias]
-                .into_iter()
-                .chain(attn.into_iter().flat_map(|p| [&p.weight, &p.bias]))
-                .chain([&ln_2.weight, &ln_2.bias])
-                .chain(mlp.into_iter().flat_map(|p| [&p.weight, &p.bias]))
-        });
-        let all = [&self.wte, &self.wpe].into_iter().chain(blocks).chain([&self.ln_f.weight, &self.ln_f.bias]);
-        Box::new(all.chain(&self.lm_head).map(|w| (w.name.as_str(), &w.tensor)))
+    fn outline(&self) -> &Outline {
+        self.parts.outline()
     }
 
-    fn sites(&self) -> &[Site] {
-        &self.sites
+    fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_> {
+        self.parts.tensors()
     }
 }
 
 impl Model for Gpt2 {
-    fn config(&self) -> &RawConfig {
-        &self.raw
+    fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     fn limits(&self) -> Limits {
-        Limits { vocab_size: self.config.vocab_size, max_positions: self.config.n_positions }
+        let Gpt2Config { vocab_size, n_positions: max_positions, .. } = self.config;
+        Limits { vocab_size, max_positions, first_position: 0, segments: 0 }
     }
 
     fn end_of_text(&self) -> Option<u32> {
         self.config.eos_token_id
     }
 
-    fn kv_shape(&self) -> KvShape {
-        KvShape { layers: self.config.n_layer, cols: self.config.n_embd, group: 1 }
+    fn kv_shape(&self) -> Option<KvShape> {
+        Some(KvShape { layers: self.config.n_layer, cols: self.config.n_embd, group: 1 })
     }
 
     fn set_base_dropout(&mut self, p: f64) {
@@ -245,45 +208,36 @@ impl Model for Gpt2 {
         (c.resid_pdrop, c.embd_pdrop, c.attn_pdrop) = (p, p, p);
     }
 
-    fn layout(&self) -> &Layout {
-        &self.layout
+    fn head(&self) -> Head<'_> {
+        let weight = self.weights.lm_head.as_ref().unwrap_or(&self.weights.wte);
+        Head { task: Task::CausalLm, weight, bias: None }
     }
 
-    fn head(&self) -> (&str, &Tensor) {
-        let w = self.lm_head.as_ref().unwrap_or(&self.wte);
-        (&w.name, &w.tensor)
-    }
-
-    fn hidden(
-        &self,
-        t: &mut Tape,
-        adapted: &Adapted,
-        tokens: &Tensor,
-        positions: &Tensor,
-        context: &mut Context,
-    ) -> Result<Var> {
-        let (wte, wpe) = (self.wte.var(t, adapted)?, self.wpe.var(t, adapted)?);
-        let (x, p) = (ops::gather(t, &wte, tokens)?, ops::gather(t, &wpe, positions)?);
+    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+        let w = &self.weights;
+        let (wte, wpe) = (w.wte.var(t, adapted)?, w.wpe.var(t, adapted)?);
+        let x = input.embed(t, adapted, &wte)?;
+        let p = ops::gather(t, &wpe, input.positions())?;
         let h = ops::add(t, x, p)?;
         let mut h = ops::dropout(t, h, self.config.embd_pdrop)?;
-        for (i, b) in self.blocks.iter().enumerate() {
+        for (i, b) in w.blocks.iter().enumerate() {
             let x = b.ln_1.apply(t, adapted, &h)?;
             let qkv = b.c_attn.apply(t, adapted, &x)?;
             drop(x);
             let cfg = self.attention(t, i);
-            let y = context.attend(t, i, cfg, &qkv)?;
+            let y = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
             drop(qkv);
             let y = b.attn_c_proj.apply(t, adapted, &y)?;
             let y = ops::dropout(t, y, self.config.resid_pdrop)?;
-            h = ops::add(t, h, y)?;
+            h = b.attn.join(t, adapted, h, y, None)?;
             let x = b.ln_2.apply(t, adapted, &h)?;
             let x = b.c_fc.apply(t, adapted, &x)?;
             let x = ops::activation(t, self.config.activation_function, &x)?;
             let y = b.mlp_c_proj.apply(t, adapted, &x)?;
             drop(x);
             let y = ops::dropout(t, y, self.config.resid_pdrop)?;
-            h = ops::add(t, h, y)?;
+            h = b.mlp.join(t, adapted, h, y, None)?;
         }
-        Ok(self.ln_f.apply(t, adapted, &h)?)
+        Ok(w.ln_f.apply(t, adapted, &h)?)
     }
 }

@@ -4,14 +4,16 @@ use lora_core::{
     Result, Tape, Tensor, Var,
     lowrank::Layout,
     ops,
-    peft::{Adapted, Linear, Site},
+    peft::{Adapted, Linear, Norm},
 };
 
 /// A tensor under its Hugging Face name.
 #[derive(Clone, Debug)]
-pub(crate) struct Weight {
-    pub(crate) name: String,
-    pub(crate) tensor: Tensor,
+pub struct Weight {
+    /// The name.
+    pub name: String,
+    /// The tensor.
+    pub tensor: Tensor,
 }
 
 impl Weight {
@@ -26,24 +28,28 @@ impl Weight {
 pub(crate) struct Projection {
     pub(crate) module: String,
     pub(crate) weight: Weight,
-    pub(crate) bias: Weight,
+    pub(crate) bias: Option<Weight>,
     pub(crate) layout: Layout,
 }
 
 impl Projection {
     pub(crate) fn apply(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
-        let (w, b) = (self.weight.var(t, adapted)?, self.bias.var(t, adapted)?);
-        adapted.project(t, &self.module, x, &Linear { w, layout: self.layout, bias: Some(b) })
+        let w = self.weight.var(t, adapted)?;
+        let bias = self.bias.as_ref().map(|b| b.var(t, adapted)).transpose()?;
+        adapted.project(t, &self.module, x, &Linear { w, layout: self.layout, bias })
     }
+}
 
-    /// The place that it offers to adapters.
-    pub(crate) fn site(&self, parts: Vec<(&'static str, std::ops::Range<usize>)>) -> Site {
-        let shape = self.weight.tensor.shape();
-        let (inputs, outputs) = match self.layout {
-            Layout::OutIn => (shape[1], shape[0]),
-            Layout::InOut => (shape[0], shape[1]),
-        };
-        Site { name: self.module.clone(), inputs, outputs, layout: self.layout, parts }
+/// Where the output of a sublayer joins the stream, with whatever adapter is attached there.
+#[derive(Clone, Debug)]
+pub(crate) struct Sublayer {
+    pub(crate) module: String,
+}
+
+impl Sublayer {
+    /// The stream after the sublayer: x + f, normalised where a norm follows.
+    pub(crate) fn join(&self, t: &mut Tape, adapted: &Adapted, x: Var, f: Var, norm: Norm) -> Result<Var> {
+        adapted.join(t, &self.module, x, f, norm)
     }
 }
 
@@ -59,5 +65,19 @@ impl LayerNorm {
     pub(crate) fn apply(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
         let (gamma, beta) = (self.weight.var(t, adapted)?, self.bias.var(t, adapted)?);
         ops::layer_norm(t, x, &gamma, &beta, self.eps)
+    }
+}
+
+/// Normalisation by the root mean square.
+#[derive(Clone, Debug)]
+pub(crate) struct RmsNorm {
+    pub(crate) weight: Weight,
+    pub(crate) eps: f64,
+}
+
+impl RmsNorm {
+    pub(crate) fn apply(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Var> {
+        let gamma = self.weight.var(t, adapted)?;
+        ops::rms_norm(t, x, &gamma, self.eps)
     }
 }

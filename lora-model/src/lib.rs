@@ -1,8 +1,8 @@
 //! Transformers from scratch, with Hugging Face weights, tokenisation and KV-cached generation.
 //!
 //! - [`load`] reads a model's folder: `config.json` and safetensors, single or sharded, mapped rather than read.
-//! - [`Model`] is what an architecture implements ([`Gpt2`]): the forward pass. Backward passes come from the tape,
-//!   adapters from the method that was applied to it ([`lora_core::peft::Adapted`]).
+//! - [`Model`] is what an architecture implements ([`Gpt2`], [`Llama`]): the forward pass. Backward passes come from the
+//!   tape, adapters from the method that was applied to it ([`lora_core::peft::Adapted`]).
 //! - [`generate`] continues texts: greedy, sampled or by beam search, over cached keys and values.
 //! - [`tokenizer`] turns text into tokens and back.
 //!
@@ -43,22 +43,41 @@
 //! ```
 
 pub mod adapter;
+mod architectures;
 mod batch;
+mod bert;
+mod build;
 mod cache;
 pub mod checkpoint;
 pub mod config;
+pub mod convert;
+mod deberta_v2;
 mod error;
 pub mod files;
 pub mod generate;
 mod gpt2;
+mod heads;
+mod input;
 mod layers;
+mod llama;
 mod model;
 #[cfg(feature = "cuda")]
 mod recorded;
+mod roberta;
+pub mod rope;
 pub mod tokenizer;
+mod virtual_rows;
 
-pub use batch::{Batch, Limits};
-pub use cache::{Context, KvCache, KvShape};
+pub use architectures::{ARCHITECTURES, ArchitectureRow, LoadOptions, load, load_as, load_with, outline};
+pub use batch::{Batch, Limits, Targets, Texts};
+pub use bert::Bert;
+pub use build::Parts;
+pub use cache::{KvCache, KvShape};
+pub use deberta_v2::DebertaV2;
 pub use error::{Error, Result};
 pub use gpt2::Gpt2;
-pub use model::{Model, load, load_as};
+pub use input::Input;
+pub use layers::Weight;
+pub use llama::Llama;
+pub use model::{Head, Model, Task};
+pub use roberta::Roberta;

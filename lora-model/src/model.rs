@@ -1,23 +1,64 @@
 use std::{collections::BTreeMap, path::Path};
 
 use lora_core::{
-    Tape, Tensor, Var, ops,
+    Tape, Tensor, Var, lowrank, ops,
     peft::{Adapted, Base},
 };
-use lora_kernels::{DType, Device, gemm};
+use lora_kernels::{Device, add_bias, gemm};
 
 use crate::{
-    Batch, Context, Gpt2, KvCache, KvShape, Limits, Result,
-    cache::Inputs,
+    Batch, Error, Input, KvCache, KvShape, Limits, Parts, Result, Texts,
+    batch::VirtualInputs,
     checkpoint::{self, Layout, TensorSpec},
-    config::{Architecture, RawConfig},
+    config::RawConfig,
+    layers::Weight,
+    virtual_rows::Place,
 };
 
-/// A transformer with a language-model head. An architecture implements the few required methods in one file; backward
-/// passes, adapters, losses and generation come with them.
+/// What a model's head gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// The next token.
+    CausalLm,
+    /// The token in its own place, which is hidden from the model.
+    MaskedLm,
+    /// One of so many labels for each sequence.
+    Classification {
+        /// How many.
+        labels: usize,
+    },
+    /// A number for each sequence.
+    Regression,
+}
+
+impl Task {
+    /// In words, for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::CausalLm => "continuing text",
+            Task::MaskedLm => "filling in hidden tokens",
+            Task::Classification { .. } => "classifying sequences",
+            Task::Regression => "rating sequences",
+        }
+    }
+}
+
+/// The last linear map of a model: logits = x·Wᵀ + b.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// What its outputs are.
+    pub task: Task,
+    /// W [outputs, d].
+    pub weight: &'a Weight,
+    /// b \[outputs\].
+    pub bias: Option<&'a Weight>,
+}
+
+/// A transformer with a head. An architecture implements the few required methods in one file; backward passes, adapters,
+/// losses and generation come with them.
 pub trait Model: Base + Send + Sync {
-    /// The configuration as it was read, to be written back with all its keys.
-    fn config(&self) -> &RawConfig;
+    /// What all architectures have in common: the configuration, the outline, the weights.
+    fn parts(&self) -> &Parts;
 
     /// What its embeddings can look up.
     fn limits(&self) -> Limits;
@@ -25,61 +66,91 @@ pub trait Model: Base + Send + Sync {
     /// The token that ends a text, by the configuration.
     fn end_of_text(&self) -> Option<u32>;
 
-    /// What its keys and values look like.
-    fn kv_shape(&self) -> KvShape;
+    /// What its keys and values look like; `None` for an encoder, which generates nothing.
+    fn kv_shape(&self) -> Option<KvShape>;
 
     /// Sets every dropout of the base itself (not of adapters) to the given rate.
     fn set_base_dropout(&mut self, p: f64);
 
+    /// The head.
+    fn head(&self) -> Head<'_>;
+
+    /// The final hidden states, [rows, d].
+    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var>;
+
+    /// What the head's matrix is applied to, of the hidden states x of the rows that it looks at: x itself, or what an
+    /// encoder's pooler or transform makes of it.
+    fn features(&self, _t: &mut Tape, _adapted: &Adapted, x: Var) -> Result<Var> {
+        Ok(x)
+    }
+
+    /// The configuration as it was read, to be written back with all its keys.
+    fn config(&self) -> &RawConfig {
+        &self.parts().raw
+    }
+
     /// How the weights were spread over files.
-    fn layout(&self) -> &Layout;
+    fn layout(&self) -> &Layout {
+        &self.parts().layout
+    }
 
-    /// Name and tensor of the head's matrix [vocabulary, d].
-    fn head(&self) -> (&str, &Tensor);
-
-    /// The final hidden states, [rows, d], of tokens `[rows]` at positions `[rows]`.
-    fn hidden(
-        &self,
-        t: &mut Tape,
-        adapted: &Adapted,
-        tokens: &Tensor,
-        positions: &Tensor,
-        context: &mut Context,
-    ) -> Result<Var>;
+    /// What its head gives.
+    fn task(&self) -> Task {
+        self.head().task
+    }
 
     /// Where the weights lie.
     fn device(&self) -> Device {
-        self.head().1.device()
+        self.head().weight.tensor.device()
     }
 
-    /// A batch for this model; see [`Batch::new`].
+    /// A batch for this model under a method; see [`Batch::new`].
     ///
     /// # Errors
     /// An id outside the vocabulary, a sequence longer than the positions.
-    fn batch(&self, tokens: &[u32], lengths: &[usize], target_rows: &[u32], target_ids: &[u32]) -> Result<Batch> {
-        Batch::new(&self.device(), self.limits(), tokens, lengths, target_rows, target_ids)
+    fn batch(&self, adapted: &Adapted, texts: &Texts) -> Result<Batch> {
+        Batch::new(&self.device(), self.limits(), self.task(), adapted, texts)
     }
 
-    /// `scale` times the summed cross-entropy of the batch's targets; see [`ops::loss_head`].
+    /// `scale` times the summed loss of the batch's targets: cross-entropy ([`ops::loss_head`]), or of a regression the
+    /// squared error ([`ops::squared_error`]), which label smoothing leaves alone.
     fn loss(&self, t: &mut Tape, adapted: &Adapted, batch: &Batch, smoothing: f64, scale: f64) -> Result<Var> {
-        let h = self.hidden(t, adapted, &batch.tokens, &batch.positions, &mut Context::Whole(&batch.sequences))?;
+        let h = self.hidden(t, adapted, &mut Input::whole(batch))?;
         let x = ops::gather(t, &h, &batch.target_rows)?;
         drop(h);
-        let (name, w) = self.head();
-        let w = adapted.weight(t, name, w)?;
-        Ok(ops::loss_head(t, &x, &w, &batch.target_ids, smoothing, scale)?)
+        let x = self.features(t, adapted, x)?;
+        let (w, b) = self.head().vars(t, adapted)?;
+        Ok(match self.task() {
+            Task::Regression => {
+                let y = ops::linear(t, &x, &w, lowrank::Layout::OutIn, b.as_ref())?;
+                ops::squared_error(t, &y, &batch.targets, scale)?
+            }
+            _ => ops::loss_head(t, &x, &w, b.as_ref(), &batch.targets, smoothing, scale)?,
+        })
     }
 
-    /// The logits [rows, vocabulary] of all rows of a batch: for inspection; training and generation never hold them.
+    /// The logits of all tokens of a batch [tokens, vocabulary], or of a classifier those of its sequences [sequences,
+    /// labels]: for inspection and evaluation; training and generation never hold those of all tokens.
     fn logits(&self, adapted: &Adapted, batch: &Batch) -> Result<Tensor> {
         let mut t = Tape::inference(&adapted.params);
-        let h = self.hidden(&mut t, adapted, &batch.tokens, &batch.positions, &mut Context::Whole(&batch.sequences))?;
-        head_logits(self.head(), &t, adapted, h.value())
+        let mut x = self.hidden(&mut t, adapted, &mut Input::whole(batch))?;
+        match (self.task(), &batch.virtual_rows) {
+            (Task::Classification { .. } | Task::Regression, _) => x = ops::gather(&mut t, &x, &batch.target_rows)?,
+            (_, Some(VirtualInputs { place: Place::Stream(_), own, .. })) => x = ops::gather(&mut t, &x, own)?,
+            _ => {}
+        }
+        let x = self.features(&mut t, adapted, x)?;
+        self.head().logits(&t, adapted, x.value())
     }
 
     /// An empty cache for `sequences` sequences with room for `rows` positions in all.
+    ///
+    /// # Errors
+    /// [`Error::Task`] for an encoder.
     fn cache(&self, sequences: usize, rows: usize) -> Result<KvCache> {
-        Ok(KvCache::new(&self.device(), self.dtype(), self.kv_shape(), sequences, rows)?)
+        let task = self.task().name();
+        let shape = self.kv_shape().ok_or(Error::Task { task, what: "continue text" })?;
+        Ok(KvCache::new(&self.device(), self.dtype(), shape, sequences, rows)?)
     }
 
     /// Adds `new[i]` tokens to sequence i of the cache (`tokens` has them sequence by sequence) and gives the logits after
@@ -93,20 +164,24 @@ pub trait Model: Base + Send + Sync {
     fn step(&self, adapted: &Adapted, cache: &mut KvCache, tokens: &[u32], new: &[usize]) -> Result<Tensor> {
         assert!(new.iter().all(|&n| n > 0), "every sequence gets a token");
         assert_eq!(new.iter().sum::<usize>(), tokens.len(), "as many tokens as announced");
-        self.limits().check_tokens(tokens)?;
+        let (limits, place) = (self.limits(), Place::of(adapted));
+        limits.check_tokens(tokens)?;
         for (i, &n) in new.iter().enumerate() {
-            self.limits().check_length(cache.len(i) + n)?;
+            let so_far = cache.len(i);
+            let virtual_tokens = if so_far == 0 { place.tokens().count() } else { 0 };
+            limits.check_length(so_far + n + virtual_tokens)?;
         }
-        cache.extend(tokens, new)?;
+        cache.extend(limits, place, tokens, new)?;
         let pass = |cache: &mut KvCache| {
             let mut t = Tape::inference(&adapted.params);
-            let Inputs { tokens, positions, last, .. } = cache.inputs.clone();
-            let h = self.hidden(&mut t, adapted, &tokens, &positions, &mut Context::Cached(cache))?;
+            let last = cache.inputs.last.clone();
+            let h = self.hidden(&mut t, adapted, &mut Input::cached(cache))?;
             let x = ops::gather(&mut t, &h, &last)?;
-            head_logits(self.head(), &t, adapted, x.value())
+            let x = self.features(&mut t, adapted, x)?;
+            self.head().logits(&t, adapted, x.value())
         };
         #[cfg(feature = "cuda")]
-        return crate::recorded::run(cache, &adapted.params, self.head().1, pass);
+        return crate::recorded::run(cache, &adapted.params, &self.head().weight.tensor, pass);
         #[cfg(not(feature = "cuda"))]
         pass(cache)
     }
@@ -132,29 +207,19 @@ pub trait Model: Base + Send + Sync {
     }
 }
 
-fn head_logits((name, w): (&str, &Tensor), t: &Tape, adapted: &Adapted, x: &Tensor) -> Result<Tensor> {
-    let w = adapted.weight(t, name, w)?;
-    let mut logits = Tensor::empty(&x.device(), x.dtype().accumulator(), &[x.rows(), w.value().rows()])?;
-    gemm(1.0, x.mat(), w.value().t(), 0.0, logits.make_mut()?)?;
-    Ok(logits)
-}
+impl Head<'_> {
+    fn vars(&self, t: &Tape, adapted: &Adapted) -> Result<(Var, Option<Var>)> {
+        Ok((self.weight.var(t, adapted)?, self.bias.map(|b| b.var(t, adapted)).transpose()?))
+    }
 
-/// Loads the model in a folder, whatever its architecture, in f32.
-///
-/// # Errors
-/// An unknown architecture, a configuration that makes no sense, weights that are missing, damaged or of another shape;
-/// each names the file.
-pub fn load(dir: &Path, device: &Device) -> Result<Box<dyn Model>> {
-    load_as(dir, device, DType::F32)
-}
-
-/// As [`load`], with weights and activations of the given type: bf16 or f16 on a CUDA device.
-///
-/// # Errors
-/// Those of [`load`]; no memory on the device.
-pub fn load_as(dir: &Path, device: &Device, dtype: DType) -> Result<Box<dyn Model>> {
-    let config = RawConfig::from_dir(dir)?;
-    match config.architecture()? {
-        Architecture::Gpt2 => Ok(Box::new(Gpt2::load(dir, config, device, dtype)?)),
+    fn logits(&self, t: &Tape, adapted: &Adapted, x: &Tensor) -> Result<Tensor> {
+        let (w, b) = self.vars(t, adapted)?;
+        let mut logits = Tensor::empty(&x.device(), x.dtype().accumulator(), &[x.rows(), w.value().rows()])?;
+        gemm(1.0, x.mat(), w.value().t(), 0.0, logits.make_mut()?)?;
+        if let Some(b) = b {
+            let b = b.value().to(&logits.device(), logits.dtype())?;
+            add_bias(b.mat(), logits.make_mut()?)?;
+        }
+        Ok(logits)
     }
 }

@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 use half::{bf16, f16};
 use lora_core::{
     Tensor,
-    peft::{Adapted, Full, Lora, LoraConfig},
+    peft::{Adapted, Full, Lora, LoraConfig, Options},
 };
 use lora_kernels::{DType, Device};
-use lora_model::{Batch, Error, Gpt2, Model, adapter, checkpoint::TensorFile, config::Gpt2Config, load};
+use lora_model::{Batch, Error, Gpt2, Model, Texts, adapter, checkpoint::TensorFile, config::Gpt2Config, load};
 use serde_json::{Value, json};
 
 const CPU: Device = Device::Cpu;
@@ -24,7 +24,19 @@ fn model() -> Box<dyn Model> {
 }
 
 fn batch(model: &dyn Model) -> Batch {
-    model.batch(&[5, 17, 99, 3, 42, 8, 8, 61, 0, 77], &[4, 6], &[], &[]).unwrap()
+    let texts = Texts::new(&[5, 17, 99, 3, 42, 8, 8, 61, 0, 77], &[4, 6]);
+    model.batch(&Adapted::none(&CPU).unwrap(), &texts).unwrap()
+}
+
+/// Saves what LoRA trained.
+fn save(
+    dir: &Path,
+    config: &LoraConfig,
+    adapted: &Adapted,
+    base: &dyn Model,
+    name: Option<&str>,
+) -> lora_model::Result<()> {
+    adapter::save(dir, "lora", &Options::from(config), adapted, base, name)
 }
 
 /// A LoRA configuration of rank 2 with α 5 and dropout 0.25.
@@ -92,9 +104,9 @@ fn saving_and_loading_gives_the_same_adapter() {
     for (targets, rslora, wanted) in cases() {
         let (dir, c) = (tempfile::tempdir().unwrap(), config(&targets, rslora));
         let before = adapted(&*model, &c);
-        adapter::save(dir.path(), &c, &before, &*model, Some("gpt2")).unwrap();
+        save(dir.path(), &c, &before, &*model, Some("gpt2")).unwrap();
         let file = adapter::load(dir.path()).unwrap();
-        assert_eq!(file.config, c, "{targets:?}");
+        assert_eq!(LoraConfig::from(&file.options), c, "{targets:?}");
         assert_eq!(file.base_model_name_or_path.as_deref(), Some("gpt2"));
         let after = file.attach(&*model, &CPU).unwrap();
         // Parts are parts again, bit for bit.
@@ -128,7 +140,7 @@ fn saving_and_loading_gives_the_same_adapter() {
 
         // Saved again, it is the same file.
         let again = tempfile::tempdir().unwrap();
-        adapter::save(again.path(), &c, &after, &*model, Some("gpt2")).unwrap();
+        save(again.path(), &c, &after, &*model, Some("gpt2")).unwrap();
         for file in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE] {
             let read = |d: &tempfile::TempDir| fs::read(d.path().join(file)).unwrap();
             assert!(read(&again) == read(&dir), "{targets:?} {file}");
@@ -140,7 +152,7 @@ fn saving_and_loading_gives_the_same_adapter() {
 fn parts_are_saved_as_blocks_of_the_module() {
     let (model, dir, c) = (model(), tempfile::tempdir().unwrap(), config(&["c_attn.v", "c_attn.q"], false));
     let adapted = adapted(&*model, &c);
-    adapter::save(dir.path(), &c, &adapted, &*model, None).unwrap();
+    save(dir.path(), &c, &adapted, &*model, None).unwrap();
     let file = TensorFile::open(&dir.path().join(adapter::WEIGHTS_FILE)).unwrap();
     assert_eq!(file.metadata()["format"], "pt");
     let [a, b] = [(A, [4, 32]), (B, [96, 4])].map(|(n, s)| file.tensor(n, &s, &CPU).unwrap().to_vec::<f32>().unwrap());
@@ -167,14 +179,14 @@ fn the_block_adapter_alone_computes_the_same() {
     for (targets, rslora, wanted) in cases() {
         let (dir, c) = (tempfile::tempdir().unwrap(), config(&targets, rslora));
         let before = adapted(&*model, &c);
-        adapter::save(dir.path(), &c, &before, &*model, None).unwrap();
+        save(dir.path(), &c, &before, &*model, None).unwrap();
         forget_parts(dir.path());
         if wanted[3] != json!({}) {
             refused(dir.path(), &*model, &["adapter_config.json", "rank_pattern", "r = 2", "not supported"]);
             continue;
         }
         let file = adapter::load(dir.path()).unwrap();
-        assert_eq!(json!(file.config.rank), wanted[0]);
+        assert_eq!(json!(file.options.rank), wanted[0]);
         let whole = file.attach(&*model, &CPU).unwrap();
         let [x, reference] = [&whole, &before].map(|a| model.logits(a, &batch(&*model)).unwrap());
         let error = relative(&x, &reference);
@@ -198,7 +210,7 @@ fn merged_and_saved_it_computes_the_same() {
         let dir = tempfile::tempdir().unwrap();
         let adapted = adapted(&*model, &c);
         let reference = model.logits(&adapted, &batch(&*model)).unwrap();
-        adapter::save(dir.path(), &c, &adapted, &*model, None).unwrap();
+        save(dir.path(), &c, &adapted, &*model, None).unwrap();
         let loaded = adapter::attach(dir.path(), &*model, &CPU).unwrap();
         model.save(dir.path(), &loaded.merged(&*model).unwrap()).unwrap();
         let merged = load(dir.path(), &CPU).unwrap();
@@ -233,14 +245,14 @@ fn pefts_own_files_load() {
     ] {
         let file = adapter::load(&golden(name)).unwrap();
         let targets = targets.iter().map(|t| t.to_string()).collect();
-        assert_eq!(file.config, LoraConfig { rank, alpha, dropout: 0.0, rslora, targets });
+        assert_eq!(LoraConfig::from(&file.options), LoraConfig { rank, alpha, dropout: 0.0, rslora, targets });
         assert_eq!(file.base_model_name_or_path.as_deref(), Some("model"));
         let adapted = file.attach(&*model, &CPU).unwrap();
         // Saved here, its tensors are the same bytes.
         let dir = tempfile::tempdir().unwrap();
-        adapter::save(dir.path(), &file.config, &adapted, &*model, Some("model")).unwrap();
+        save(dir.path(), &LoraConfig::from(&file.options), &adapted, &*model, Some("model")).unwrap();
         let again = adapter::load(dir.path()).unwrap();
-        assert_eq!(again.config, file.config);
+        assert_eq!(LoraConfig::from(&again.options), LoraConfig::from(&file.options));
         let all = |f: &adapter::AdapterFile| f.tensors.iter().map(|(n, t)| (n.clone(), bits(t))).collect::<Vec<_>>();
         assert!(all(&again) == all(&file), "{name}");
     }
@@ -281,22 +293,22 @@ fn names_with_an_adapters_name_and_half_precision_load() {
 fn another_adapter_in_the_folder_is_replaced_or_kept_whole() {
     let (model, dir) = (model(), tempfile::tempdir().unwrap());
     let (first, second) = (config(&["c_attn"], false), config(&["c_attn.q", "c_attn.v"], true));
-    adapter::save(dir.path(), &first, &adapted(&*model, &first), &*model, None).unwrap();
-    adapter::save(dir.path(), &second, &adapted(&*model, &second), &*model, None).unwrap();
-    assert_eq!(adapter::load(dir.path()).unwrap().config, second);
+    save(dir.path(), &first, &adapted(&*model, &first), &*model, None).unwrap();
+    save(dir.path(), &second, &adapted(&*model, &second), &*model, None).unwrap();
+    assert_eq!(LoraConfig::from(&adapter::load(dir.path()).unwrap().options), second);
 
     // A folder in the tensors' place makes writing fail: the old configuration is put back.
     let weights = dir.path().join(adapter::WEIGHTS_FILE);
     fs::remove_file(&weights).unwrap();
     fs::create_dir(&weights).unwrap();
     let before = saved_config(dir.path());
-    let e = adapter::save(dir.path(), &first, &adapted(&*model, &first), &*model, None).unwrap_err();
+    let e = save(dir.path(), &first, &adapted(&*model, &first), &*model, None).unwrap_err();
     assert!(matches!(e, Error::Io { .. }) && e.to_string().contains(adapter::WEIGHTS_FILE), "{e}");
     assert_eq!(saved_config(dir.path()), before);
 
     // What a kill between the two files leaves is no adapter.
     fs::remove_dir(&weights).unwrap();
-    adapter::save(dir.path(), &first, &adapted(&*model, &first), &*model, None).unwrap();
+    save(dir.path(), &first, &adapted(&*model, &first), &*model, None).unwrap();
     fs::remove_file(dir.path().join(adapter::CONFIG_FILE)).unwrap();
     assert!(!adapter::is_adapter(dir.path()));
     refused(dir.path(), &*model, &["adapter_config.json", "could not read"]);
@@ -307,7 +319,7 @@ fn another_adapter_in_the_folder_is_replaced_or_kept_whole() {
 fn full_fine_tuning_is_no_adapter() {
     let (model, dir) = (model(), tempfile::tempdir().unwrap());
     let full = Adapted::new(&Full, &*model, &CPU, DType::F32, 0).unwrap();
-    let _ = adapter::save(dir.path(), &config(&["c_attn"], false), &full, &*model, None);
+    let _ = save(dir.path(), &config(&["c_attn"], false), &full, &*model, None);
 }
 
 // Bad files -----------------------------------------------------------------------------------------------------------
@@ -437,7 +449,7 @@ fn harmless_configurations_are_accepted() {
     // The same α for all modules by a pattern.
     let dir = copy("adapter");
     set(dir.path(), "alpha_pattern", json!({"c_attn": 3}));
-    assert_eq!(adapter::load(dir.path()).unwrap().config.alpha, 3.0);
+    assert_eq!(LoraConfig::from(&adapter::load(dir.path()).unwrap().options).alpha, 3.0);
 }
 
 type Edit = Box<dyn Fn(&mut Value, &mut Vec<u8>)>;
@@ -532,7 +544,7 @@ fn parts_that_contradict_the_configuration_are_refused() {
     ];
     for (text, place, wanted) in rows {
         let dir = tempfile::tempdir().unwrap();
-        adapter::save(dir.path(), &c, &adapted(&*model, &c), &*model, None).unwrap();
+        save(dir.path(), &c, &adapted(&*model, &c), &*model, None).unwrap();
         edit(dir.path(), |h, _| h["__metadata__"][adapter::PARTS_KEY] = json!(text));
         println!("{text}");
         refused(dir.path(), &*model, &[place, wanted]);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use lora_core::peft::Adapted;
 use lora_kernels::Device;
 use lora_model::{
-    Error, Gpt2, Model,
+    Error, Gpt2, Model, Texts,
     config::Gpt2Config,
     generate::{Generated, GenerationConfig, check, distribution, generate},
     load,
@@ -102,7 +102,7 @@ fn settings(v: &Value) -> GenerationConfig {
 
 /// The logits after a text, uncached.
 fn logits(model: &dyn Model, adapted: &Adapted, text: &[u32]) -> Vec<f32> {
-    let batch = model.batch(text, &[text.len()], &[], &[]).unwrap();
+    let batch = model.batch(adapted, &Texts::new(text, &[text.len()])).unwrap();
     model.logits(adapted, &batch).unwrap().rows_in(text.len() - 1..text.len()).to_vec().unwrap()
 }
 
@@ -414,7 +414,7 @@ fn what_makes_no_sense_is_refused() {
         let prompts = [vec![1], prompt];
         let e = generate(&model, &adapted, &prompts, &d(), None).unwrap_err();
         assert!(matches!(e, Error::Prompt { index: 1, .. }) && e.to_string().contains(message), "{e} lacks {message}");
-        assert_eq!(check(&model, &prompts, &d()).unwrap_err().to_string(), e.to_string());
+        assert_eq!(check(&model, &adapted, &prompts, &d()).unwrap_err().to_string(), e.to_string());
     }
 }
 
@@ -422,7 +422,8 @@ fn what_makes_no_sense_is_refused() {
 fn a_diverged_model_generates_nothing() {
     let (model, _) = golden_model();
     let dir = tempfile::tempdir().unwrap();
-    let (name, head) = model.head();
+    let head = model.head().weight;
+    let (name, head) = (head.name.as_str(), &head.tensor);
     let mut values: Vec<f32> = head.to_vec().unwrap();
     values[40] = f32::NAN;
     let head = lora_core::Tensor::from_slice(&CPU, head.shape(), &values).unwrap();

@@ -1,58 +1,18 @@
 //! Agreement with PyTorch, Transformers and PEFT on a small GPT-2, on every device at hand: `golden/make.py` wrote what
 //! they say, in f64.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+mod common;
 
+use std::{collections::BTreeMap, path::PathBuf};
+
+use common::{Place, goldens, places, reference, relative, within};
 use lora_core::{
     Grads, ParamId, Tape, Tensor,
     peft::{Adapted, Full},
 };
-use lora_kernels::{AdamW, DType, Device, adamw, scale, sum_squares};
-use lora_model::{Batch, Model, adapter, checkpoint::TensorFile, load_as};
+use lora_kernels::{AdamW, DType, adamw, scale, sum_squares};
+use lora_model::{Batch, Model, Targets, Texts, adapter, checkpoint::TensorFile, load_as};
 use serde::Deserialize;
-
-const CPU: Device = Device::Cpu;
-
-/// Where the model computes.
-struct Place {
-    device: Device,
-    dtype: DType,
-    /// Largest |x − ref| / |ref| of logits, losses and the whole gradient.
-    close: f64,
-    /// The same of one parameter's gradient. In bf16 PyTorch 2.15 under autocast reaches 4.3e-2 on this model, and 2.0e-2
-    /// over the whole gradient.
-    each: f64,
-}
-
-/// The host, and every GPU in f32 and bf16.
-fn places() -> Vec<Place> {
-    let gpus = gpus().into_iter().flat_map(|device| {
-        let single = Place { device: device.clone(), dtype: DType::F32, close: 1e-5, each: 1e-5 };
-        [single, Place { device, dtype: DType::Bf16, close: 2e-2, each: 4e-2 }]
-    });
-    [Place { device: CPU, dtype: DType::F32, close: 1e-5, each: 1e-5 }].into_iter().chain(gpus).collect()
-}
-
-/// With their features the emulated device and the first CUDA device.
-fn gpus() -> Vec<Device> {
-    let gpus: Vec<Device> = [
-        #[cfg(feature = "emulator")]
-        lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),
-        #[cfg(feature = "cuda")]
-        Device::cuda(0),
-    ]
-    .into_iter()
-    .filter_map(|gpu: Result<Device, lora_kernels::Error>| {
-        gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok()
-    })
-    .collect();
-    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
-    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
-    gpus
-}
 
 #[derive(Deserialize)]
 struct Golden {
@@ -94,9 +54,7 @@ struct Run {
 }
 
 fn folder() -> PathBuf {
-    // As cargo says when the test runs, so that a copied executable finds a copied folder.
-    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&package).join("tests/golden/gpt2")
+    goldens().join("gpt2")
 }
 
 struct Case {
@@ -134,14 +92,14 @@ impl Case {
     }
 
     /// The given sequences for a forward pass without a loss.
-    fn whole(&self) -> Batch {
+    fn whole(&self, adapted: &Adapted) -> Batch {
         let s = &self.golden.batch.sequences;
         let lengths: Vec<usize> = s.iter().map(Vec::len).collect();
-        self.model.batch(&s.concat(), &lengths, &[], &[]).unwrap()
+        self.model.batch(adapted, &Texts::new(&s.concat(), &lengths)).unwrap()
     }
 
     /// Some of the sequences to train on: without their last tokens, which predict nothing.
-    fn training(&self, which: std::ops::Range<usize>) -> Batch {
+    fn training(&self, adapted: &Adapted, which: std::ops::Range<usize>) -> Batch {
         let b = &self.golden.batch;
         let (mut tokens, mut lengths, mut rows, mut ids) = (vec![], vec![], vec![], vec![]);
         for (s, &from) in b.sequences[which.clone()].iter().zip(&b.targets_from[which]) {
@@ -150,7 +108,8 @@ impl Case {
             tokens.extend(&s[..s.len() - 1]);
             lengths.push(s.len() - 1);
         }
-        self.model.batch(&tokens, &lengths, &rows, &ids).unwrap()
+        let targets = Targets::Tokens { rows: &rows, ids: &ids };
+        self.model.batch(adapted, &Texts::new(&tokens, &lengths).targets(targets)).unwrap()
     }
 
     /// Loss and gradients over micro-batches, whose sequences begin and end at the given ones.
@@ -160,7 +119,8 @@ impl Case {
         grads.reset();
         for ends in micro.windows(2) {
             let mut t = Tape::new(&adapted.params);
-            let loss = self.model.loss(&mut t, adapted, &self.training(ends[0]..ends[1]), smoothing, scale).unwrap();
+            let loss =
+                self.model.loss(&mut t, adapted, &self.training(adapted, ends[0]..ends[1]), smoothing, scale).unwrap();
             total += loss.value().to_f64().unwrap()[0];
             t.backward(loss, grads).unwrap();
         }
@@ -168,8 +128,7 @@ impl Case {
     }
 
     fn reference(&self, name: &str) -> Tensor {
-        let info = self.tensors.info(name).unwrap_or_else(|| panic!("no {name} in the golden file"));
-        self.tensors.tensor(name, &info.shape, &CPU).unwrap()
+        reference(&self.tensors, name)
     }
 }
 
@@ -180,26 +139,12 @@ fn stored_name(adapted: &Adapted, id: ParamId) -> String {
     format!("{}{name}", if lora { "base_model.model." } else { "" })
 }
 
-/// |x − ref| / |ref|.
-fn relative(x: &Tensor, reference: &Tensor) -> f64 {
-    assert_eq!(x.shape(), reference.shape());
-    let (x, r) = (x.to_f64().unwrap(), reference.to_f64().unwrap());
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    norm(&mut x.iter().zip(&r).map(|(x, r)| x - r)) / norm(&mut r.iter().copied())
-}
-
-#[track_caller]
-fn within(what: &str, error: f64, most: f64) {
-    // Not `error > most`: a NaN is not within anything.
-    assert!(error <= most, "{what}: {error:.2e} is above {most:.0e}");
-    println!("{what}: {error:.2e}");
-}
-
 #[test]
 fn logits() {
     for case in Case::all() {
         for name in ["base", "adapter", "adapter_all"] {
-            let logits = case.model.logits(&case.adapted(name), &case.whole()).unwrap();
+            let adapted = case.adapted(name);
+            let logits = case.model.logits(&adapted, &case.whole(&adapted)).unwrap();
             within(name, relative(&logits, &case.reference(&format!("logits.{name}"))), case.place.close);
         }
     }

@@ -65,7 +65,7 @@ fn trained(vocab_size: usize) -> Tokenizer {
 }
 
 fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
-    let mut stream = tokenizer.decode_stream(false);
+    let mut stream = tokenizer.decode_stream(&[], false).unwrap();
     let mut text = String::new();
     for &id in ids {
         let piece = stream.push(id).unwrap();
@@ -188,7 +188,7 @@ fn a_stream_gives_whole_characters_only() {
     let bytes = Tokenizer::train_bpe(["x"].into_iter(), 257).unwrap();
     let ids = bytes.encode("a🙂é").unwrap();
     assert_eq!(ids.len(), 7);
-    let mut stream = bytes.decode_stream(true);
+    let mut stream = bytes.decode_stream(&[], true).unwrap();
     let pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
     assert_eq!(pieces, ["a", "", "", "", "🙂", "", "é"]);
     assert_eq!(stream.finish().unwrap(), "");

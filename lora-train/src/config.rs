@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
-use lora_core::peft;
+use lora_core::peft::{self, Layers};
+use lora_model::adapter::AdapterFile;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Place, Result, data::Format, schedule::Schedule};
@@ -30,8 +31,24 @@ pub struct TrainConfig {
     pub dropout: f64,
     /// Scale by α/√r.
     pub rslora: bool,
-    /// Modules to adapt.
+    /// Modules to adapt; none: the architecture's default, as in PEFT.
     pub targets: Vec<String>,
+    /// Width of the bottleneck of adapters.
+    pub bottleneck: usize,
+    /// Train the base's normalisations beside adapters.
+    pub train_norms: bool,
+    /// The layers that `top2` trains: see [`peft::Layers`].
+    pub layers: String,
+    /// The layers that `adapter-d` leaves without an adapter; the lowest ⌊5·L/12⌋ when absent.
+    pub drop_layers: Option<String>,
+    /// Virtual tokens before the text.
+    pub prefix: usize,
+    /// Virtual tokens after the prompt.
+    pub infix: usize,
+    /// Width of the hidden layer that a prefix is reparametrised with; 0 is none.
+    pub reparam: usize,
+    /// Folders of the trained adapters that `fusion` combines.
+    pub fuse: Vec<PathBuf>,
     /// An adapter to start from.
     pub init_adapter: Option<PathBuf>,
     /// Passes over the data; not together with `steps`.
@@ -88,6 +105,7 @@ pub struct TrainConfig {
 
 impl Default for TrainConfig {
     fn default() -> Self {
+        let options = peft::Options::default();
         TrainConfig {
             model: PathBuf::new(),
             data: PathBuf::new(),
@@ -95,11 +113,19 @@ impl Default for TrainConfig {
             valid: None,
             format: None,
             method: "lora".into(),
-            rank: 8,
-            alpha: 16.0,
-            dropout: 0.0,
-            rslora: false,
-            targets: vec!["c_attn".into()],
+            rank: options.rank,
+            alpha: options.alpha,
+            dropout: options.dropout,
+            rslora: options.rslora,
+            targets: options.targets,
+            bottleneck: options.bottleneck,
+            train_norms: options.train_norms,
+            layers: options.layers.to_string(),
+            drop_layers: None,
+            prefix: options.prefix,
+            infix: options.infix,
+            reparam: options.reparam,
+            fuse: Vec::new(),
             init_adapter: None,
             epochs: None,
             steps: None,
@@ -170,9 +196,13 @@ impl TrainConfig {
                 return Err(Error::option(option, v, format!("is at most {most}")));
             }
         }
-        for (option, v) in
-            [("rank", self.rank), ("batch-size", self.batch_size), ("max-length", self.max_length), ("keep", self.keep)]
-        {
+        for (option, v) in [
+            ("rank", self.rank),
+            ("bottleneck", self.bottleneck),
+            ("batch-size", self.batch_size),
+            ("max-length", self.max_length),
+            ("keep", self.keep),
+        ] {
             if v > u32::MAX as usize {
                 return Err(Error::option(option, v, format!("is at most {}", u32::MAX)));
             }
@@ -180,14 +210,15 @@ impl TrainConfig {
         // They are written down in TOML and JSON.
         let paths = [("model", &self.model), ("data", &self.data), ("out", &self.out)].map(|(o, p)| (o, Some(p)));
         let others = [("valid", &self.valid), ("init-adapter", &self.init_adapter), ("log", &self.log)];
-        for (option, path) in paths.into_iter().chain(others.map(|(o, p)| (o, p.as_ref()))) {
+        let fused = self.fuse.iter().map(|p| ("fuse", Some(p)));
+        for (option, path) in paths.into_iter().chain(others.map(|(o, p)| (o, p.as_ref()))).chain(fused) {
             if let Some(path) = path.filter(|p| p.to_str().is_none()) {
                 return Err(Error::option(option, path.display(), "is not UTF-8; rename it"));
             }
         }
         // What an adapter's file may say.
         within("alpha", self.alpha, f64::MIN_POSITIVE, 1e9f64.next_up(), "α is a positive number of at most 1e9")?;
-        if self.init_adapter.is_some() && self.method != "lora" {
+        if self.init_adapter.is_some() && self.row()?.whole_model {
             return Err(Error::option("init-adapter", "given", format!("method {} has no adapter", self.method)));
         }
         within("clip", self.clip, 0.0, 1e30, "the largest gradient norm is a number ≥ 0; 0 is no limit")?;
@@ -210,27 +241,70 @@ impl TrainConfig {
         Ok(())
     }
 
+    /// The method's row in the table.
+    ///
+    /// # Errors
+    /// An unknown method.
+    pub fn row(&self) -> Result<&'static peft::MethodRow> {
+        Ok(peft::find(&self.method)?)
+    }
+
     /// The method, with its options checked as far as they can be without a model.
     ///
     /// # Errors
-    /// An unknown method, an option that makes no sense for it.
+    /// An unknown method, an option that makes no sense for it; adapters to combine that cannot be read.
     pub fn method_options(&self) -> Result<Box<dyn peft::Method>> {
-        Ok((peft::find(&self.method)?.build)(&self.options())?)
+        Ok((self.row()?.build)(&self.options()?)?)
     }
 
-    fn options(&self) -> peft::Options {
-        peft::Options {
+    /// The options of methods.
+    ///
+    /// # Errors
+    /// Layers that cannot be read; adapters to combine that cannot be read.
+    pub fn options(&self) -> Result<peft::Options> {
+        let drop_layers = self.drop_layers.as_deref().map(|t| Layers::parse("drop-layers", t)).transpose()?;
+        Ok(peft::Options {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
             rslora: self.rslora,
             targets: self.targets.clone(),
-        }
+            bottleneck: self.bottleneck,
+            train_norms: self.train_norms,
+            layers: Layers::parse("layers", &self.layers)?,
+            drop_layers,
+            prefix: self.prefix,
+            infix: self.infix,
+            reparam: self.reparam,
+            fuse: if self.reads("fuse")? { self.frozen()? } else { Vec::new() },
+        })
     }
 
-    /// The configuration of low-rank updates, for their files.
-    pub(crate) fn lora(&self) -> peft::LoraConfig {
-        peft::LoraConfig::from(&self.options())
+    /// Whether the method reads this option.
+    fn reads(&self, option: &str) -> Result<bool> {
+        Ok(self.row()?.options.contains(&option))
+    }
+
+    /// The adapters to combine, each by the name of its folder.
+    fn frozen(&self) -> Result<Vec<peft::Frozen>> {
+        const OPTION: &str = "fuse";
+        let mut all: Vec<peft::Frozen> = Vec::new();
+        for dir in &self.fuse {
+            let refuse = |why: String| Err(Error::option(OPTION, dir.display(), why));
+            let adapter = lora_model::adapter::load(dir)?;
+            if !["adapter-p", "adapter-d"].contains(&adapter.method) {
+                return refuse(format!(
+                    "it was trained with {}; adapters of adapter-p can be combined",
+                    adapter.method
+                ));
+            }
+            let name = dir.file_name().map(|n| n.to_string_lossy().replace('.', "_")).unwrap_or_default();
+            if name.is_empty() || all.iter().any(|a| a.name == name) {
+                return refuse("the folders need names of their own, by which the adapters are told apart".into());
+            }
+            all.push(peft::Frozen { name, bottleneck: adapter.options.bottleneck, tensors: adapter.tensors });
+        }
+        Ok(all)
     }
 
     /// Steps of the whole run, for data of `per_epoch` steps: `steps`, or `epochs` of it (3 when neither is given).
@@ -242,8 +316,8 @@ impl TrainConfig {
     }
 
     /// Reads a TOML file and lays `flags` (the same keys) over it. Keys may be written with `-` or `_`. A run that starts
-    /// from an adapter (`init-adapter`) takes rank, alpha, targets and scaling from there, and the dropout when none is
-    /// given.
+    /// from an adapter (`init-adapter`) takes the method and its options from there, except for dropout, which may be
+    /// another.
     ///
     /// # Errors
     /// [`Error::Config`] with file, line and key; [`Error::Option`] for a value that contradicts the adapter's;
@@ -265,38 +339,97 @@ impl TrainConfig {
         let mut config: TrainConfig = toml::Value::Table(table)
             .try_into()
             .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.message().into() })?;
-        if let Some(dir) = config.init_adapter.clone().filter(|_| config.method == "lora") {
+        if let Some(dir) = config.init_adapter.clone() {
             let adapter = lora_model::adapter::load(&dir)?;
-            config.adopt(&dir, &adapter.config, |key| given.iter().any(|g| g == key))?;
+            config.adopt(&dir, &adapter, |key| given.iter().any(|g| g == key))?;
         }
         Ok(config)
     }
 
     /// Takes over what the adapter in `dir` has settled, and refuses to contradict it where a key was `given`.
-    pub(crate) fn adopt(&mut self, dir: &Path, adapter: &peft::LoraConfig, given: impl Fn(&str) -> bool) -> Result<()> {
+    pub(crate) fn adopt(&mut self, dir: &Path, adapter: &AdapterFile, given: impl Fn(&str) -> bool) -> Result<()> {
         let conflict = |option, ours: String, theirs: String| {
             let why = format!("the adapter {} has {theirs}; leave the option out, or start without it", dir.display());
             Err(Error::option(option, ours, why))
         };
-        let sorted = |t: &[String]| t.iter().cloned().collect::<std::collections::BTreeSet<_>>();
-        if given("rank") && self.rank != adapter.rank {
-            return conflict("rank", self.rank.to_string(), adapter.rank.to_string());
+        if given("method") && self.method != adapter.method {
+            return conflict("method", self.method.clone(), adapter.method.into());
         }
-        if given("alpha") && self.alpha != adapter.alpha {
-            return conflict("alpha", self.alpha.to_string(), adapter.alpha.to_string());
+        self.method = adapter.method.into();
+        let adapters = TrainConfig::default().with_options(&adapter.options);
+        for option in self.row()?.options {
+            // What a fusion combines is in its own folder.
+            if *option == "fuse" || (*option == "dropout" && given(option)) {
+                continue;
+            }
+            let (ours, theirs) = (self.shown(option), adapters.shown(option));
+            if given(option) && ours != theirs {
+                return conflict(option, ours, theirs);
+            }
+            self.take(option, &adapters);
         }
-        if given("rslora") && self.rslora != adapter.rslora {
-            return conflict("rslora", self.rslora.to_string(), adapter.rslora.to_string());
-        }
-        if given("targets") && sorted(&self.targets) != sorted(&adapter.targets) {
-            return conflict("targets", self.targets.join(","), adapter.targets.join(","));
-        }
-        if !given("dropout") {
-            self.dropout = adapter.dropout;
-        }
-        (self.rank, self.alpha, self.rslora) = (adapter.rank, adapter.alpha, adapter.rslora);
-        self.targets.clone_from(&adapter.targets);
         Ok(())
+    }
+
+    /// The same with these options of methods, apart from adapters to combine.
+    pub fn with_options(self, o: &peft::Options) -> TrainConfig {
+        TrainConfig {
+            rank: o.rank,
+            alpha: o.alpha,
+            dropout: o.dropout,
+            rslora: o.rslora,
+            targets: o.targets.clone(),
+            bottleneck: o.bottleneck,
+            train_norms: o.train_norms,
+            layers: o.layers.to_string(),
+            drop_layers: o.drop_layers.as_ref().map(Layers::to_string),
+            prefix: o.prefix,
+            infix: o.infix,
+            reparam: o.reparam,
+            ..self
+        }
+    }
+
+    /// An option of methods, for comparison and messages.
+    fn shown(&self, option: &str) -> String {
+        let layers = |text: &str| Layers::parse("layers", text).map_or(text.to_owned(), |l| l.to_string());
+        match option {
+            "rank" => self.rank.to_string(),
+            "alpha" => self.alpha.to_string(),
+            "dropout" => self.dropout.to_string(),
+            "rslora" => self.rslora.to_string(),
+            "targets" => {
+                let sorted: std::collections::BTreeSet<&str> = self.targets.iter().map(String::as_str).collect();
+                sorted.into_iter().collect::<Vec<_>>().join(",")
+            }
+            "bottleneck" => self.bottleneck.to_string(),
+            "train-norms" => self.train_norms.to_string(),
+            "layers" => layers(&self.layers),
+            "drop-layers" => self.drop_layers.as_deref().map_or("the default".into(), layers),
+            "prefix" => self.prefix.to_string(),
+            "infix" => self.infix.to_string(),
+            "reparam" => self.reparam.to_string(),
+            other => panic!("an option of a method that the configuration does not know: {other}"),
+        }
+    }
+
+    /// Takes an option of methods from another configuration.
+    fn take(&mut self, option: &str, from: &TrainConfig) {
+        match option {
+            "rank" => self.rank = from.rank,
+            "alpha" => self.alpha = from.alpha,
+            "dropout" => self.dropout = from.dropout,
+            "rslora" => self.rslora = from.rslora,
+            "targets" => self.targets.clone_from(&from.targets),
+            "bottleneck" => self.bottleneck = from.bottleneck,
+            "train-norms" => self.train_norms = from.train_norms,
+            "layers" => self.layers.clone_from(&from.layers),
+            "drop-layers" => self.drop_layers.clone_from(&from.drop_layers),
+            "prefix" => self.prefix = from.prefix,
+            "infix" => self.infix = from.infix,
+            "reparam" => self.reparam = from.reparam,
+            other => panic!("an option of a method that the configuration does not know: {other}"),
+        }
     }
 
     /// As a TOML file that gives this configuration again.

@@ -38,11 +38,24 @@ impl Encoder {
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
+
+    /// The tokens of a text that is to be continued: after the begin of text, in models that know one.
+    ///
+    /// # Errors
+    /// A tokenizer that fails.
+    pub fn encode_start(&self, text: &str) -> Result<Vec<u32>> {
+        let tokens = self.tokenizer.encode(text)?;
+        Ok(self.tokenizer.begin_of_text().into_iter().chain(tokens).collect())
+    }
 }
 
 impl Encode for Encoder {
     fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError> {
         Ok(self.tokenizer.encode(text)?)
+    }
+
+    fn begin_of_text(&self) -> Option<u32> {
+        self.tokenizer.begin_of_text()
     }
 
     fn end_of_text(&self) -> u32 {

@@ -26,7 +26,7 @@ pub(crate) struct Pass<'a> {
 
 impl Pass<'_> {
     fn batch(&self, b: &data::Batch) -> Result<lora_model::Batch> {
-        Ok(self.model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?)
+        Ok(self.model.batch(self.adapted, &b.texts())?)
     }
 
     /// Asks for every kernel of the pass; whether any of them depends on the step's noise.
@@ -119,8 +119,8 @@ mod recorded {
             if let Slot::Ready(ready) = self
                 && ready.key == key
             {
-                let limits = pass.model.limits();
-                ready.batch.rewrite(limits, &b.tokens, &b.target_rows, &b.target_ids)?;
+                let model = pass.model;
+                ready.batch.rewrite(model.limits(), model.task(), pass.adapted, &b.texts())?;
                 ready.graph.launch()?;
                 pass.grads.restore(&ready.marks);
                 return Ok(true);

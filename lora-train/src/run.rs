@@ -83,7 +83,7 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let config = &config;
     let base_dir = hub::resolve(&config.model)?;
     // Base weights that train begin with all their digits, and are rounded for each step anew.
-    let stored = if config.method == "full" { DType::F32 } else { dtype };
+    let stored = if config.row()?.whole_model { DType::F32 } else { dtype };
     let mut model = lora_model::load_as(&base_dir, &device, stored)?;
     if let Some(p) = config.base_dropout {
         model.set_base_dropout(p);
@@ -93,8 +93,8 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
         None => Adapted::new(&*config.method_options()?, model, &device, dtype, config.seed)?,
         Some(dir) => {
             let mut file = lora_model::adapter::load(dir)?;
-            config.clone().adopt(dir, &file.config, |key| key != "dropout")?;
-            file.config.dropout = config.dropout;
+            config.clone().adopt(dir, &file, |_| true)?;
+            file.options.dropout = config.dropout;
             file.attach(model, &device)?
         }
     };
@@ -166,9 +166,10 @@ impl Run<'_> {
             if let Some((_, path)) = saved.as_ref().filter(|(step, _)| *step == trainer.steps_done()) {
                 return Ok(path.clone());
             }
-            let export = |dir: &Path| match trainer.adapted.site_count() {
-                0 => Ok(()),
-                _ => save_result(dir, &trainer.adapted),
+            // A model would make every checkpoint as large as the base: it is written at the end alone.
+            let export = |dir: &Path| match config.row()?.whole_model {
+                true => Ok(()),
+                false => save_result(dir, &trainer.adapted),
             };
             let path = checkpoint::save(&config.out, trainer, &inputs, config, export)?;
             observer.checkpoint(&path);
@@ -215,7 +216,7 @@ impl Run<'_> {
     }
 }
 
-/// Writes what a method trained: the PEFT adapter folder, or the whole model with its tokenizer when base weights train.
+/// Writes what a method trained: the adapter's folder, or the whole model with its tokenizer when all of it trains.
 ///
 /// # Errors
 /// What writing files can cause.
@@ -227,9 +228,10 @@ pub fn save_result(
     config: &TrainConfig,
 ) -> Result<()> {
     files::create_folder(dir)?;
-    if adapted.site_count() > 0 {
+    if !config.row()?.whole_model {
         let base = config.model.to_string_lossy();
-        return Ok(lora_model::adapter::save(dir, &config.lora(), adapted, model, Some(&base))?);
+        let options = config.options()?;
+        return Ok(lora_model::adapter::save(dir, &config.method, &options, adapted, model, Some(&base))?);
     }
     model.save(dir, &adapted.merged(model)?)?;
     Ok(Tokenizer::copy_files(base_dir, dir)?)

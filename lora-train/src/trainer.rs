@@ -249,7 +249,7 @@ pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size
     let batches = data.sequences.len().div_ceil(batch_size.max(1));
     let mut means = Tensor::zeros(&model.device(), model.dtype().accumulator(), &[batches, 1])?;
     for (i, b) in data.batches(batch_size).enumerate() {
-        let batch = model.batch(&b.tokens, &b.lengths, &b.target_rows, &b.target_ids)?;
+        let batch = model.batch(adapted, &b.texts())?;
         let mut tape = Tape::inference(&adapted.params);
         // The mean of a batch, not its sum: f32 keeps more of its digits.
         let mean = model.loss(&mut tape, adapted, &batch, 0.0, 1.0 / b.targets() as f64)?;

@@ -1,6 +1,8 @@
-use lora_kernels::{Acc, Activation, Dropout, activation as kernel, activation_backward, axpby, dropout as mask};
+use lora_kernels::{
+    self as k, Acc, Activation, Dropout, activation as kernel, activation_backward, axpby, dropout as mask,
+};
 
-use crate::{Result, Tape, Tensor, Var};
+use crate::{Result, Tape, Tensor, Var, tape::Open};
 
 /// y = a + b: a residual connection. Writes onto whichever of the two nobody else holds.
 pub fn add(t: &mut Tape, a: Var, b: Var) -> Result<Var> {
@@ -47,5 +49,28 @@ pub fn activation(t: &mut Tape, kind: Activation, x: &Var) -> Result<Var> {
     Ok(t.record(y, dx.is_some(), move |dy, g| {
         let Some((s, x)) = dx else { return Ok(()) };
         g.add(s, x.shape(), &dy, |dx| Ok(activation_backward(kind, x.mat(), dy.mat(), dx)?))
+    }))
+}
+
+/// y = silu(gate) ∘ up: the gate of SwiGLU. Shazeer 2020.
+pub fn silu_gate(t: &mut Tape, gate: &Var, up: &Var) -> Result<Var> {
+    let mut y = Tensor::empty(&t.device(), gate.value.dtype(), gate.value.shape())?;
+    k::silu_gate(gate.value.mat(), up.value.mat(), y.make_mut()?)?;
+    let slots = (gate.slot, up.slot);
+    // The gradient of the gate needs both, that of `up` the gate alone.
+    let saved = (gate.value.clone(), slots.0.map(|_| up.value.clone()), up.value.shape().to_vec());
+    Ok(t.record(y, slots.0.is_some() || slots.1.is_some(), move |dy, g| {
+        let (gate, up, up_shape) = saved;
+        let mut dgate = slots.0.map(|s| g.open(s, gate.shape(), &dy)).transpose()?;
+        let mut dup = slots.1.map(|s| g.open(s, &up_shape, &dy)).transpose()?;
+        k::silu_gate_backward(
+            gate.mat(),
+            // Not read where the gate has no gradient: any matrix of that shape.
+            up.as_ref().unwrap_or(&gate).mat(),
+            dy.mat(),
+            dgate.as_mut().map(Open::acc).transpose()?,
+            dup.as_mut().map(Open::acc).transpose()?,
+        )?;
+        [dgate, dup].into_iter().flatten().try_for_each(|open| g.close(open))
     }))
 }

@@ -2,17 +2,27 @@
 //! no slot gets no gradient, and what only its gradient would need is not saved.
 
 mod attention;
+mod disentangled;
 mod elementwise;
 mod gather;
 mod linear;
 mod lora;
 mod loss;
+mod mix;
 mod norm;
+mod parts;
+mod rope;
+mod unfold;
 
-pub use attention::attention;
-pub use elementwise::{activation, add, dropout, dropout_by};
+pub use attention::{Qkv, attention};
+pub use disentangled::{DisentangledInputs, disentangled};
+pub use elementwise::{activation, add, dropout, dropout_by, silu_gate};
 pub use gather::gather;
 pub use linear::{linear, linear_onto};
 pub use lora::{LoraPart, lora_linear};
-pub use loss::loss_head;
+pub use loss::{loss_head, squared_error};
+pub use mix::mix;
 pub use norm::{layer_norm, rms_norm};
+pub use parts::{columns, concat_rows};
+pub use rope::rope;
+pub use unfold::{convolution, unfold};

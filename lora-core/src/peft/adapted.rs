@@ -1,8 +1,11 @@
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    mem,
+};
 
 use lora_kernels::{DType, Device};
 
-use super::{Adapter, Base, Linear, Method};
+use super::{Attached, Base, BaseTensor, Layers, Linear, Method, Norm, Outline, Plan, VirtualTokens, join};
 use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var};
 
 /// A method applied to one base: its parameters, which of the base's tensors train, and what is attached where. The
@@ -11,10 +14,62 @@ use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, V
 pub struct Adapted {
     /// The trainable parameters.
     pub params: Params,
-    trained: HashMap<String, ParamId>,
-    adapters: HashMap<String, Box<dyn Adapter>>,
-    /// The sites with an adapter, in the base's order.
-    sites: Vec<String>,
+    trained: BTreeMap<String, ParamId>,
+    places: Places,
+}
+
+/// What is attached where.
+#[derive(Debug, Default)]
+struct Places {
+    attached: HashMap<String, Attached>,
+    /// The sites with an adapter, in the base's order, each with its layer.
+    sites: Vec<(String, Option<usize>)>,
+    tokens: Option<String>,
+    keys_values: Option<String>,
+}
+
+/// What `method` trains on a base that looks like this: names and shapes, before any memory is taken.
+fn plan(
+    method: &dyn Method,
+    outline: &Outline,
+    base: Option<&dyn Base>,
+) -> Result<(ParamsBuilder, BTreeMap<String, ParamId>, Places)> {
+    method.check(outline)?;
+    let mut plan = Plan { params: ParamsBuilder::new(), outline, base };
+    let (mut trained, mut places) = (BTreeMap::new(), Places::default());
+    for tensor in &outline.tensors {
+        if method.trains(tensor, outline) || outline.is_saved_module(&tensor.name) {
+            let init = plan.base_tensor(&tensor.name).map_or(Init::Zeros, |t| Init::Copy(t.clone()));
+            let id = plan.add(&tensor.name, &tensor.shape, init);
+            trained.insert(tensor.name.clone(), id);
+        }
+    }
+    let of_tensors = plan.params.count();
+    for site in &outline.sites {
+        let Some(attached) = method.attach(site, &mut plan)? else { continue };
+        match attached {
+            Attached::Tokens(_) => places.tokens = Some(site.name.clone()),
+            Attached::KeysValues(_) => places.keys_values = Some(site.name.clone()),
+            _ => {}
+        }
+        places.attached.insert(site.name.clone(), attached);
+        places.sites.push((site.name.clone(), site.layer));
+    }
+    // A head that trains with every method is none of the method's own doing.
+    let own = |t: &&BaseTensor| method.trains(t, outline);
+    if plan.params.count() == of_tensors && !outline.tensors.iter().any(|t| own(&t)) {
+        let (method, architecture) = (method.name().into(), outline.architecture.clone());
+        return Err(Error::NothingTrainable { method, architecture });
+    }
+    Ok((plan.params, trained, places))
+}
+
+/// How many scalars `method` trains on a base that looks like this, its head included. Takes no memory for weights.
+///
+/// # Errors
+/// Those of [`Adapted::new`].
+pub fn trainable(method: &dyn Method, outline: &Outline) -> Result<usize> {
+    Ok(plan(method, outline, None)?.0.count())
 }
 
 impl Adapted {
@@ -23,31 +78,13 @@ impl Adapted {
     /// # Errors
     /// Options that do not fit the base, or a method that trains nothing on it.
     pub fn new(method: &dyn Method, base: &dyn Base, device: &Device, dtype: DType, seed: u64) -> Result<Adapted> {
-        method.check(base)?;
-        let mut builder = ParamsBuilder::new();
-        let (mut trained, mut adapters, mut sites) = (HashMap::new(), HashMap::new(), Vec::new());
-        for (name, tensor) in base.tensors() {
-            if method.trains(name) {
-                let id = builder.add(name, tensor.shape(), Init::Copy(tensor.clone()));
-                trained.insert(name.to_owned(), id);
-            }
-        }
-        for site in base.sites() {
-            if let Some(adapter) = method.attach(site, &mut builder)? {
-                adapters.insert(site.name.clone(), adapter);
-                sites.push(site.name.clone());
-            }
-        }
-        if builder.count() == 0 {
-            return Err(Error::NothingTrainable { method: method.name().into() });
-        }
-        Ok(Adapted { params: builder.build(device, dtype, seed)?, trained, adapters, sites })
+        let (builder, trained, places) = plan(method, base.outline(), Some(base))?;
+        Ok(Adapted { params: builder.build(device, dtype, seed)?, trained, places })
     }
 
     /// The bare base: nothing trains, nothing is attached.
     pub fn none(device: &Device) -> Result<Adapted> {
-        let (trained, adapters) = (HashMap::new(), HashMap::new());
-        Ok(Adapted { params: Params::none(device)?, trained, adapters, sites: Vec::new() })
+        Ok(Adapted { params: Params::none(device)?, trained: BTreeMap::new(), places: Places::default() })
     }
 
     /// A weight of the base as a variable of the tape: trainable when the method trains it, else the constant `base`.
@@ -60,43 +97,121 @@ impl Adapted {
 
     /// The output of a site's linear map, with what is attached there.
     pub fn project(&self, t: &mut Tape, site: &str, x: &Var, base: &Linear) -> Result<Var> {
-        match self.adapters.get(site) {
-            Some(a) => a.apply(t, x, base),
-            None => base.apply(t, x),
+        match self.places.attached.get(site) {
+            Some(Attached::Linear(a)) => a.apply(t, x, base),
+            _ => base.apply(t, x),
+        }
+    }
+
+    /// The stream after a sublayer with output f, where it was x before, with what is attached there; `norm` follows in
+    /// architectures that normalise after the sum.
+    pub fn join(&self, t: &mut Tape, site: &str, x: Var, f: Var, norm: Norm) -> Result<Var> {
+        match self.places.attached.get(site) {
+            Some(Attached::Sublayer(a)) => a.join(t, x, f, norm),
+            _ => join(t, x, f, norm),
+        }
+    }
+
+    /// The virtual tokens that stand among the tokens: all layers compute them.
+    pub fn stream_tokens(&self) -> VirtualTokens {
+        match self.places.tokens.as_ref().map(|site| &self.places.attached[site]) {
+            Some(Attached::Tokens(a)) => a.virtual_tokens(),
+            _ => VirtualTokens::default(),
+        }
+    }
+
+    /// Their embeddings [prefix + infix, width].
+    pub fn token_embeddings(&self, t: &mut Tape) -> Result<Option<Var>> {
+        match self.places.tokens.as_ref().map(|site| &self.places.attached[site]) {
+            Some(Attached::Tokens(a)) => a.embeddings(t).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// The virtual tokens of which there are only keys and values.
+    pub fn attention_tokens(&self) -> VirtualTokens {
+        match self.places.keys_values.as_ref().map(|site| &self.places.attached[site]) {
+            Some(Attached::KeysValues(a)) => a.virtual_tokens(),
+            _ => VirtualTokens::default(),
+        }
+    }
+
+    /// Their keys and values [prefix + infix, layers · 2 · cols]: for each layer its keys, then its values.
+    pub fn keys_values(&self, t: &mut Tape) -> Result<Option<Var>> {
+        match self.places.keys_values.as_ref().map(|site| &self.places.attached[site]) {
+            Some(Attached::KeysValues(a)) => a.keys_values(t).map(Some),
+            _ => Ok(None),
         }
     }
 
     /// Number of sites with an adapter.
     pub fn site_count(&self) -> usize {
-        self.sites.len()
+        self.places.sites.len()
     }
 
-    /// The adapters' tensors to save, by PEFT's names: `{site}.lora_A.weight`.
+    /// The names of the base's tensors that train.
+    pub fn trained(&self) -> impl Iterator<Item = &str> {
+        self.trained.keys().map(String::as_str)
+    }
+
+    /// Takes the adapters out of some layers, for inference (AdapterDrop, Rücklé et al. 2021): their parameters stay, and
+    /// nothing uses them.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for layers that the base does not have, or that have no adapter.
+    pub fn drop_layers(&mut self, layers: &Layers, outline: &Outline) -> Result<()> {
+        const OPTION: &str = "drop-layers";
+        for layer in layers.of(OPTION, outline.layers)? {
+            let (gone, left): (Vec<_>, Vec<_>) =
+                mem::take(&mut self.places.sites).into_iter().partition(|(_, l)| *l == Some(layer));
+            self.places.sites = left;
+            if gone.is_empty() {
+                let why = format!("layer {layer} has no adapter that could be dropped");
+                return Err(Error::Option { option: OPTION, value: layers.to_string(), why });
+            }
+            for (site, _) in gone {
+                self.places.attached.remove(&site);
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensors to save: of the adapters by PEFT's names (`{site}.lora_A.weight`), of the base's own that train by
+    /// theirs.
     pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut all = Vec::new();
-        for site in &self.sites {
-            for (name, tensor) in self.adapters[site].save(&self.params)? {
+        let mut all: Vec<_> = self.trained.iter().map(|(name, &id)| (name.clone(), self.params.tensor(id))).collect();
+        for (site, _) in &self.places.sites {
+            for (name, tensor) in self.places.attached[site].adapter().save(&self.params)? {
                 all.push((format!("{site}.{name}"), tensor));
             }
         }
         Ok(all)
     }
 
-    /// Takes over saved adapter tensors ([`Adapted::adapter_tensors`]).
+    /// Takes over saved tensors ([`Adapted::adapter_tensors`]).
     ///
     /// # Errors
     /// A missing tensor, one of a wrong shape, or one that nothing uses: an adapter takes effect wholly or not at all.
     pub fn load_adapter_tensors(&mut self, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
         // Into a copy: an error half way leaves everything as it was.
         let mut params = self.params.clone();
-        for site in &self.sites {
-            self.adapters[site].load(&mut params, site, &mut tensors)?;
+        for (name, &id) in &self.trained {
+            let value = super::take(&mut tensors, name, params.shape(id))?;
+            params.set(id, &value)?;
+        }
+        for (site, _) in &self.places.sites {
+            self.places.attached[site].adapter().load(&mut params, site, &mut tensors)?;
         }
         if !tensors.is_empty() {
             return Err(Error::Unexpected { names: tensors.into_keys().collect() });
         }
         self.params = params;
         Ok(())
+    }
+
+    /// Whether the base can take the adapter into its weights, so that nothing is left beside it.
+    pub fn is_mergeable(&self) -> bool {
+        self.places.attached.values().all(|a| matches!(a, Attached::Linear(_)))
     }
 
     /// The base's tensors that this method changes, as they are now, under their names: those that train, and the weights
@@ -108,18 +223,22 @@ impl Adapted {
         let mut changed: BTreeMap<String, Tensor> =
             self.trained.iter().map(|(name, &id)| (name.clone(), self.params.tensor(id))).collect();
         let tensors: HashMap<&str, &Tensor> = base.tensors().collect();
-        for site in &self.sites {
+        for (site, _) in &self.places.sites {
+            let Attached::Linear(adapter) = &self.places.attached[site] else {
+                return Err(Error::Structure {
+                    name: site.clone(),
+                    why: "this kind of adapter is no change of a weight, so it cannot be merged into one; keep it beside \
+                          the base"
+                        .into(),
+                });
+            };
             let name = format!("{site}.weight");
             // A method may train the very weight that it adapts.
             let w = changed.get(&name).or_else(|| tensors.get(name.as_str()).copied());
             let w = w.ok_or_else(|| Error::Missing { name: name.clone() })?;
-            let merged = self.adapters[site].merge(&self.params, w).map_err(|e| match e {
+            let merged = adapter.merge(&self.params, w).map_err(|e| match e {
                 Error::LowRank(reason) => Error::Merge { name: name.clone(), reason },
                 e => e,
-            })?;
-            let merged = merged.ok_or_else(|| Error::Structure {
-                name: name.clone(),
-                why: "this kind of adapter cannot be merged into a weight; keep it beside the base".into(),
             })?;
             changed.insert(name, merged);
         }

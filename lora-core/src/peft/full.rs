@@ -1,4 +1,4 @@
-use super::Method;
+use super::{BaseTensor, Method, Outline};
 
 /// Full fine-tuning: every weight of the base trains. The control that every other method is measured against.
 #[derive(Clone, Copy, Debug)]
@@ -9,7 +9,7 @@ impl Method for Full {
         "full"
     }
 
-    fn trains(&self, _tensor: &str) -> bool {
+    fn trains(&self, _tensor: &BaseTensor, _outline: &Outline) -> bool {
         true
     }
 }

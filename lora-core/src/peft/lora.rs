@@ -2,9 +2,9 @@ use std::{collections::BTreeMap, ops::Range};
 
 use ndarray::{Array2, Axis};
 
-use super::{Adapter, Base, Linear, Method, Options, Site};
+use super::{Adapter, Attached, Linear, LinearAdapter, LinearSite, Method, Outline, Plan, Site, SiteKind, take};
 use crate::{
-    Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var,
+    Error, Init, ParamId, Params, Result, Tape, Tensor, Var,
     lowrank::{self, Layout, LowRank, Scaling},
     ops::{self, LoraPart},
 };
@@ -31,14 +31,8 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// s = α/√r instead of α/r.
     pub rslora: bool,
-    /// What to adapt.
+    /// What to adapt; none named: the architecture's default, as in PEFT.
     pub targets: Vec<String>,
-}
-
-impl From<&Options> for LoraConfig {
-    fn from(o: &Options) -> Self {
-        LoraConfig { rank: o.rank, alpha: o.alpha, dropout: o.dropout, rslora: o.rslora, targets: o.targets.clone() }
-    }
 }
 
 /// How a target relates to a site.
@@ -53,21 +47,21 @@ pub fn names(target: &str, module: &str) -> bool {
     module.strip_suffix(target).is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
-fn matching(target: &str, site: &Site) -> Option<Match> {
+fn matching(target: &str, site: &Site, linear: &LinearSite) -> Option<Match> {
     if names(target, &site.name) {
         return Some(Match::Whole);
     }
     let (module, part) = target.rsplit_once('.')?;
-    let i = site.parts.iter().position(|(name, _)| *name == part)?;
+    let i = linear.parts.iter().position(|(name, _)| *name == part)?;
     names(module, &site.name).then_some(Match::Part(i))
 }
 
 /// What of a site the targets select. Naming the same thing twice (`c_proj` and `attn.c_proj`) is naming it once, as in
 /// PEFT; naming a module and a part of it is a mistake.
-fn selected(targets: &[String], site: &Site) -> Result<Vec<Match>> {
+fn selected(targets: &[String], site: &Site, linear: &LinearSite) -> Result<Vec<Match>> {
     let mut hits: Vec<(&str, Match)> = Vec::new();
     for target in targets {
-        let Some(hit) = matching(target, site) else { continue };
+        let Some(hit) = matching(target, site, linear) else { continue };
         match hits.iter().find(|(_, other)| *other == hit || *other == Match::Whole || hit == Match::Whole) {
             None => hits.push((target, hit)),
             Some((_, other)) if *other == hit => {}
@@ -96,7 +90,7 @@ impl Lora {
         if !(0.0..1.0).contains(&dropout) {
             return bad("dropout", &dropout, "a dropout rate is in [0, 1)");
         }
-        if targets.is_empty() || targets.iter().any(|t| t.trim().is_empty()) {
+        if targets.iter().any(|t| t.trim().is_empty()) {
             return bad("targets", &targets.join(","), "name at least one module, such as c_attn");
         }
         Ok(Lora { config })
@@ -105,6 +99,11 @@ impl Lora {
     /// The configuration.
     pub fn config(&self) -> &LoraConfig {
         &self.config
+    }
+
+    /// The targets on a base that looks like this.
+    fn targets<'a>(&'a self, outline: &'a Outline) -> &'a [String] {
+        if self.config.targets.is_empty() { &outline.default_targets } else { &self.config.targets }
     }
 
     fn scaling(&self) -> Scaling {
@@ -117,16 +116,16 @@ impl Method for Lora {
         "lora"
     }
 
-    fn check(&self, base: &dyn Base) -> Result<()> {
-        for target in &self.config.targets {
-            if !base.sites().iter().any(|s| matching(target, s).is_some()) {
+    fn check(&self, outline: &Outline) -> Result<()> {
+        for target in self.targets(outline) {
+            if !outline.linear_sites().any(|(s, linear)| matching(target, s, linear).is_some()) {
                 let mut modules: Vec<String> = Vec::new();
-                for site in base.sites() {
+                for (site, linear) in outline.linear_sites() {
                     // `transformer.h.3.attn.c_attn` is shown as `attn.c_attn`: what follows the layer's number.
                     let parts: Vec<&str> = site.name.split('.').collect();
                     let from = parts.iter().rposition(|p| p.parse::<usize>().is_ok()).map_or(0, |i| i + 1);
                     let name = parts[from..].join(".");
-                    let fused = site.parts.iter().map(|(p, _)| format!("{name}.{p}"));
+                    let fused = linear.parts.iter().map(|(p, _)| format!("{name}.{p}"));
                     modules.extend([name.clone()].into_iter().chain(fused));
                 }
                 modules.sort();
@@ -137,43 +136,44 @@ impl Method for Lora {
         Ok(())
     }
 
-    fn attach(&self, site: &Site, params: &mut ParamsBuilder) -> Result<Option<Box<dyn Adapter>>> {
+    fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {
+        let SiteKind::Linear(linear) = &site.kind else { return Ok(None) };
         let r = self.config.rank;
-        let mut hits = selected(&self.config.targets, site)?;
+        let mut hits = selected(self.targets(plan.outline()), site, linear)?;
         // In the order of the columns, whatever the order of the targets.
         hits.sort_by_key(|m| match m {
             Match::Whole => 0,
             Match::Part(i) => *i,
         });
         let place = |hit: &Match| match hit {
-            Match::Whole => (site.name.clone(), 0..site.outputs),
-            Match::Part(i) => (format!("{}.{}", site.name, site.parts[*i].0), site.parts[*i].1.clone()),
+            Match::Whole => (site.name.clone(), 0..linear.outputs),
+            Match::Part(i) => (format!("{}.{}", site.name, linear.parts[*i].0), linear.parts[*i].1.clone()),
         };
         let places: Vec<_> = hits.iter().map(place).collect();
         for (prefix, cols) in &places {
-            if r > site.inputs.min(cols.len()) {
+            if r > linear.inputs.min(cols.len()) {
                 let why = format!(
                     "a rank is at most the smaller side of its matrix, and {prefix} is {}×{}",
                     cols.len(),
-                    site.inputs
+                    linear.inputs
                 );
                 return Err(Error::Option { option: "rank", value: r.to_string(), why });
             }
         }
         // All A's one below the other, so that one product with x serves them all.
-        let init = || Init::kaiming_uniform(site.inputs);
+        let init = || Init::kaiming_uniform(linear.inputs);
         let mut a =
-            |(prefix, _): &(String, _)| params.add(format!("{prefix}.lora_A.weight"), &[r, site.inputs], init());
+            |(prefix, _): &(String, _)| plan.add(format!("{prefix}.lora_A.weight"), &[r, linear.inputs], init());
         let a: Vec<ParamId> = places.iter().map(&mut a).collect();
         let mut term = |((prefix, cols), a): ((String, Range<usize>), ParamId)| {
-            let b = params.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
+            let b = plan.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
             Term { a, b, cols }
         };
         let terms: Vec<Term> = places.into_iter().zip(a).map(&mut term).collect();
         let scale = self.scaling().scale(self.config.alpha, r)?;
-        let (dropout, layout) = (self.config.dropout, site.layout);
-        Ok((!terms.is_empty())
-            .then(|| Box::new(Update { terms, scale, dropout, layout, outputs: site.outputs, rank: r }) as _))
+        let (dropout, layout, outputs) = (self.config.dropout, linear.layout, linear.outputs);
+        let update = (!terms.is_empty()).then(|| Update { terms, scale, dropout, layout, outputs, rank: r });
+        Ok(update.map(|u| Attached::Linear(Box::new(u))))
     }
 }
 
@@ -222,7 +222,7 @@ fn tensor(like: &Params, a: &Array2<f32>) -> Result<Tensor> {
     Tensor::from_slice(&like.device(), a.shape(), &data)
 }
 
-impl Adapter for Update {
+impl LinearAdapter for Update {
     fn apply(&self, t: &mut Tape, x: &Var, base: &Linear) -> Result<Var> {
         let part = |term: &Term| Ok(LoraPart { cols: term.cols.clone(), a: t.param(term.a)?, b: t.param(term.b)? });
         let parts = self.terms.iter().map(part).collect::<Result<Vec<_>>>()?;
@@ -239,7 +239,7 @@ impl Adapter for Update {
         Ok(y)
     }
 
-    fn merge(&self, params: &Params, w: &Tensor) -> Result<Option<Tensor>> {
+    fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor> {
         let mut w = array(w)?;
         let outputs = match self.layout {
             Layout::OutIn => Axis(0),
@@ -253,9 +253,11 @@ impl Adapter for Update {
             let merged = lowrank::merge(block.view(), &update, self.layout)?.into_weight();
             block.assign(&merged);
         }
-        Ok(Some(tensor(params, &w)?))
+        tensor(params, &w)
     }
+}
 
+impl Adapter for Update {
     fn save(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let (a, b) = self.pair(params)?;
         Ok(vec![("lora_A.weight".into(), tensor(params, &a)?), ("lora_B.weight".into(), tensor(params, &b)?)])
@@ -264,16 +266,9 @@ impl Adapter for Update {
     fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
         let (r, n) = (self.rank, self.terms.len());
         let inputs = params.shape(self.terms[0].a)[1];
-        let mut take = |name: &str, expected: [usize; 2]| -> Result<(String, Array2<f32>)> {
-            let name = format!("{site}.{name}");
-            let t = tensors.remove(&name).ok_or_else(|| Error::Missing { name: name.clone() })?;
-            if t.shape() != expected {
-                return Err(Error::Shape { name, found: t.shape().into(), expected: expected.into() });
-            }
-            Ok((name, array(&t)?))
-        };
-        let (_, a) = take("lora_A.weight", [n * r, inputs])?;
-        let (name, mut b) = take("lora_B.weight", [self.outputs, n * r])?;
+        let a = array(&take(tensors, &format!("{site}.lora_A.weight"), &[n * r, inputs])?)?;
+        let name = format!("{site}.lora_B.weight");
+        let mut b = array(&take(tensors, &name, &[self.outputs, n * r])?)?;
         for (i, term) in self.terms.iter().enumerate() {
             let part = a.slice(ndarray::s![i * r..(i + 1) * r, ..]).to_owned();
             params.set(term.a, &tensor(params, &part)?)?;
@@ -292,18 +287,22 @@ impl Adapter for Update {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::trainable, *};
+
+    fn linear() -> LinearSite {
+        let parts = vec![("q", 0..4), ("k", 4..8), ("v", 8..12)];
+        LinearSite { inputs: 4, outputs: 12, layout: Layout::InOut, parts }
+    }
 
     fn site() -> Site {
-        let parts = vec![("q", 0..4), ("k", 4..8), ("v", 8..12)];
-        Site { name: "transformer.h.0.attn.c_attn".into(), inputs: 4, outputs: 12, layout: Layout::InOut, parts }
+        Site { name: "transformer.h.0.attn.c_attn".into(), layer: Some(0), kind: SiteKind::Linear(linear()) }
     }
 
     #[test]
     fn targets_match_whole_names_and_parts() {
         let hits = |targets: &[&str]| {
             let targets: Vec<String> = targets.iter().map(|t| t.to_string()).collect();
-            selected(&targets, &site()).map(|h| h.len())
+            selected(&targets, &site(), &linear()).map(|h| h.len())
         };
         for (targets, n) in [
             (&["c_attn"][..], 1),
@@ -333,15 +332,13 @@ mod tests {
             ("alpha", LoraConfig { alpha: f64::NAN, ..good.clone() }),
             ("alpha", LoraConfig { alpha: -1.0, ..good.clone() }),
             ("dropout", LoraConfig { dropout: 1.0, ..good.clone() }),
-            ("targets", LoraConfig { targets: vec![], ..good.clone() }),
+            ("targets", LoraConfig { targets: vec![" ".into()], ..good.clone() }),
         ];
         for (name, config) in bad {
             assert!(matches!(Lora::new(config), Err(Error::Option { option, .. }) if option == name), "{name}");
         }
         let too_large = Lora::new(LoraConfig { rank: 5, ..good }).unwrap();
-        assert!(matches!(
-            too_large.attach(&site(), &mut ParamsBuilder::new()),
-            Err(Error::Option { option: "rank", .. })
-        ));
+        let outline = Outline { sites: vec![site()], ..Outline::default() };
+        assert!(matches!(trainable(&too_large, &outline), Err(Error::Option { option: "rank", .. })));
     }
 }

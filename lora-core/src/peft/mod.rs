@@ -1,49 +1,45 @@
 //! The adaptation methods: one file each, and a row each in [`METHODS`].
 //!
 //! A [`Method`] says which tensors of a base train and what is attached at its [`Site`]s; applied to a base it gives an
-//! [`Adapted`], which a model's forward asks for every weight ([`Adapted::weight`]) and for every projection
-//! ([`Adapted::project`]).
+//! [`Adapted`], which a model's forward asks for every weight ([`Adapted::weight`]), for every projection
+//! ([`Adapted::project`]), wherever a sublayer joins the stream ([`Adapted::join`]), and for virtual tokens.
 
 mod adapted;
+mod adapter_drop;
+mod bitfit;
+mod bottleneck;
+mod combined;
 mod full;
+mod fusion;
+mod houlsby;
+mod lin;
 mod lora;
+mod options;
+mod outline;
+mod pfeiffer;
+mod pre_embed;
+mod pre_layer;
+mod top;
 
-use std::{collections::BTreeMap, fmt::Debug, ops::Range};
+use std::{collections::BTreeMap, fmt::Debug};
 
-pub use adapted::Adapted;
+pub use adapted::{Adapted, trainable};
+pub use adapter_drop::AdapterDrop;
+pub use bitfit::BitFit;
+pub use combined::Combined;
 pub use full::Full;
+pub use fusion::Fusion;
+pub use houlsby::Houlsby;
+pub use lin::Lin;
 pub use lora::{Lora, LoraConfig, names};
+pub use options::{Frozen, METHODS, MethodRow, Options, find};
+pub use outline::{Base, BaseTensor, Layers, LinearSite, Outline, Part, Site, SiteKind};
+pub use pfeiffer::Pfeiffer;
+pub use pre_embed::PreEmbed;
+pub use pre_layer::PreLayer;
+pub use top::Top;
 
-use lora_kernels::DType;
-
-use crate::{Params, ParamsBuilder, Result, Tape, Tensor, Var, lowrank::Layout, ops};
-
-/// A place in a model where something can be attached: a linear map, by the name of its module.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Site {
-    /// Hugging Face's name of the module, such as `transformer.h.0.attn.c_attn`; its weight is `{name}.weight`.
-    pub name: String,
-    /// Inputs.
-    pub inputs: usize,
-    /// Outputs.
-    pub outputs: usize,
-    /// How the weight is stored.
-    pub layout: Layout,
-    /// The parts of a fused projection and their output columns: `q`, `k`, `v`.
-    pub parts: Vec<(&'static str, Range<usize>)>,
-}
-
-/// What a model shows to a method.
-pub trait Base {
-    /// All weights, under their Hugging Face names.
-    fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_>;
-    /// The type of the weights, which is also that of activations.
-    fn dtype(&self) -> DType {
-        self.tensors().next().map_or(DType::F32, |(_, t)| t.dtype())
-    }
-    /// All places where something can be attached, from the first layer to the last.
-    fn sites(&self) -> &[Site];
-}
+use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var, lowrank::Layout, ops};
 
 /// One way to adapt a model.
 pub trait Method: Debug + Send + Sync {
@@ -51,19 +47,155 @@ pub trait Method: Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
     /// Whether the base's tensor itself trains.
-    fn trains(&self, _tensor: &str) -> bool {
+    fn trains(&self, _tensor: &BaseTensor, _outline: &Outline) -> bool {
         false
     }
 
     /// Refuses options that do not fit this base, before anything is attached.
-    fn check(&self, _base: &dyn Base) -> Result<()> {
+    fn check(&self, _outline: &Outline) -> Result<()> {
         Ok(())
     }
 
-    /// What is attached at a site, if anything; its parameters go to `params`.
-    fn attach(&self, _site: &Site, _params: &mut ParamsBuilder) -> Result<Option<Box<dyn Adapter>>> {
+    /// What is attached at a site, if anything; its parameters go to `plan`.
+    fn attach(&self, _site: &Site, _plan: &mut Plan) -> Result<Option<Attached>> {
         Ok(None)
     }
+
+    /// What an adapted model computes before its first step.
+    fn start(&self) -> Start {
+        Start::Base
+    }
+}
+
+/// What an adapted model computes before its first step of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// What the base computes, bit for bit.
+    Base,
+    /// Nearly that: the method begins with small random numbers, as its paper says.
+    NearBase,
+    /// Something else: virtual tokens that attention sees at once.
+    Elsewhere,
+}
+
+/// Collects what a method trains on one base.
+pub struct Plan<'a> {
+    params: ParamsBuilder,
+    outline: &'a Outline,
+    base: Option<&'a dyn Base>,
+}
+
+impl<'a> Plan<'a> {
+    /// A parameter of this name; see [`ParamsBuilder::add`].
+    pub fn add(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> ParamId {
+        self.params.add(name, shape, init)
+    }
+
+    /// What the base looks like.
+    pub fn outline(&self) -> &'a Outline {
+        self.outline
+    }
+
+    /// A weight of the base; `None` where there are no weights, and only what trains is counted.
+    pub fn base_tensor(&self, name: &str) -> Option<&'a Tensor> {
+        self.base?.tensor(name)
+    }
+}
+
+/// What a method attaches at one site, by the kind of the site.
+#[derive(Debug)]
+pub enum Attached {
+    /// Beside a linear map.
+    Linear(Box<dyn LinearAdapter>),
+    /// Where a sublayer joins the stream.
+    Sublayer(Box<dyn SublayerAdapter>),
+    /// Among the tokens.
+    Tokens(Box<dyn TokensAdapter>),
+    /// Among the keys and values.
+    KeysValues(Box<dyn KeysValuesAdapter>),
+}
+
+impl Attached {
+    fn adapter(&self) -> &dyn Adapter {
+        match self {
+            Attached::Linear(a) => a.as_ref(),
+            Attached::Sublayer(a) => a.as_ref(),
+            Attached::Tokens(a) => a.as_ref(),
+            Attached::KeysValues(a) => a.as_ref(),
+        }
+    }
+}
+
+/// What every attachment can do: be saved, and be loaded again.
+pub trait Adapter: Debug + Send + Sync {
+    /// The tensors to save, by their names below the site (`lora_A.weight`).
+    fn save(&self, params: &Params) -> Result<Vec<(String, Tensor)>>;
+
+    /// Takes the saved tensors over into `params`, the opposite of [`Adapter::save`]: removes from `tensors` what it
+    /// uses. `site` stands before their names.
+    fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()>;
+}
+
+/// What is attached to a linear map.
+pub trait LinearAdapter: Adapter {
+    /// The adapted output for the site's input x. The adapter evaluates the base's linear map, or an operation does both.
+    fn apply(&self, t: &mut Tape, x: &Var, base: &Linear) -> Result<Var>;
+
+    /// The weight that gives the adapted output without an adapter. `w` is not written.
+    fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor>;
+}
+
+/// The normalisation that follows where a sublayer joins the stream, in architectures that have it there.
+pub type Norm<'a> = Option<&'a dyn Fn(&mut Tape, &Var) -> Result<Var>>;
+
+/// What is attached where a sublayer joins the stream.
+pub trait SublayerAdapter: Adapter {
+    /// The stream after the sublayer. Without an adapter it is norm(x + f) with the stream x before it and the sublayer's
+    /// output f (see [`join`]).
+    fn join(&self, t: &mut Tape, x: Var, f: Var, norm: Norm) -> Result<Var>;
+}
+
+/// norm(x + f), or x + f where no norm follows: the stream after a sublayer.
+pub fn join(t: &mut Tape, x: Var, f: Var, norm: Norm) -> Result<Var> {
+    let y = ops::add(t, x, f)?;
+    match norm {
+        Some(norm) => norm(t, &y),
+        None => Ok(y),
+    }
+}
+
+/// How many virtual tokens a method adds to every sequence, and where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VirtualTokens {
+    /// Before the first token.
+    pub prefix: usize,
+    /// After the prompt: before the first token that is to be predicted, or at the end where there is none.
+    pub infix: usize,
+}
+
+impl VirtualTokens {
+    /// All of them.
+    pub fn count(&self) -> usize {
+        self.prefix + self.infix
+    }
+}
+
+/// Virtual tokens among the tokens.
+pub trait TokensAdapter: Adapter {
+    /// How many.
+    fn virtual_tokens(&self) -> VirtualTokens;
+
+    /// Their embeddings [prefix + infix, width].
+    fn embeddings(&self, t: &mut Tape) -> Result<Var>;
+}
+
+/// Virtual tokens that only attention sees.
+pub trait KeysValuesAdapter: Adapter {
+    /// How many.
+    fn virtual_tokens(&self) -> VirtualTokens;
+
+    /// Their keys and values [prefix + infix, layers · 2 · cols]: for each layer its keys, then its values.
+    fn keys_values(&self, t: &mut Tape) -> Result<Var>;
 }
 
 /// The linear map of a site on a tape: y = x·Wᵀ + b.
@@ -84,62 +216,29 @@ impl Linear {
     }
 }
 
-/// What is attached at one site.
-pub trait Adapter: Debug + Send + Sync {
-    /// The adapted output for the site's input x. The adapter evaluates the base's linear map, or an operation does both.
-    fn apply(&self, t: &mut Tape, x: &Var, base: &Linear) -> Result<Var>;
-
-    /// The weight that gives the adapted output without an adapter; `None` for what cannot be merged. `w` is not written.
-    fn merge(&self, params: &Params, w: &Tensor) -> Result<Option<Tensor>>;
-
-    /// The tensors to save, by their PEFT names below the site (`lora_A.weight`).
-    fn save(&self, params: &Params) -> Result<Vec<(String, Tensor)>>;
-
-    /// Takes the saved tensors over into `params`, the opposite of [`Adapter::save`]: removes from `tensors` what it
-    /// uses. `site` is for messages.
-    fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()>;
+/// Saves parameters as they are, by their names after `{site}.`.
+fn save_plain(params: &Params, site: &str, ids: &[ParamId]) -> Vec<(String, Tensor)> {
+    let own = |id: &ParamId| {
+        let name = params.name(*id).strip_prefix(site).and_then(|n| n.strip_prefix('.'));
+        (name.expect("a parameter of the site").to_owned(), params.tensor(*id))
+    };
+    ids.iter().map(own).collect()
 }
 
-/// Options from which the methods of the table are made; each reads those that concern it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Options {
-    /// Rank r of low-rank updates.
-    pub rank: usize,
-    /// α: the update is scaled by α/r (or α/√r).
-    pub alpha: f64,
-    /// Dropout on the adapter's input.
-    pub dropout: f64,
-    /// Scale by α/√r (rank-stabilised LoRA, Kalajdzievski 2023).
-    pub rslora: bool,
-    /// Module names, as PEFT's `target_modules`, or parts of a fused projection (`c_attn.q`).
-    pub targets: Vec<String>,
+/// Takes saved parameters over as they are, by their own names.
+fn load_plain(params: &mut Params, ids: &[ParamId], tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
+    for &id in ids {
+        let value = take(tensors, params.name(id), params.shape(id))?;
+        params.set(id, &value)?;
+    }
+    Ok(())
 }
 
-/// One row of the table of methods.
-pub struct MethodRow {
-    /// The name on the command line.
-    pub name: &'static str,
-    /// What it trains, in a line.
-    pub about: &'static str,
-    /// Makes the method; refuses options that make no sense on any model.
-    pub build: fn(&Options) -> Result<Box<dyn Method>>,
-}
-
-/// All methods. The command line, the tests and the comparison tables iterate over this.
-pub const METHODS: &[MethodRow] = &[
-    MethodRow {
-        name: "lora",
-        about: "a low-rank update s·B·A beside frozen projections (Hu et al. 2021)",
-        build: |o| Ok(Box::new(Lora::new(LoraConfig::from(o))?)),
-    },
-    MethodRow { name: "full", about: "every weight of the base", build: |_| Ok(Box::new(Full)) },
-];
-
-/// The row with that name.
-pub fn find(name: &str) -> Result<&'static MethodRow> {
-    METHODS.iter().find(|m| m.name == name).ok_or_else(|| crate::Error::Option {
-        option: "method",
-        value: name.into(),
-        why: format!("known methods are {}", METHODS.iter().map(|m| m.name).collect::<Vec<_>>().join(", ")),
-    })
+/// Removes the tensor of that name, which has to have that shape.
+fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let t = tensors.remove(name).ok_or_else(|| Error::Missing { name: name.into() })?;
+    match t.shape() == shape {
+        true => Ok(t),
+        false => Err(Error::Shape { name: name.into(), found: t.shape().into(), expected: shape.into() }),
+    }
 }

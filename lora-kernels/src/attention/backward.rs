@@ -153,7 +153,7 @@ impl<'a, T: Real> Task<'a, T> {
 
 /// From S and dP of a row: P into `p`, dS = P ∘ (dP − D) into `ds`.
 #[inline(always)]
-fn softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], lse: T, d: T) {
+pub(super) fn softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], lse: T, d: T) {
     for (p, ds) in p.iter_mut().zip(ds) {
         *p = (*p - lse).exp();
         *ds = *p * (*ds - d);
@@ -162,7 +162,7 @@ fn softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], lse: T, d: T) {
 
 /// From S and dO·Vᵀ of a row: P ∘ M into `p`, dS = P ∘ (dO·Vᵀ ∘ M − D) into `ds`.
 #[inline(always)]
-fn dropped_softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], factors: &[T], lse: T, d: T) {
+pub(super) fn dropped_softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], factors: &[T], lse: T, d: T) {
     for ((p, ds), &f) in p.iter_mut().zip(ds).zip(factors) {
         let e = (*p - lse).exp();
         *ds = e * (*ds * f - d);

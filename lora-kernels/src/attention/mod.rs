@@ -7,10 +7,15 @@ mod backward;
 mod cached;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod disentangled;
 mod forward;
 mod rows;
 
 use std::ops::Range;
+
+pub use disentangled::{
+    Disentangled, DisentangledGrads, DisentangledInputs, RelativePositions, disentangled, disentangled_backward,
+};
 
 use crate::{Acc, Device, Dropout, Mat, MatMut, Result, real::dispatch};
 

@@ -24,6 +24,7 @@ pub(crate) const ALL: &[&Module] = &[
     &crate::lora::cuda::LORA_F16,
     &crate::lora::cuda::LORA_F32,
     &crate::loss::cuda::MODULE,
+    &crate::mix::cuda::MODULE,
     &crate::norm::cuda::MODULE,
     &crate::rope::cuda::MODULE,
     &crate::transpose::cuda::MODULE,

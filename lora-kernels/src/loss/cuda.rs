@@ -205,25 +205,29 @@ pub(crate) mod tests {
                 for stored in [true, false] {
                     // All rows at once, and three chunks of which the last is short.
                     for rows in [n, n.div_ceil(3).max(1)] {
-                        for beta in [0.0, 1.0] {
+                        for (beta, wide_bias) in [(0.0, false), (1.0, true)] {
                             let x = s.random(4, n, d, 3, 1.0);
                             let (r, c) = if stored { (v, d) } else { (d, v) };
                             let w = s.random(5, r, c, 2, 1.0);
+                            // Of the type of w, or of the accumulator's.
+                            let b = if wide_bias { s.random_acc(8, 1, v, 0, 2.0) } else { s.random(8, 1, v, 0, 2.0) };
                             let ids = s.ids(&classes(n, v));
                             let t = Mat::new(&ids, 0, 1, n);
                             let mut l = s.poison_acc(n, 1, 0);
                             let mut dx = s.target(6, n, d, 1, beta);
                             let mut dw = s.target_acc(7, r, c, 1, beta);
-                            let w = w.mat().t_if(stored);
-                            let run = |l: MatMut, dx: Option<Acc>, dw: Option<Acc>| {
-                                in_chunks(rows, x.mat(), w, t, 0.1, 0.5, l, dx, dw).unwrap();
+                            let mut db = s.target_acc(9, 1, v, 1, beta);
+                            let (w, b) = (w.mat().t_if(stored), Some(b.mat()));
+                            let run = |l: MatMut, [dx, dw, db]: [Option<Acc>; 3]| {
+                                in_chunks(rows, x.mat(), w, b, t, 0.1, 0.5, l, dx, dw, db).unwrap();
                             };
-                            run(l.mat_mut(), Some(dx.acc(beta)), Some(dw.acc(beta)));
+                            run(l.mat_mut(), [Some(dx.acc(beta)), Some(dw.acc(beta)), Some(db.acc(beta))]);
                             s.out(format!("losses {n}×{d}×{v}"), l.get());
                             s.out(format!("dx {n}×{d}×{v}"), dx.get());
                             s.out(format!("dw {n}×{d}×{v}"), dw.get());
+                            s.out(format!("db {n}×{d}×{v}"), db.get());
                             let mut l = s.poison_acc(n, 1, 0);
-                            run(l.mat_mut(), None, None);
+                            run(l.mat_mut(), [None, None, None]);
                             s.out(format!("losses alone {n}×{d}×{v}"), l.get());
                         }
                     }

@@ -1,12 +1,9 @@
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use lora_core::peft::{LoraConfig, names};
+use lora_core::peft::{LoraConfig, Outline, names};
 use serde_json::{Map, Value, json};
 
-use super::options;
+use super::own::strings;
 use crate::{Result, config::RawConfig};
 
 /// What `adapter_config.json` says. A rank r and an α hold for every module that no pattern names.
@@ -20,6 +17,8 @@ pub(super) struct PeftConfig {
     pub(super) rank_pattern: BTreeMap<String, usize>,
     pub(super) alpha_pattern: BTreeMap<String, f64>,
     pub(super) base_model: Option<String>,
+    pub(super) modules_to_save: Vec<String>,
+    pub(super) task_type: Option<String>,
 }
 
 /// PEFT's rule for the keys of patterns, `re.match("(.*\.)?(KEY)$", module)`, for keys of plain names: a dot in the key
@@ -48,7 +47,12 @@ pub(super) fn has_parts<'a>(config: &LoraConfig, mut sites: impl Iterator<Item =
 impl PeftConfig {
     /// The description of an adapter that was trained with `config`, where `sites` says how many parts of rank r are
     /// adapted at each site: n parts are one update of rank n·r, whose α keeps the scale α/r (or α/√r).
-    pub(super) fn of(config: &LoraConfig, sites: &BTreeMap<&str, usize>, base_model: Option<String>) -> PeftConfig {
+    pub(super) fn of(
+        config: &LoraConfig,
+        sites: &BTreeMap<&str, usize>,
+        base_model: Option<String>,
+        outline: &Outline,
+    ) -> PeftConfig {
         let rank = |n: usize| n * config.rank;
         let alpha = |n: usize| config.alpha * if config.rslora { (n as f64).sqrt() } else { n as f64 };
         let targets: BTreeSet<&str> =
@@ -75,6 +79,8 @@ impl PeftConfig {
             rank_pattern,
             alpha_pattern,
             base_model,
+            modules_to_save: outline.modules_to_save.clone(),
+            task_type: outline.task_type.map(str::to_owned),
         }
     }
 
@@ -123,12 +129,12 @@ impl PeftConfig {
             ("init_lora_weights", json!(true)),
             ("lora_alpha", number(self.alpha)),
             ("lora_dropout", json!(self.dropout)),
-            ("modules_to_save", Value::Null),
+            ("modules_to_save", some(&self.modules_to_save)),
             ("peft_type", json!("LORA")),
             ("r", json!(self.r)),
             ("rank_pattern", json!(self.rank_pattern)),
             ("target_modules", json!(self.targets)),
-            ("task_type", json!("CAUSAL_LM")),
+            ("task_type", json!(self.task_type)),
             ("use_dora", json!(false)),
             ("use_rslora", json!(self.rslora)),
         ]
@@ -136,10 +142,8 @@ impl PeftConfig {
         format!("{:#}", json!(keys))
     }
 
-    /// Reads and checks `adapter_config.json`.
-    pub(super) fn read(path: &Path) -> Result<(PeftConfig, RawConfig)> {
-        let raw = RawConfig::from_file(path)?;
-        options::check(&raw)?;
+    /// Reads `adapter_config.json`, whose options were checked.
+    pub(super) fn of_raw(raw: &RawConfig) -> Result<PeftConfig> {
         let needed = |key: &str| raw.error(key, "missing; it says how the adapter was made, so it has to be there");
         let r = raw.usize("r")?.ok_or_else(|| needed("r"))?;
         let alpha = raw.f64("lora_alpha")?.ok_or_else(|| needed("lora_alpha"))?;
@@ -147,22 +151,29 @@ impl PeftConfig {
         if !(0.0..1.0).contains(&dropout) {
             return Err(raw.error("lora_dropout", format_args!("a dropout rate is in [0, 1), found {dropout}")));
         }
-        check_rank(&raw, "r", r)?;
-        check_alpha(&raw, "lora_alpha", alpha)?;
+        check_rank(raw, "r", r)?;
+        check_alpha(raw, "lora_alpha", alpha)?;
         let config = PeftConfig {
             r,
             alpha,
             dropout,
             rslora: raw.bool("use_rslora")?.unwrap_or(false),
-            targets: targets(&raw)?,
-            rank_pattern: pattern(&raw, "rank_pattern", "a whole number", |v| v.as_u64()?.try_into().ok())?,
-            alpha_pattern: pattern(&raw, "alpha_pattern", "a number", Value::as_f64)?,
+            targets: targets(raw)?,
+            rank_pattern: pattern(raw, "rank_pattern", "a whole number", |v| v.as_u64()?.try_into().ok())?,
+            alpha_pattern: pattern(raw, "alpha_pattern", "a number", Value::as_f64)?,
             base_model: raw.str("base_model_name_or_path")?.map(str::to_owned),
+            modules_to_save: strings(raw, "modules_to_save")?.unwrap_or_default(),
+            task_type: raw.str("task_type")?.map(str::to_owned),
         };
-        config.rank_pattern.values().try_for_each(|r| check_rank(&raw, "rank_pattern", *r))?;
-        config.alpha_pattern.values().try_for_each(|a| check_alpha(&raw, "alpha_pattern", *a))?;
-        Ok((config, raw))
+        config.rank_pattern.values().try_for_each(|r| check_rank(raw, "rank_pattern", *r))?;
+        config.alpha_pattern.values().try_for_each(|a| check_alpha(raw, "alpha_pattern", *a))?;
+        Ok(config)
     }
+}
+
+/// A list, or null for an empty one.
+fn some(list: &[String]) -> Value {
+    if list.is_empty() { Value::Null } else { json!(list) }
 }
 
 /// A whole number without a fraction, as PEFT writes α.
@@ -283,14 +294,14 @@ mod tests {
         ];
         for (targets, parts, r, alpha, modules, pattern) in rows {
             let sites = SITES.iter().copied().zip(parts).filter(|(_, n)| *n > 0).collect();
-            let c = PeftConfig::of(&config(targets, false), &sites, None);
+            let c = PeftConfig::of(&config(targets, false), &sites, None, &Outline::default());
             assert_eq!((c.r, c.alpha, &c.targets[..]), (r, alpha, &modules.map_str()[..]), "{targets:?}");
             let ranks: Vec<_> = pattern.iter().map(|(k, r, _)| (k.to_string(), *r)).collect();
             assert_eq!(c.rank_pattern.clone().into_iter().collect::<Vec<_>>(), ranks, "{targets:?}");
             for (site, n) in &sites {
                 assert_eq!((c.rank(site), c.alpha(site)), (4 * n, 8.0 * *n as f64), "{targets:?} {site}");
                 // α/√r stays what it is for one part.
-                let rs = PeftConfig::of(&config(targets, true), &sites, None);
+                let rs = PeftConfig::of(&config(targets, true), &sites, None, &Outline::default());
                 let scale = rs.alpha(site) / (rs.rank(site) as f64).sqrt();
                 assert!((scale - 4.0).abs() < 1e-12, "{targets:?} {site}: {scale}");
             }

@@ -3,6 +3,11 @@
 //! PEFT skips what it does not understand. Here every tensor is used, or refused by name; so is every option that would
 //! compute something else than plain LoRA.
 //!
+//! # Other methods
+//! PEFT has no name for most methods of the table ([`METHODS`](lora_core::peft::METHODS)). They are saved in the same two
+//! files, where the configuration has `method` and the options of that method instead of `peft_type`: PEFT refuses such a
+//! folder rather than ignoring it.
+//!
 //! # Parts of a fused projection
 //! Targets such as `c_attn.q` and `c_attn.v` train separate updates of columns of one matrix. PEFT knows modules only, so
 //! they are saved as the one update of the module that equals them: n parts of rank r become a rank of n·r, with B zero
@@ -12,6 +17,8 @@
 
 mod config;
 mod options;
+mod own;
+mod peft;
 mod save;
 
 use std::{
@@ -21,17 +28,14 @@ use std::{
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Base, Lora, LoraConfig},
+    peft::{Adapted, Base, MethodRow, Options, find},
 };
 use lora_kernels::{Device, all_finite};
-use serde::{Deserialize, Serialize};
 
-use self::config::PeftConfig;
 use crate::{
     Error, Result,
     checkpoint::{TensorFile, TensorInfo},
     config::RawConfig,
-    error::List,
 };
 
 pub use save::save;
@@ -43,30 +47,30 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// The key of the safetensors header under which the parts of fused projections are remembered: targets, rank and alpha
 /// as they were trained, as JSON.
 pub const PARTS_KEY: &str = "lora_parts";
+/// The key of the safetensors header under which the base's architecture is remembered, where PEFT's configuration has no
+/// place for it.
+pub const ARCHITECTURE_KEY: &str = "architecture";
 
 /// What PEFT puts before the name of every module.
 const PREFIX: &str = "base_model.model.";
 /// The same tensors in a format that is not read.
 const PICKLED_FILE: &str = "adapter_model.bin";
 
-/// The value of [`PARTS_KEY`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Parts {
-    targets: Vec<String>,
-    rank: usize,
-    alpha: f64,
-}
-
 /// An adapter as it was read, before it meets a base.
 #[derive(Debug)]
 pub struct AdapterFile {
+    /// The method that trained it, a row of [`METHODS`](lora_core::peft::METHODS).
+    pub method: &'static str,
     /// How it was trained; parts of fused projections as they were.
-    pub config: LoraConfig,
+    pub options: Options,
     /// The base that it was trained on, as its configuration names it.
     pub base_model_name_or_path: Option<String>,
-    /// A [r, in] and B [out, r] of every module: `{module}.lora_A.weight` and `{module}.lora_B.weight`, in f32.
+    /// All tensors under the names of [`Adapted::adapter_tensors`], in f32.
     pub tensors: BTreeMap<String, Tensor>,
+    /// The architecture that it was trained on, where the file says so.
+    architecture: Option<String>,
+    /// What its base is for, where the file says so.
+    task_type: Option<String>,
     raw: RawConfig,
     weights: PathBuf,
 }
@@ -80,37 +84,31 @@ pub fn is_adapter(dir: &Path) -> bool {
 ///
 /// # Errors
 /// [`Error::Config`] names the key of an option that is senseless or not supported; [`Error::Io`] the file that is
-/// missing; [`Error::PickledAdapter`] a `.bin` file; [`Error::Weights`] and [`Error::DType`] the tensor that is no factor
-/// of LoRA, has another rank than the configuration says, or holds a NaN or an infinity; [`Error::TensorNames`] those
-/// that lack their partner.
+/// missing; [`Error::PickledAdapter`] a `.bin` file; [`Error::Weights`] and [`Error::DType`] the tensor that does not
+/// belong to the method, has another rank than the configuration says, or holds a NaN or an infinity;
+/// [`Error::TensorNames`] those that lack their partner.
 pub fn load(dir: &Path) -> Result<AdapterFile> {
-    let (config, raw) = PeftConfig::read(&dir.join(CONFIG_FILE))?;
+    let raw = RawConfig::from_file(&dir.join(CONFIG_FILE))?;
+    let own = raw.value(own::METHOD_KEY).is_some();
+    if !own {
+        options::check(&raw)?;
+    }
     let path = dir.join(WEIGHTS_FILE);
     if !path.exists() && dir.join(PICKLED_FILE).exists() {
         return Err(Error::PickledAdapter { file: dir.join(PICKLED_FILE) });
     }
     let file = TensorFile::open(&path)?;
-    let modules = modules(&file)?;
-    for (site, pair) in &modules {
-        check_pair(&file, &config, &raw, site, pair)?;
+    if own { own::load(raw, &file) } else { peft::load(raw, &file) }
+}
+
+/// A tensor of an adapter, which has to be all numbers.
+fn finite(file: &TensorFile, info: &TensorInfo) -> Result<Tensor> {
+    let t = file.tensor(&info.stored_name, &info.shape, &Device::Cpu)?;
+    if all_finite(t.mat())? {
+        return Ok(t);
     }
-    let trained = match file.metadata().get(PARTS_KEY) {
-        Some(text) => parts(text, &config, &raw, &path, modules.keys().map(String::as_str))?,
-        None => whole(&config, &raw, modules.keys().map(String::as_str))?,
-    };
-    let mut tensors = BTreeMap::new();
-    for (site, [a, b]) in &modules {
-        for (factor, info) in [("lora_A", a), ("lora_B", b)] {
-            let t = file.tensor(&info.stored_name, &info.shape, &Device::Cpu)?;
-            if !all_finite(t.mat())? {
-                let problem = format!("tensor {} holds a NaN or an infinity; its training failed", info.stored_name);
-                return Err(Error::Weights { file: path, problem });
-            }
-            tensors.insert(format!("{site}.{factor}.weight"), t);
-        }
-    }
-    let base_model_name_or_path = config.base_model;
-    Ok(AdapterFile { config: trained, base_model_name_or_path, tensors, raw, weights: path })
+    let problem = format!("tensor {} holds a NaN or an infinity; its training failed", info.stored_name);
+    Err(Error::Weights { file: file.path().to_owned(), problem })
 }
 
 /// [`load`] and [`AdapterFile::attach`].
@@ -119,31 +117,66 @@ pub fn attach(dir: &Path, base: &dyn Base, device: &Device) -> Result<Adapted> {
 }
 
 impl AdapterFile {
+    /// The row of the method that trained it.
+    pub fn row(&self) -> Result<&'static MethodRow> {
+        Ok(find(self.method)?)
+    }
+
     /// The adapter on its base, to infer with or to train on.
     ///
     /// # Errors
-    /// [`Error::Config`] when the targets or the rank do not fit the base (it lists the base's modules);
-    /// [`Error::TensorNames`], [`Error::Shape`] when the tensors are not exactly those of the targets' modules;
-    /// [`Error::Weights`] when they contradict the parts that they are said to have.
+    /// [`Error::Config`] when it was trained on another architecture or for another task, or when its options do not fit
+    /// the base (for targets it lists the base's modules); [`Error::TensorNames`], [`Error::Shape`] when the tensors are
+    /// not exactly those that the method needs on this base; [`Error::Weights`] when they contradict its structure.
     pub fn attach(&self, base: &dyn Base, device: &Device) -> Result<Adapted> {
         let refused = |e: lora_core::Error| match &e {
             lora_core::Error::Option { option, value, why } => {
+                let own = option.replace('-', "_");
                 let key = match *option {
-                    "rank" => "r",
-                    "alpha" => "lora_alpha",
-                    "dropout" => "lora_dropout",
-                    "targets" => "target_modules",
-                    other => other,
+                    "rank" if self.raw.value("r").is_some() => "r",
+                    "alpha" if self.raw.value("lora_alpha").is_some() => "lora_alpha",
+                    "dropout" if self.raw.value("lora_dropout").is_some() => "lora_dropout",
+                    "targets" if self.raw.value("target_modules").is_some() => "target_modules",
+                    _ => own.as_str(),
                 };
                 self.raw.error(key, format_args!("{value}: {why}"))
             }
             lora_core::Error::NoSuchTarget { .. } | lora_core::Error::OverlappingTargets { .. } => {
-                self.raw.error("target_modules", e)
+                let key = if self.raw.value("target_modules").is_some() { "target_modules" } else { "targets" };
+                self.raw.error(key, e)
+            }
+            lora_core::Error::DoesNotFit { .. } | lora_core::Error::NothingTrainable { .. } => {
+                self.raw.error(own::METHOD_KEY, e)
             }
             _ => Error::Core(e),
         };
-        let method = Lora::new(self.config.clone()).map_err(refused)?;
-        let mut adapted = Adapted::new(&method, base, device, base.dtype(), 0).map_err(refused)?;
+        let outline = base.outline();
+        if let Some(trained) = self.architecture.as_ref().filter(|a| **a != outline.architecture) {
+            let problem =
+                format!("it was trained on a model of architecture {trained}, not on {}", outline.architecture);
+            return Err(match self.raw.value(ARCHITECTURE_KEY) {
+                Some(_) => self.raw.error(ARCHITECTURE_KEY, problem),
+                None => Error::Weights { file: self.weights.clone(), problem },
+            });
+        }
+        if let (Some(trained), Some(task)) = (&self.task_type, outline.task_type)
+            && trained != task
+        {
+            return Err(self
+                .raw
+                .error("task_type", format_args!("it was trained for {trained}; this base is for {task}")));
+        }
+        // PEFT lists these two for every classifier, whatever its head is called.
+        const HEADS: [&str; 2] = ["classifier", "score"];
+        for module in own::strings(&self.raw, "modules_to_save")?.unwrap_or_default() {
+            if !outline.modules_to_save.contains(&module) && !HEADS.contains(&module.as_str()) {
+                let problem =
+                    format!("training {module} beside the adapter is not supported; only a classifier's head is");
+                return Err(self.raw.error("modules_to_save", problem));
+            }
+        }
+        let method = (self.row()?.build)(&self.options).map_err(refused)?;
+        let mut adapted = Adapted::new(&*method, base, device, base.dtype(), 0).map_err(refused)?;
         self.check(&adapted)?;
         adapted.load_adapter_tensors(self.tensors.clone()).map_err(|e| match e {
             lora_core::Error::Structure { name, why } => {
@@ -171,155 +204,5 @@ impl AdapterFile {
             }
         }
         Ok(())
-    }
-}
-
-/// Module and factor (0: A, 1: B) that a key means: `base_model.model.{module}.lora_A.weight`, or with the adapter's name
-/// before `.weight`.
-fn parse(key: &str) -> Option<(&str, usize)> {
-    let key = key.strip_prefix(PREFIX)?;
-    [".lora_A.", ".lora_B."].iter().enumerate().find_map(|(i, factor)| {
-        let (module, rest) = key.rsplit_once(factor)?;
-        let named = rest.strip_suffix(".weight").is_some_and(|name| !name.is_empty() && !name.contains('.'));
-        (!module.is_empty() && (rest == "weight" || named)).then_some((module, i))
-    })
-}
-
-/// The factors of every module, by its name.
-fn modules(file: &TensorFile) -> Result<BTreeMap<String, [TensorInfo; 2]>> {
-    let bad = |problem| Err(Error::Weights { file: file.path().to_owned(), problem });
-    let mut found: BTreeMap<String, [Option<TensorInfo>; 2]> = BTreeMap::new();
-    let mut strange = Vec::new();
-    for key in file.names() {
-        let Some((module, factor)) = parse(key) else {
-            strange.push(key.to_owned());
-            continue;
-        };
-        let place = &mut found.entry(module.to_owned()).or_default()[factor];
-        if let Some(first) = place {
-            return bad(format!(
-                "tensors {} and {key} are the same factor of one module; a file holds one adapter",
-                first.stored_name
-            ));
-        }
-        *place = file.info(key);
-    }
-    if !strange.is_empty() {
-        let hint = hint(&strange[0]);
-        return bad(format!(
-            "no factor of LoRA ({PREFIX}MODULE.lora_A.weight or .lora_B.weight): {}; {hint}",
-            List(&strange)
-        ));
-    }
-    if found.is_empty() {
-        return bad("it holds no tensors; save the adapter again".to_owned());
-    }
-    let mut missing = Vec::new();
-    let mut pairs = BTreeMap::new();
-    for (module, pair) in found {
-        match pair {
-            [Some(a), Some(b)] => {
-                pairs.insert(module, [a, b]);
-            }
-            [a, _] => {
-                let lacks = if a.is_some() { "lora_B" } else { "lora_A" };
-                missing.push(format!("{PREFIX}{module}.{lacks}.weight"));
-            }
-        }
-    }
-    match missing.is_empty() {
-        true => Ok(pairs),
-        false => Err(Error::TensorNames { place: file.path().to_owned(), missing, unexpected: Vec::new() }),
-    }
-}
-
-/// What a key that is none of LoRA's probably is.
-fn hint(key: &str) -> &'static str {
-    match () {
-        () if key.contains("lora_magnitude_vector") => "DoRA is not supported yet",
-        () if key.contains("lora_embedding_") => "adapted embeddings are not supported yet",
-        () if key.ends_with(".bias") => "trained biases are not supported yet",
-        () if key.contains(".lora_A.") || key.contains(".lora_B.") => {
-            "PEFT would ignore a tensor with another prefix; rename it"
-        }
-        () => "modules that were trained beside the adapter are not supported yet",
-    }
-}
-
-/// Checks that A [r, in] and B [out, r] have the rank that the configuration says.
-fn check_pair(
-    file: &TensorFile,
-    config: &PeftConfig,
-    raw: &RawConfig,
-    site: &str,
-    pair: &[TensorInfo; 2],
-) -> Result<()> {
-    let r = config.rank(site);
-    for (i, info) in pair.iter().enumerate() {
-        let problem = match info.shape[..] {
-            [rows, cols] if [rows, cols][i] == r => continue,
-            [rows, cols] => format!(
-                "has shape {:?}, so its rank is {}, but {} says that it is {r}",
-                info.shape,
-                [rows, cols][i],
-                raw.path().display()
-            ),
-            _ => format!("has shape {:?}, but a factor is a matrix", info.shape),
-        };
-        let problem = format!("tensor {} {problem}; the two files belong to different adapters", info.stored_name);
-        return Err(Error::Weights { file: file.path().to_owned(), problem });
-    }
-    Ok(())
-}
-
-/// How an adapter of whole modules was trained.
-fn whole<'a>(config: &PeftConfig, raw: &RawConfig, sites: impl Iterator<Item = &'a str>) -> Result<LoraConfig> {
-    let mut settings = sites.map(|site| (config.rank(site), config.alpha(site)));
-    let (rank, alpha) = settings.next().unwrap_or((config.r, config.alpha));
-    if let Some((r, a)) = settings.find(|s| *s != (rank, alpha)) {
-        let key = if r == rank { "alpha_pattern" } else { "rank_pattern" };
-        let problem = format!(
-            "modules with different ranks or alphas (r = {rank}, α = {alpha} and r = {r}, α = {a}) are not supported \
-             yet, other than parts of fused projections in an adapter saved here"
-        );
-        return Err(raw.error(key, problem));
-    }
-    Ok(LoraConfig { rank, alpha, dropout: config.dropout, rslora: config.rslora, targets: config.targets.clone() })
-}
-
-/// How an adapter with parts was trained, by the header of its tensors, which has to agree with its configuration.
-fn parts<'a>(
-    text: &str,
-    config: &PeftConfig,
-    raw: &RawConfig,
-    weights: &Path,
-    sites: impl Iterator<Item = &'a str>,
-) -> Result<LoraConfig> {
-    let bad = |problem: String| {
-        let problem = format!("metadata {PARTS_KEY:?}: {problem}; save the adapter again");
-        Error::Weights { file: weights.to_owned(), problem }
-    };
-    let Parts { targets, rank, alpha } = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
-    let trained = LoraConfig { rank, alpha, dropout: config.dropout, rslora: config.rslora, targets };
-    Lora::new(trained.clone()).map_err(|e| bad(e.to_string()))?;
-    let mut counts = BTreeMap::new();
-    for site in sites {
-        let r = config.rank(site);
-        if !r.is_multiple_of(rank) {
-            return Err(bad(format!("{site} has rank {r}, which is no multiple of the parts' rank {rank}")));
-        }
-        counts.insert(site, r / rank);
-    }
-    let expected = PeftConfig::of(&trained, &counts, None);
-    match config.difference(&expected) {
-        Some((key, found, expected)) => Err(raw.error(
-            key,
-            format_args!(
-                "{found}, but by the metadata {PARTS_KEY:?} of {} it is {expected}; the two files belong to different \
-                 adapters",
-                weights.display()
-            ),
-        )),
-        None => Ok(trained),
     }
 }

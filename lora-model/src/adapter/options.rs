@@ -20,6 +20,7 @@ const HARMLESS: &[&str] = &[
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_version",
     "qalora_group_size",
     "r",
@@ -41,7 +42,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("layers_to_transform", "adapting some of the layers only"),
     ("lora_bias", "a bias of the adapter's own"),
     ("megatron_config", "Megatron's layers"),
-    ("modules_to_save", "training whole modules beside the adapter"),
     ("monteclora_config", "MonteCLoRA"),
     ("target_parameters", "adapting parameters that are no module's weight"),
     ("trainable_token_indices", "training rows of the embedding"),
@@ -65,9 +65,12 @@ pub(super) fn check(raw: &RawConfig) -> Result<()> {
         None => return Err(raw.error("peft_type", "missing; this is no configuration of a PEFT adapter")),
     }
     match raw.str("task_type")? {
-        None | Some("CAUSAL_LM") => {}
+        None | Some("CAUSAL_LM" | "SEQ_CLS") => {}
         Some(other) => {
-            let problem = format!("{other:?} is not supported; only \"CAUSAL_LM\", a model that continues text, is");
+            let problem = format!(
+                "{other:?} is not supported; \"CAUSAL_LM\", a model that continues text, and \"SEQ_CLS\", one that \
+                 classifies it, are"
+            );
             return Err(raw.error("task_type", problem));
         }
     }

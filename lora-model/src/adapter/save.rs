@@ -3,14 +3,16 @@ use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
 use lora_core::{
     Tensor,
     lowrank::Layout,
-    peft::{Adapted, Base, LoraConfig},
+    peft::{Adapted, Base, LoraConfig, Options, Outline, find},
 };
 use lora_kernels::DType;
 use serde_json::json;
 
 use super::{
-    CONFIG_FILE, PARTS_KEY, PREFIX, Parts, WEIGHTS_FILE,
+    ARCHITECTURE_KEY, CONFIG_FILE, PARTS_KEY, PREFIX, WEIGHTS_FILE,
     config::{self, PeftConfig},
+    own,
+    peft::Parts,
 };
 use crate::{
     Error, Result,
@@ -18,7 +20,8 @@ use crate::{
     files,
 };
 
-/// Writes the adapter that was made on `base` with `config` into `dir`. The same adapter gives the same bytes.
+/// Writes what `method` (a row of the table) trained on `base` with `options` into `dir`. The same adapter gives the same
+/// bytes.
 ///
 /// Whenever the process or the machine stops, the folder then holds the old adapter, the new one, or tensors without a
 /// configuration, which nothing loads: the tensors are replaced first, as a whole; the configuration comes last, and an
@@ -29,31 +32,26 @@ use crate::{
 /// [`Error::Io`] (a full disk, say).
 ///
 /// # Panics
-/// When `adapted` has no adapter, or was not made with `config`: full fine-tuning is saved as a model.
+/// When `adapted` trains nothing, or was not made with these options.
 pub fn save(
     dir: &Path,
-    config: &LoraConfig,
+    method: &str,
+    options: &Options,
     adapted: &Adapted,
     base: &dyn Base,
     base_model_name: Option<&str>,
 ) -> Result<()> {
     let tensors: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
-    let mut sites = BTreeMap::new();
-    for (name, a) in &tensors {
-        if let Some(site) = name.strip_suffix(".lora_A.weight") {
-            assert_eq!(a.rows() % config.rank, 0, "{name} has rank {}, not of {}", a.rows(), config.rank);
-            sites.insert(site, a.rows() / config.rank);
-        }
+    let row = find(method)?;
+    let (text, parts) = match row.name {
+        "lora" => peft(options, &tensors, base.outline(), base_model_name),
+        _ => (own::text(row, options, base.outline(), base_model_name), None),
+    };
+    let mut metadata = vec![("format", "pt")];
+    if row.name == "lora" {
+        metadata.push((ARCHITECTURE_KEY, &base.outline().architecture));
     }
-    assert!(!sites.is_empty(), "there is no adapter to save");
-    // PEFT's flag for weights stored [in, out].
-    let transposed = base.sites().iter().any(|s| sites.contains_key(s.name.as_str()) && s.layout == Layout::InOut);
-    let text = PeftConfig::of(config, &sites, base_model_name.map(str::to_owned)).text(transposed);
-
-    let parts = config::has_parts(config, sites.keys().copied())
-        .then(|| json!(Parts { targets: config.targets.clone(), rank: config.rank, alpha: config.alpha }).to_string());
-    let metadata: Vec<(&str, &str)> =
-        [("format", "pt")].into_iter().chain(parts.as_deref().map(|p| (PARTS_KEY, p))).collect();
+    metadata.extend(parts.as_deref().map(|p| (PARTS_KEY, p)));
     let specs: Vec<TensorSpec> =
         tensors.iter().map(|(name, t)| TensorSpec::new(format!("{PREFIX}{name}"), t.shape())).collect();
     let write = || {
@@ -86,4 +84,32 @@ pub fn save(
             files::write_bytes(&path, text.as_bytes())
         }
     }
+}
+
+/// PEFT's configuration of LoRA, and the parts of fused projections where there are some.
+fn peft(
+    options: &Options,
+    tensors: &BTreeMap<String, Tensor>,
+    outline: &Outline,
+    base_model_name: Option<&str>,
+) -> (String, Option<String>) {
+    let mut config = LoraConfig::from(options);
+    if config.targets.is_empty() {
+        config.targets.clone_from(&outline.default_targets);
+    }
+    let mut sites = BTreeMap::new();
+    for (name, a) in tensors {
+        if let Some(site) = name.strip_suffix(".lora_A.weight") {
+            assert_eq!(a.rows() % config.rank, 0, "{name} has rank {}, not of {}", a.rows(), config.rank);
+            sites.insert(site, a.rows() / config.rank);
+        }
+    }
+    assert!(!sites.is_empty(), "there is no adapter to save");
+    // PEFT's flag for weights stored [in, out].
+    let transposed =
+        outline.linear_sites().any(|(s, l)| sites.contains_key(s.name.as_str()) && l.layout == Layout::InOut);
+    let text = PeftConfig::of(&config, &sites, base_model_name.map(str::to_owned), outline).text(transposed);
+    let parts = config::has_parts(&config, sites.keys().copied())
+        .then(|| json!(Parts { targets: config.targets.clone(), rank: config.rank, alpha: config.alpha }).to_string());
+    (text, parts)
 }

@@ -3,13 +3,11 @@ use std::path::Path;
 use lora_kernels::Activation;
 use serde_json::{Map, Value, json};
 
-use crate::{Error, Result, config::RawConfig};
-
-/// The largest sizes taken for real: a configuration beyond them is damaged, and must not end in an allocation.
-const MOST_LAYERS: usize = 1 << 12;
-const MOST_WIDTH: usize = 1 << 20;
-const MOST_ROWS: usize = 1 << 24;
-const MOST_PARAMETERS: u128 = 1 << 42;
+use super::{
+    RawConfig,
+    checks::{self, MOST_LAYERS, MOST_ROWS, MOST_WIDTH, Problem},
+};
+use crate::Result;
 
 /// What GPT-2 needs to know (Radford et al. 2019), under the names of its `config.json`.
 ///
@@ -105,9 +103,7 @@ impl Gpt2Config {
         if raw.bool("add_cross_attention")? == Some(true) {
             return Err(raw.error("add_cross_attention", "cross-attention is not supported; only decoders are"));
         }
-        if raw.value("quantization_config").is_some() {
-            return Err(raw.error("quantization_config", "quantised weights are not read; use the original model"));
-        }
+        raw.refuse_quantised()?;
         let d = Gpt2Config::default();
         let config = Gpt2Config {
             vocab_size: raw.usize("vocab_size")?.unwrap_or(d.vocab_size),
@@ -126,13 +122,11 @@ impl Gpt2Config {
             scale_attn_by_inverse_layer_idx: raw
                 .bool("scale_attn_by_inverse_layer_idx")?
                 .unwrap_or(d.scale_attn_by_inverse_layer_idx),
-            bos_token_id: token(raw, "bos_token_id", d.bos_token_id)?,
-            eos_token_id: token(raw, "eos_token_id", d.eos_token_id)?,
+            bos_token_id: raw.token_or("bos_token_id", d.bos_token_id)?,
+            eos_token_id: raw.token_or("eos_token_id", d.eos_token_id)?,
         };
-        match config.problem() {
-            Some((key, problem)) => Err(raw.error(key, problem)),
-            None => Ok(config),
-        }
+        raw.checked(config.problem())?;
+        Ok(config)
     }
 
     /// Checks a configuration that was made rather than read; `path` stands in the message.
@@ -140,12 +134,7 @@ impl Gpt2Config {
     /// # Errors
     /// [`Error::Config`] for the first value that is impossible.
     pub fn validate(&self, path: &Path) -> Result<()> {
-        match self.problem() {
-            Some((key, problem)) => {
-                Err(Error::Config { path: path.to_owned(), problem: format!("key {key:?}: {problem}") })
-            }
-            None => Ok(()),
-        }
+        RawConfig::new(path, Map::new()).checked(self.problem())
     }
 
     /// Width of one attention head.
@@ -204,46 +193,25 @@ impl Gpt2Config {
     }
 
     /// The first impossible value: its key and what is wrong with it.
-    fn problem(&self) -> Option<(&'static str, String)> {
-        let sizes = [
+    fn problem(&self) -> Option<Problem> {
+        let sizes = checks::sizes(&[
             ("vocab_size", self.vocab_size, MOST_ROWS),
             ("n_positions", self.n_positions, MOST_ROWS),
             ("n_embd", self.n_embd, MOST_WIDTH),
             ("n_layer", self.n_layer, MOST_LAYERS),
             ("n_head", self.n_head, MOST_WIDTH),
             ("n_inner", self.n_inner.unwrap_or(1), 16 * MOST_WIDTH),
-        ];
-        for (key, n, most) in sizes {
-            if n == 0 || n > most {
-                return Some((key, format!("{n} is out of range; it must be from 1 to {most}")));
-            }
+        ]);
+        if sizes.is_some() {
+            return sizes;
         }
         if !self.n_embd.is_multiple_of(self.n_head) {
             return Some(("n_head", format!("{} heads do not divide n_embd = {}", self.n_head, self.n_embd)));
         }
-        for (key, p) in
-            [("resid_pdrop", self.resid_pdrop), ("embd_pdrop", self.embd_pdrop), ("attn_pdrop", self.attn_pdrop)]
-        {
-            if !(0.0..1.0).contains(&p) {
-                return Some((key, format!("{p:?} is no dropout probability; it must be at least 0 and below 1")));
-            }
-        }
-        if !(self.layer_norm_epsilon > 0.0 && self.layer_norm_epsilon < 1.0) {
-            return Some(("layer_norm_epsilon", format!("{:?} must be above 0 and below 1", self.layer_norm_epsilon)));
-        }
-        let n = self.parameters();
-        (n > MOST_PARAMETERS).then(|| ("n_embd", format!("a model of {n} parameters is beyond any that exists")))
-    }
-}
-
-/// A token id that is absent (the default holds), `null` (there is none), a number, or the first of a list.
-fn token(raw: &RawConfig, key: &str, default: Option<u32>) -> Result<Option<u32>> {
-    match raw.keys().get(key) {
-        None => Ok(default),
-        Some(Value::Array(ids)) => match ids.first().and_then(Value::as_u64).map(u32::try_from) {
-            Some(Ok(id)) => Ok(Some(id)),
-            _ => Err(raw.error(key, "expected token ids (whole numbers below 2^32)")),
-        },
-        Some(_) => raw.token(key),
+        let rates =
+            [("resid_pdrop", self.resid_pdrop), ("embd_pdrop", self.embd_pdrop), ("attn_pdrop", self.attn_pdrop)];
+        checks::probabilities(&rates)
+            .or_else(|| checks::epsilon("layer_norm_epsilon", self.layer_norm_epsilon))
+            .or_else(|| checks::parameters("n_embd", self.parameters()))
     }
 }

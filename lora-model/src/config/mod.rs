@@ -1,15 +1,31 @@
 //! `config.json`: the file as it is, typed reading of its keys, and what each architecture needs from it.
 
+mod bert;
+mod checks;
+mod deberta_v2;
 mod gpt2;
+mod llama;
+mod roberta;
+mod rope;
 
 use std::path::{Path, PathBuf};
 
 use lora_kernels::Activation;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result, files};
+use crate::{
+    Error, Result,
+    architectures::{ARCHITECTURES, ArchitectureRow},
+    files,
+};
+use checks::Problem;
 
+pub use bert::BertConfig;
+pub use deberta_v2::DebertaV2Config;
 pub use gpt2::Gpt2Config;
+pub use llama::{LlamaConfig, LlamaKind};
+pub use roberta::RobertaConfig;
+pub use rope::{RopeConfig, RopeScaling};
 
 /// The name of the configuration in a model's folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -86,6 +102,18 @@ impl RawConfig {
         self.get(key, "a token id (a whole number below 2^32)", |v| v.as_u64().and_then(|n| n.try_into().ok()))
     }
 
+    /// A token id that is absent (`default` holds), `null` (there is none), a number, or the first of a list.
+    pub fn token_or(&self, key: &str, default: Option<u32>) -> Result<Option<u32>> {
+        match self.keys.get(key) {
+            None => Ok(default),
+            Some(Value::Array(ids)) => match ids.first().and_then(Value::as_u64).map(u32::try_from) {
+                Some(Ok(id)) => Ok(Some(id)),
+                _ => Err(self.error(key, "expected token ids (whole numbers below 2^32)")),
+            },
+            Some(_) => self.token(key),
+        }
+    }
+
     /// A finite number.
     pub fn f64(&self, key: &str) -> Result<Option<f64>> {
         self.get(key, "a finite number", |v| v.as_f64().filter(|x| x.is_finite()))
@@ -116,22 +144,20 @@ impl RawConfig {
         Error::Config { path: self.path.clone(), problem: format!("key {key:?}: {problem}") }
     }
 
-    /// The architecture that `model_type` names.
+    /// The row of [`ARCHITECTURES`] that `model_type` names.
     ///
     /// # Errors
     /// [`Error::Unsupported`], listing what there is; [`Error::Config`] when the key is missing.
-    pub fn architecture(&self) -> Result<Architecture> {
-        const NAMES: [&str; 1] = ["gpt2"];
-        match self.str("model_type")? {
-            Some("gpt2") => Ok(Architecture::Gpt2),
-            Some(other) => Err(Error::Unsupported {
-                path: self.path.clone(),
-                what: "the architecture",
-                found: other.to_owned(),
-                supported: &NAMES,
-            }),
-            None => Err(self.error("model_type", format_args!("missing; set it to one of {}", NAMES.join(", ")))),
-        }
+    pub fn architecture(&self) -> Result<&'static ArchitectureRow> {
+        let Some(found) = self.str("model_type")? else {
+            return Err(self.error("model_type", format_args!("missing; set it to one of {}", MODEL_TYPES.join(", "))));
+        };
+        ARCHITECTURES.iter().find(|row| row.model_type == found).ok_or_else(|| Error::Unsupported {
+            path: self.path.clone(),
+            what: "the architecture",
+            found: found.to_owned(),
+            supported: &MODEL_TYPES,
+        })
     }
 
     /// The activation function that `key` names, if it is there.
@@ -151,6 +177,20 @@ impl RawConfig {
         Activation::from_hf(name).ok_or_else(unknown).map(Some)
     }
 
+    /// # Errors
+    /// [`Error::Config`] when the weights are quantised, which nothing here reads.
+    pub fn refuse_quantised(&self) -> Result<()> {
+        match self.value("quantization_config") {
+            Some(_) => Err(self.error("quantization_config", "quantised weights are not read; use the original model")),
+            None => Ok(()),
+        }
+    }
+
+    /// The error of a check, if it has found something.
+    fn checked(&self, problem: Option<Problem>) -> Result<()> {
+        problem.map_or(Ok(()), |(key, problem)| Err(self.error(key, problem)))
+    }
+
     fn get<'a, T>(&'a self, key: &str, expected: &str, read: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
         let Some(v) = self.value(key) else { return Ok(None) };
         match read(v) {
@@ -160,13 +200,16 @@ impl RawConfig {
     }
 }
 
-/// The architectures there are: `model_type` in a configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Architecture {
-    /// `gpt2`: [`Gpt2Config`].
-    Gpt2,
-}
+/// The names of all architectures, for messages.
+const MODEL_TYPES: [&str; ARCHITECTURES.len()] = {
+    let mut names = [""; ARCHITECTURES.len()];
+    let mut i = 0;
+    while i < names.len() {
+        names[i] = ARCHITECTURES[i].model_type;
+        i += 1;
+    }
+    names
+};
 
 /// A value for a message: short ones as they are, long ones by their beginning.
 fn shown(v: &Value) -> String {

@@ -8,7 +8,7 @@ mod scores;
 
 use lora_core::peft::Adapted;
 
-use crate::{Error, KvCache, Model, Result};
+use crate::{Error, KvCache, Model, Result, Task};
 
 pub use config::GenerationConfig;
 pub use scores::distribution;
@@ -40,8 +40,8 @@ pub fn generate(
     config: &GenerationConfig,
     on_token: Option<&mut dyn FnMut(usize, u32)>,
 ) -> Result<Vec<Generated>> {
-    let requests = requests(model, prompts, config)?;
-    warn_of_cut(&requests, config, model.limits().max_positions);
+    let requests = requests(model, adapted, prompts, config)?;
+    warn_of_cut(&requests, config, positions(model, adapted));
     let mut ignore = |_, _| ();
     let on_token = on_token.unwrap_or(&mut ignore);
     match (requests.len(), config.num_beams) {
@@ -54,10 +54,17 @@ pub fn generate(
 /// Finds out, before anything is computed, whether [`generate`] would refuse its configuration or one of its prompts.
 ///
 /// # Errors
-/// [`Error::Option`] for a configuration that makes no sense; [`Error::Prompt`], with its index, for a prompt without
-/// tokens, one that leaves no position free, and one with an id outside the vocabulary.
-pub fn check(model: &dyn Model, prompts: &[Vec<u32>], config: &GenerationConfig) -> Result<()> {
-    requests(model, prompts, config).map(drop)
+/// [`Error::Task`] for a model that does not continue texts; [`Error::Option`] for a configuration that makes no sense;
+/// [`Error::Prompt`], with its index, for a prompt without tokens, one that leaves no position free, and one with an id
+/// outside the vocabulary.
+pub fn check(model: &dyn Model, adapted: &Adapted, prompts: &[Vec<u32>], config: &GenerationConfig) -> Result<()> {
+    requests(model, adapted, prompts, config).map(drop)
+}
+
+/// The positions that virtual tokens leave for the text.
+fn positions(model: &dyn Model, adapted: &Adapted) -> usize {
+    let virtual_tokens = adapted.stream_tokens().count() + adapted.attention_tokens().count();
+    model.limits().max_positions.saturating_sub(virtual_tokens)
 }
 
 /// A prompt that was checked, and how many tokens may follow it.
@@ -67,9 +74,17 @@ struct Request<'a> {
     limit: usize,
 }
 
-fn requests<'a>(model: &dyn Model, prompts: &'a [Vec<u32>], config: &GenerationConfig) -> Result<Vec<Request<'a>>> {
+fn requests<'a>(
+    model: &dyn Model,
+    adapted: &Adapted,
+    prompts: &'a [Vec<u32>],
+    config: &GenerationConfig,
+) -> Result<Vec<Request<'a>>> {
+    if model.task() != Task::CausalLm {
+        return Err(Error::Task { task: model.task().name(), what: "continue text" });
+    }
     config.check(model.limits().vocab_size)?;
-    let positions = model.limits().max_positions;
+    let positions = positions(model, adapted);
     let request = |(index, prompt): (usize, &'a Vec<u32>)| {
         let refuse = |problem: String| Err(Error::Prompt { index, problem });
         if prompt.is_empty() {

@@ -30,8 +30,8 @@ pub(super) fn from_dir(dir: &Path) -> Result<Tokenizer> {
         );
         return Err(Error::Tokenizer { path: dir.to_owned(), problem });
     };
-    let end = end_of_text(dir, &inner)?;
-    Tokenizer::new(inner, path, end)
+    let (begin, end) = (begin_of_text(dir, &inner, &path)?, end_of_text(dir, &inner)?);
+    Tokenizer::new(inner, path, begin, end)
 }
 
 /// A byte-level BPE with GPT-2's way of cutting text into words.
@@ -150,21 +150,45 @@ fn add_tokens(inner: &mut tokenizers::Tokenizer, path: &Path) -> Result<()> {
     Ok(())
 }
 
+fn begin_of_text(dir: &Path, inner: &tokenizers::Tokenizer, path: &Path) -> Result<Option<u32>> {
+    let config = dir.join(TOKENIZER_CONFIG);
+    if config.is_file() {
+        let raw = RawConfig::from_file(&config)?;
+        match (raw.bool("add_bos_token")?, special(&raw, "bos_token", inner)) {
+            (Some(true), Some(id)) => return Ok(Some(id)),
+            (Some(false), _) => return Ok(None),
+            _ => {}
+        }
+    }
+    let ids = |special| {
+        let encoding = inner.encode_fast("a", special).map_err(|e| bad(path, e.to_string()))?;
+        Ok::<_, Error>(encoding.get_ids().to_vec())
+    };
+    let (with, without) = (ids(true)?, ids(false)?);
+    Ok(match with.split_first() {
+        Some((&first, rest)) if rest.starts_with(&without) && with.len() > without.len() => Some(first),
+        _ => None,
+    })
+}
+
+/// The id of a token that `tokenizer_config.json` names.
+fn special(raw: &RawConfig, key: &str, inner: &tokenizers::Tokenizer) -> Option<u32> {
+    let token = match raw.value(key)? {
+        Value::Object(token) => token.get("content")?.as_str(),
+        token => token.as_str(),
+    };
+    inner.token_to_id(token?)
+}
+
 fn end_of_text(dir: &Path, inner: &tokenizers::Tokenizer) -> Result<Option<u32>> {
     if let Some(id) = inner.token_to_id(END_OF_TEXT) {
         return Ok(Some(id));
     }
     let config = dir.join(TOKENIZER_CONFIG);
-    if config.is_file() {
-        let raw = RawConfig::from_file(&config)?;
-        let token = match raw.value("eos_token") {
-            Some(Value::Object(token)) => token.get("content").and_then(Value::as_str),
-            Some(token) => token.as_str(),
-            None => None,
-        };
-        if let Some(id) = token.and_then(|t| inner.token_to_id(t)) {
-            return Ok(Some(id));
-        }
+    if config.is_file()
+        && let Some(id) = special(&RawConfig::from_file(&config)?, "eos_token", inner)
+    {
+        return Ok(Some(id));
     }
     if !dir.join(crate::config::CONFIG_FILE).is_file() {
         return Ok(None);

@@ -52,6 +52,7 @@ pub struct Tokenizer {
     /// Where it comes from: stands in messages.
     path: PathBuf,
     ids: usize,
+    begin: Option<u32>,
     end: Option<u32>,
     /// Whether a text may be cut before `\n` and encoded piece by piece with the same result.
     splits: bool,
@@ -82,14 +83,14 @@ impl Tokenizer {
         train::train_bpe(texts, vocab_size)
     }
 
-    fn new(mut inner: tokenizers::Tokenizer, path: PathBuf, end: Option<u32>) -> Result<Tokenizer> {
+    fn new(mut inner: tokenizers::Tokenizer, path: PathBuf, begin: Option<u32>, end: Option<u32>) -> Result<Tokenizer> {
         if let Err(e) = inner.with_truncation(None) {
             return Err(Error::Tokenizer { path, problem: e.to_string() });
         }
         inner.with_padding(None);
         let ids = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let splits = splits_before_newlines(&inner);
-        Ok(Tokenizer { inner, path, ids, end, splits })
+        Ok(Tokenizer { inner, path, ids, begin, end, splits })
     }
 
     /// The token ids of `text`; no special token is added. Special tokens that stand in the text are recognised.
@@ -132,9 +133,26 @@ impl Tokenizer {
         self.inner.decode(ids, skip_special).map_err(|e| self.error(e.to_string()))
     }
 
-    /// Decodes token by token, for text that is shown while it is generated.
-    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream::new(self, skip_special)
+    /// The text of `ids` as it stands after the text of `before`: the space that some vocabularies put before a text, and
+    /// take away from its beginning, stays within it.
+    ///
+    /// # Errors
+    /// As [`decode`](Tokenizer::decode).
+    pub fn decode_after(&self, before: &[u32], ids: &[u32], skip_special: bool) -> Result<String> {
+        let (start, whole) = (self.decode(before, skip_special)?, self.decode(&[before, ids].concat(), skip_special)?);
+        match whole.strip_prefix(&start) {
+            Some(text) => Ok(text.to_owned()),
+            // `before` ended within a character.
+            None => self.decode(ids, skip_special),
+        }
+    }
+
+    /// Decodes token by token what comes after `before`, for text that is shown while it is generated.
+    ///
+    /// # Errors
+    /// As [`decode`](Tokenizer::decode).
+    pub fn decode_stream(&self, before: &[u32], skip_special: bool) -> Result<DecodeStream<'_>> {
+        DecodeStream::new(self, before, skip_special)
     }
 
     /// One more than the largest token id: the least number of rows that an embedding for this tokenizer needs.
@@ -145,6 +163,12 @@ impl Tokenizer {
     /// The id of a token, as the vocabulary spells it.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// The id that stands before every text, if one does: `bos_token` of `tokenizer_config.json` where `add_bos_token` there
+    /// says so, else what `tokenizer.json` puts there. [`encode`](Tokenizer::encode) leaves it to its callers.
+    pub fn begin_of_text(&self) -> Option<u32> {
+        self.begin
     }
 
     /// The id that ends a text: [`END_OF_TEXT`], else `eos_token` of `tokenizer_config.json`, else `eos_token_id` of

@@ -8,8 +8,8 @@ const MOST: usize = 4 * KEPT;
 
 /// Turns tokens into text as they come, holding back what does not yet form a whole character.
 ///
-/// The pieces, with that of [`finish`](DecodeStream::finish), join to what [`Tokenizer::decode`] gives for all tokens
-/// at once.
+/// The pieces, with that of [`finish`](DecodeStream::finish), join to what [`Tokenizer::decode_after`] gives for all
+/// tokens at once.
 #[derive(Clone, Debug)]
 pub struct DecodeStream<'t> {
     tokenizer: &'t Tokenizer,
@@ -21,8 +21,11 @@ pub struct DecodeStream<'t> {
 }
 
 impl<'t> DecodeStream<'t> {
-    pub(super) fn new(tokenizer: &'t Tokenizer, skip_special: bool) -> DecodeStream<'t> {
-        DecodeStream { tokenizer, skip_special, ids: Vec::new(), given: 0 }
+    pub(super) fn new(tokenizer: &'t Tokenizer, before: &[u32], skip_special: bool) -> Result<DecodeStream<'t>> {
+        let ids = before[before.len().saturating_sub(KEPT)..].to_vec();
+        let mut stream = DecodeStream { tokenizer, skip_special, ids, given: 0 };
+        stream.given = certain(&stream.text()?);
+        Ok(stream)
     }
 
     /// Takes one token; gives the text that has become certain by it, which may be empty.

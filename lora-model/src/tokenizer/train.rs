@@ -46,5 +46,5 @@ where
     inner.train(&mut trainer, parts).map_err(|e| failed(e.to_string()))?;
     debug_assert!(matches!(inner.get_model(), ModelWrapper::BPE(_)));
     let end = inner.token_to_id(END_OF_TEXT);
-    Tokenizer::new(inner, path.clone(), end)
+    Tokenizer::new(inner, path.clone(), None, end)
 }

@@ -19,20 +19,18 @@ import json
 import math
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
-import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from common import PINNED, check_versions, relative, save_adapter, trainable
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, get_linear_schedule_with_warmup
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-PINNED = {"torch": "2.15.0", "transformers": "5.23.0", "peft": "0.21.2"}
 OUT = Path(__file__).resolve().parent / "gpt2"
 
 LENGTHS = [5, 12, 9]
@@ -92,14 +90,6 @@ def main():
     Path("golden.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
-def check_versions():
-    """Another version may round or break ties another way: the goldens are those of exactly these."""
-    for module in (torch, transformers, peft):
-        found = module.__version__.split("+")[0]
-        if found != PINNED[module.__name__]:
-            sys.exit(f"{module.__name__} {found} is installed, the golden files are made with {PINNED[module.__name__]}")
-
-
 # The files a user would have -----------------------------------------------------------------------------------------
 
 
@@ -125,13 +115,7 @@ def make_adapter(name, seed, **config):
     for key, p in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(p, std=0.2)
-    model.save_pretrained(name)
-    Path(name, "README.md").unlink()  # an empty model card
-    # PEFT keeps the targets in a set, whose order changes from run to run.
-    path = Path(name, "adapter_config.json")
-    saved = json.loads(path.read_text())
-    saved["target_modules"].sort()
-    path.write_text(json.dumps(saved, indent=2, sort_keys=True))
+    save_adapter(model, name)
 
 
 def make_batch():
@@ -146,17 +130,6 @@ def load(name, dtype):
     if name in ("adapter", "adapter_all"):
         model = PeftModel.from_pretrained(model, name, is_trainable=True)
     return model.to(dtype).train()
-
-
-def trainable(model):
-    """Name in the saved file -> parameter, in the order of the file's names."""
-    if isinstance(model, PeftModel):
-        # PEFT leaves the adapter's own name out of the file.
-        named = {n.replace(".default.", "."): p for n, p in model.named_parameters() if p.requires_grad}
-        assert named.keys() == get_peft_model_state_dict(model).keys()
-    else:
-        named = dict(model.named_parameters())  # the tied head counts once, as transformer.wte.weight
-    return dict(sorted(named.items()))
 
 
 # Forward, loss, gradients --------------------------------------------------------------------------------------------
@@ -180,12 +153,6 @@ def loss_of(logits, batch, smoothing=0.0):
         first += len(sequence)
     assert len(targets) == count_targets()
     return F.cross_entropy(logits[rows], torch.tensor(targets), label_smoothing=smoothing)
-
-
-def relative(x, reference):
-    """|x - ref| / |ref| over all numbers of both together."""
-    x, reference = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (x, reference))
-    return ((x - reference).norm() / reference.norm()).item()
 
 
 def add_forward(name, batch, tensors, golden):

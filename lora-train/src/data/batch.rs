@@ -1,5 +1,7 @@
 //! Sequences to one flat run of tokens.
 
+use lora_model::{Targets, Texts};
+
 use super::{Dataset, Sequence};
 
 /// Sequences laid end to end: no padding, boundaries instead.
@@ -25,6 +27,12 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// What a model computes of it.
+    pub fn texts(&self) -> Texts<'_> {
+        let targets = Targets::Tokens { rows: &self.target_rows, ids: &self.target_ids };
+        Texts::new(&self.tokens, &self.lengths).targets(targets)
+    }
+
     /// Lays sequences end to end, after `row_offset` rows of the same step.
     pub fn new<'a>(sequences: impl IntoIterator<Item = &'a Sequence>, row_offset: usize) -> Batch {
         let mut batch = Batch { row_offset, ..Batch::default() };

@@ -16,6 +16,11 @@ pub trait Encode: Sync {
     /// Whatever the tokenizer reports.
     fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError>;
 
+    /// The token that begins a text, in models that know one.
+    fn begin_of_text(&self) -> Option<u32> {
+        None
+    }
+
     /// The token that ends a text, and that separates a prompt from its completion.
     fn end_of_text(&self) -> u32;
 
@@ -61,6 +66,9 @@ impl Dataset {
 ///   the first is predicted exactly once; nothing is lost, and nothing counts as cut. These sequences come after those
 ///   of files in other formats.
 ///
+/// Each of them begins with the [begin of text](Encode::begin_of_text) where the model knows one. A model for which it is
+/// the end of text as well gets one of them between two files.
+///
 /// Pairs and JSONL texts longer than `max_length` tokens lose their end; what then has no target left is dropped. Both
 /// are counted in the result and named in one warning.
 ///
@@ -89,6 +97,8 @@ pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Re
     examples += documents.len();
     let mut stream = Vec::new();
     for tokens in in_order(&documents, |(corpus, example)| document(corpus, example, encoder))? {
+        let begin = encoder.begin_of_text().filter(|begin| stream.last() != Some(begin));
+        stream.extend(begin);
         stream.extend(tokens);
         stream.push(end);
     }
@@ -110,13 +120,15 @@ pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Re
     Ok(data)
 }
 
-/// The tokens that ask for a completion of `prompt`, as training put them: `BPE(trimmed prompt) ⧺ [end]`.
+/// The tokens that ask for a completion of `prompt`, as training put them: `BPE(trimmed prompt) ⧺ [end]`, after the begin
+/// of text where there is one.
 ///
 /// # Errors
 /// A tokenizer that fails.
 pub fn encode_prompt(prompt: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {
     let tokens = encoder.encode(prompt.trim());
-    let mut tokens = tokens.map_err(|source| Error::Prompt { start: start_of(prompt), source })?;
+    let tokens = tokens.map_err(|source| Error::Prompt { start: start_of(prompt), source })?;
+    let mut tokens = begun(encoder, tokens);
     tokens.push(encoder.end_of_text());
     Ok(tokens)
 }
@@ -154,7 +166,7 @@ fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<
     let encode = |text: &str| tokens(corpus, example.line, text, encoder);
     Ok(match &example.content {
         Content::Pair { prompt, completion } => {
-            let mut tokens = encode(prompt.trim())?;
+            let mut tokens = begun(encoder, encode(prompt.trim())?);
             tokens.push(end);
             let targets_from = tokens.len();
             tokens.extend(encode(&format!(" {}", completion.trim()))?);
@@ -162,11 +174,16 @@ fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<
             Sequence { tokens, targets_from }
         }
         Content::Text(text) => {
-            let mut tokens = encode(text)?;
+            let mut tokens = begun(encoder, encode(text)?);
             tokens.push(end);
             Sequence { tokens, targets_from: 1 }
         }
     })
+}
+
+/// Tokens after the begin of text, where there is one.
+fn begun(encoder: &dyn Encode, tokens: Vec<u32>) -> Vec<u32> {
+    encoder.begin_of_text().into_iter().chain(tokens).collect()
 }
 
 fn tokens(corpus: &Corpus, line: usize, text: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use lora_core::peft::Adapted;
 use lora_model::{
-    Model,
+    Model, Texts,
     generate::{GenerationConfig, generate},
 };
 
@@ -58,7 +58,7 @@ pub(super) fn max_logit_diff(a: (&dyn Model, &Adapted), b: &dyn Model, data: &Da
     let mut most = 0.0f64;
     for batch in data.batches(8) {
         let logits = |model: &dyn Model, adapted: &Adapted| -> Result<Vec<f64>> {
-            let batch = model.batch(&batch.tokens, &batch.lengths, &[], &[])?;
+            let batch = model.batch(adapted, &Texts::new(&batch.tokens, &batch.lengths))?;
             Ok(model.logits(adapted, &batch)?.to_f64()?)
         };
         for (x, y) in logits(a.0, a.1)?.iter().zip(&logits(b, &none)?) {

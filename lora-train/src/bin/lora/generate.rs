@@ -120,12 +120,12 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let config = config(&args, &encoder)?;
     config.check(model.limits().vocab_size).map_err(|e| told(e, &[]))?;
     let (prompts, tokens) = prompts(&args, &encoder)?;
-    check(&*model, &tokens, &config).map_err(|e| told(e, &prompts))?;
+    check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, &prompts))?;
     let json = args.json || args.out.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "jsonl"));
 
     let streamed = args.prompt.is_some() && !json && args.out.is_none() && io::stdout().is_terminal();
     if streamed {
-        let mut stream = Stream::new(encoder.tokenizer());
+        let mut stream = Stream::new(encoder.tokenizer(), &tokens[0])?;
         let mut on_token = |_, token| stream.push(token, &config.eos_token_id);
         let generated = generate(&*model, &adapted, &tokens, &config, Some(&mut on_token));
         generated.with_context(|| args.base.to_string())?;
@@ -146,9 +146,10 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
             let config = GenerationConfig { first_stream: (i * args.batch_size) as u64, ..config.clone() };
             let generated = generate(&*model, &adapted, tokens, &config, None);
             let mut lines = String::new();
-            for (prompt, generated) in batch.iter().zip(generated.with_context(|| args.base.to_string())?) {
+            let generated = generated.with_context(|| args.base.to_string())?;
+            for ((prompt, tokens), generated) in batch.iter().zip(tokens).zip(generated) {
                 let alone = args.prompt.is_some();
-                lines += &line(prompt, generated, encoder.tokenizer(), &config.eos_token_id, alone, json)?;
+                lines += &line((prompt, tokens), generated, encoder.tokenizer(), &config.eos_token_id, alone, json)?;
                 lines.push('\n');
             }
             match &mut out {
@@ -218,7 +219,7 @@ fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt
     let mut add = |place: String, text: String, ended: bool| -> anyhow::Result<()> {
         let encoded = match ended {
             true => data::encode_prompt(&text, encoder).map_err(anyhow::Error::new),
-            false => encoder.tokenizer().encode(&text).map_err(anyhow::Error::new),
+            false => encoder.encode_start(&text).map_err(anyhow::Error::new),
         };
         tokens.push(encoded.with_context(|| place.clone())?);
         prompts.push(Prompt { place, text, ended });
@@ -251,7 +252,7 @@ fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt
 
 /// One prompt's result as a line of the output.
 fn line(
-    prompt: &Prompt,
+    (prompt, before): (&Prompt, &[u32]),
     generated: Generated,
     tokenizer: &Tokenizer,
     eos: &[u32],
@@ -269,7 +270,7 @@ fn line(
     }
     let Generated { tokens, score, finished } = generated;
     let shown = tokens.strip_suffix(eos_of(&tokens, eos)).unwrap_or(&tokens);
-    let text = tokenizer.decode(shown, true)?;
+    let text = tokenizer.decode_after(before, shown, true)?;
     let text = if prompt.ended { text.trim() } else { &text };
     Ok(match (json, alone) {
         (true, _) => serde_json::to_string(&Line { prompt: &prompt.text, text, tokens: &tokens, finished, score })?,
@@ -291,8 +292,8 @@ struct Stream<'t> {
 }
 
 impl<'t> Stream<'t> {
-    fn new(tokenizer: &'t Tokenizer) -> Stream<'t> {
-        Stream { text: tokenizer.decode_stream(true), failed: None }
+    fn new(tokenizer: &'t Tokenizer, prompt: &[u32]) -> anyhow::Result<Stream<'t>> {
+        Ok(Stream { text: tokenizer.decode_stream(prompt, true)?, failed: None })
     }
 
     fn push(&mut self, token: u32, eos: &[u32]) {

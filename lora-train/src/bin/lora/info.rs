@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use indicatif::{HumanBytes, HumanCount};
+use lora_core::peft::{METHODS, MethodRow, Options, Outline, find, trainable};
 use lora_kernels::Device;
 use lora_model::{
-    adapter,
+    LoadOptions, adapter,
     checkpoint::{Checkpoint, TensorFile, TensorInfo},
-    config::{CONFIG_FILE, Gpt2Config, RawConfig},
+    config::{CONFIG_FILE, RawConfig},
 };
-use lora_train::{RUN_FILE, checkpoint, hub};
+use lora_train::{RUN_FILE, TrainConfig, checkpoint, hub};
 use serde_json::{Map, Value, json};
 
-use crate::{merge::size, ui};
+use crate::{new_folder::size, ui};
 
 #[derive(Args)]
 pub(crate) struct InfoArgs {
@@ -28,6 +29,9 @@ pub(crate) struct InfoArgs {
     /// List all tensors
     #[arg(long)]
     tensors: bool,
+    /// For a model: what each method would train on it
+    #[arg(long)]
+    methods: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -96,38 +100,70 @@ fn machine() -> Value {
 
 fn model(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     let raw = RawConfig::from_dir(dir)?;
-    let config = Gpt2Config::from_raw(&raw)?;
+    let outline = lora_model::outline(&raw, &LoadOptions::default())?;
     let weights = Checkpoint::open(dir)?;
     let tensors: Vec<TensorInfo> = weights.names().filter_map(|n| weights.info(n)).collect();
-    let mut info = json!({
-        "architecture": raw.str("model_type")?,
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "parameters": config.parameters() as u64,
-        "files": weights.layout().files(),
-    });
+    let mut info = json!({"architecture": outline.architecture, "task_type": outline.task_type});
+    // By the names that the file itself has.
+    for key in SHAPE_KEYS {
+        if let Some(value) = raw.value(key) {
+            info[key] = value.clone();
+        }
+    }
+    info["parameters"] = json!(outline.parameters() as u64);
+    info["files"] = json!(weights.layout().files());
+    if args.methods {
+        info["methods"] = methods(&outline);
+    }
     summarise(&mut info, &tensors, args);
     Ok(info)
 }
 
+/// What a configuration says of a model's shape, under the names of all architectures.
+const SHAPE_KEYS: [&str; 14] = [
+    "vocab_size",
+    "n_positions",
+    "max_position_embeddings",
+    "n_embd",
+    "hidden_size",
+    "n_layer",
+    "num_hidden_layers",
+    "n_head",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_inner",
+    "intermediate_size",
+    "tie_word_embeddings",
+];
+
+/// What every method with its default options would train on a model.
+fn methods(outline: &Outline) -> Value {
+    let all = outline.parameters() as f64;
+    let row = |m: &MethodRow| {
+        let count = (m.build)(&Options::default()).and_then(|method| trainable(&*method, outline));
+        match count {
+            Ok(n) => json!({"method": m.name, "trainable": n, "trainable_share": n as f64 / all}),
+            Err(e) => json!({"method": m.name, "note": e.to_string()}),
+        }
+    };
+    Value::Array(METHODS.iter().map(row).collect())
+}
+
 fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     let adapter = adapter::load(dir)?;
-    let c = &adapter.config;
-    let rank = c.rank as f64;
-    let scaling = if c.rslora { c.alpha / rank.sqrt() } else { c.alpha / rank };
-    let mut info = json!({
-        "method": "lora",
-        "rank": c.rank,
-        "alpha": c.alpha,
-        "rslora": c.rslora,
-        "scaling": scaling,
-        "dropout": c.dropout,
-        "targets": c.targets,
-        "base_model_name_or_path": adapter.base_model_name_or_path,
-    });
+    let mut info = json!({"method": adapter.method});
+    // As a configuration of a run names them.
+    let config = TrainConfig { method: adapter.method.into(), ..TrainConfig::default() };
+    if let Value::Object(options) = shown(serde_json::to_value(config.with_options(&adapter.options))?) {
+        let own = adapter.row()?.options;
+        info.as_object_mut().expect("an object").extend(options.into_iter().filter(|(k, _)| own.contains(&k.as_str())));
+    }
+    if adapter.row()?.options.contains(&"rank") {
+        let (rank, alpha) = (adapter.options.rank as f64, adapter.options.alpha);
+        info["scaling"] = json!(if adapter.options.rslora { alpha / rank.sqrt() } else { alpha / rank });
+    }
+    info["base_model_name_or_path"] = json!(adapter.base_model_name_or_path);
     summarise(&mut info, &tensors_of(&dir.join(adapter::WEIGHTS_FILE))?, args);
     let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from);
     if let Some(base) = args.model.clone().or(named.filter(|p| p.join(CONFIG_FILE).exists())) {
@@ -181,10 +217,12 @@ fn checkpoint_of_run(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     Ok(info)
 }
 
-/// A run's configuration without the options that its method does not have.
+/// A run's configuration without the options that its method does not read.
 fn shown(mut config: Value) -> Value {
-    if let Some(keys) = config.as_object_mut().filter(|keys| keys.get("method").is_some_and(|m| m == "full")) {
-        keys.retain(|key, _| !["rank", "alpha", "rslora", "targets"].contains(&key.as_str()));
+    if let Some(keys) = config.as_object_mut() {
+        let row = keys.get("method").and_then(Value::as_str).and_then(|m| find(m).ok());
+        let of_others = |key: &str| METHODS.iter().any(|m| m.options.contains(&key));
+        keys.retain(|key, _| row.is_none_or(|r| r.options.contains(&key.as_str())) || !of_others(key));
     }
     config
 }

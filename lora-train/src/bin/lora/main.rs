@@ -1,11 +1,13 @@
 //! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
 
 mod base;
+mod convert;
 mod demo;
 mod eval;
 mod generate;
 mod info;
 mod merge;
+mod new_folder;
 mod part;
 mod pretrain;
 mod train;
@@ -56,6 +58,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
     Merge(merge::MergeArgs),
+    /// Make a Hugging Face folder of a model in another format
+    Convert(convert::ConvertArgs),
     /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is, or which devices there are
     Info(info::InfoArgs),
 }
@@ -80,6 +84,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Convert(args) => convert::run(args),
         Command::Info(args) => info::run(args),
     }
 }

@@ -37,7 +37,7 @@ pub(crate) struct TrainArgs {
     /// [default: jsonl by its extension, otherwise e2e]
     #[arg(long, value_parser = formats(), help_heading = "Input and output")]
     format: Option<String>,
-    /// An adapter to start from; rank, alpha, targets and scaling are its own
+    /// An adapter to start from; method, rank, targets and the like are its own
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     init_adapter: Option<PathBuf>,
     /// File that gets one JSON object per step and per evaluation
@@ -61,9 +61,35 @@ pub(crate) struct TrainArgs {
           hide_possible_values = true, help_heading = "Method")]
     rslora: Option<bool>,
     /// Modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
-    /// (c_attn.q,c_attn.v) [default: c_attn]
+    /// (c_attn.q,c_attn.v) [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj, ...]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Method")]
     targets: Option<Vec<String>>,
+    /// Width of an adapter's bottleneck [default: 48]
+    #[arg(long, value_name = "R", help_heading = "Method")]
+    bottleneck: Option<usize>,
+    /// Train the base's normalisations beside adapters, as Houlsby et al. do and the LoRA paper's counts do not
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true, help_heading = "Method")]
+    train_norms: Option<bool>,
+    /// Layers that top2 trains: last:N, first:N, all, or numbers from 0 such as 0,2,4-7 [default: last:2]
+    #[arg(long, value_name = "LAYERS", help_heading = "Method")]
+    layers: Option<String>,
+    /// Layers that adapter-d leaves without an adapter: first:N, last:N, none, or numbers from 0
+    /// [default: the lowest five of twelve, and so on]
+    #[arg(long, value_name = "LAYERS", help_heading = "Method")]
+    drop_layers: Option<String>,
+    /// Virtual tokens before the text [default: 8]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    prefix: Option<usize>,
+    /// Virtual tokens after the prompt [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    infix: Option<usize>,
+    /// Width of the hidden layer that pre-layer is reparametrised with while it trains; 0 is none [default: 0]
+    #[arg(long, value_name = "M", help_heading = "Method")]
+    reparam: Option<usize>,
+    /// Folders of trained adapter-p adapters that fusion combines
+    #[arg(long, value_name = "DIR,...", value_delimiter = ',', help_heading = "Method")]
+    fuse: Option<Vec<PathBuf>>,
     /// Dropout of the base itself while training [default: what the model's configuration says]
     #[arg(long, value_name = "P", help_heading = "Method")]
     base_dropout: Option<f64>,
@@ -169,7 +195,7 @@ pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
         }
     }
     let summary = train(&config, args.resume, &mut ui::Progress::new()?)?;
-    ui::finish(&summary, if config.method == "full" { "model" } else { "adapter" }, args.json)
+    ui::finish(&summary, if config.row()?.whole_model { "model" } else { "adapter" }, args.json)
 }
 
 pub(crate) fn formats() -> PossibleValuesParser {

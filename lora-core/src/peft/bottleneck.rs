@@ -1,0 +1,97 @@
+use lora_kernels::Activation;
+
+use super::{BaseTensor, Outline, Part, Plan, Site, SiteKind};
+use crate::{Error, Init, ParamId, Result, Tape, Var, lowrank::Layout, ops};
+
+/// What all methods with bottlenecks read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Size {
+    /// Width r of the bottleneck.
+    width: usize,
+    /// Whether the base's normalisations train.
+    train_norms: bool,
+}
+
+impl Size {
+    /// # Errors
+    /// [`Error::Option`] for a width of 0.
+    pub(super) fn new(width: usize, train_norms: bool) -> Result<Size> {
+        match width {
+            0 => Err(refused(0, "a bottleneck has at least one unit; 48 is usual".into())),
+            _ => Ok(Size { width, train_norms }),
+        }
+    }
+
+    /// Whether the base's tensor trains beside the adapters.
+    pub(super) fn trains(&self, tensor: &BaseTensor) -> bool {
+        self.train_norms && tensor.norm
+    }
+
+    /// That the base has sublayers, of which none is narrower than the bottleneck.
+    pub(super) fn check(&self, method: &str, outline: &Outline) -> Result<()> {
+        outline.needs(method, SUBLAYERS, |k| matches!(k, SiteKind::Sublayer { .. }))?;
+        for site in &outline.sites {
+            if let SiteKind::Sublayer { width, .. } = site.kind
+                && self.width > width
+            {
+                let why = format!("a bottleneck is no wider than the stream, and {} has {width} columns", site.name);
+                return Err(refused(self.width, why));
+            }
+        }
+        Ok(())
+    }
+
+    /// A bottleneck at a site of this width, with matrices that begin as `init` says and biases of zero.
+    pub(super) fn add(&self, plan: &mut Plan, site: &Site, width: usize, kind: Activation, init: Init) -> Bottleneck {
+        let (d, r) = (width, self.width);
+        let mut map = |name: &str, shape: [usize; 2]| {
+            let w = plan.add(format!("{}.{name}.weight", site.name), &shape, init.clone());
+            [w, plan.add(format!("{}.{name}.bias", site.name), &shape[..1], Init::Zeros)]
+        };
+        Bottleneck { down: map("adapter_down", [r, d]), up: map("adapter_up", [d, r]), kind }
+    }
+}
+
+/// What an architecture without sites for adapters lacks.
+pub(super) const SUBLAYERS: &str = "sublayers that an adapter could follow";
+
+fn refused(width: usize, why: String) -> Error {
+    Error::Option { option: "bottleneck", value: width.to_string(), why }
+}
+
+/// The width of the stream at a site where a sublayer of this kind joins it.
+pub(super) fn sublayer(site: &Site, wanted: Part) -> Option<usize> {
+    match site.kind {
+        SiteKind::Sublayer { part, width } if part == wanted => Some(width),
+        _ => None,
+    }
+}
+
+/// W_up·act(W_down·x + b_down) + b_up, with W_down [r, d] and W_up [d, r].
+#[derive(Debug)]
+pub(super) struct Bottleneck {
+    down: [ParamId; 2],
+    up: [ParamId; 2],
+    kind: Activation,
+}
+
+impl Bottleneck {
+    pub(super) fn apply(&self, t: &mut Tape, x: &Var) -> Result<Var> {
+        let map = |t: &Tape, [w, b]: [ParamId; 2]| -> Result<[Var; 2]> { Ok([t.param(w)?, t.param(b)?]) };
+        let maps = [map(t, self.down)?, map(t, self.up)?];
+        apply(t, x, &maps, self.kind)
+    }
+
+    /// Its parameters.
+    pub(super) fn ids(&self) -> [ParamId; 4] {
+        let ([a, b], [c, d]) = (self.down, self.up);
+        [a, b, c, d]
+    }
+}
+
+/// A bottleneck of given maps, each a matrix and a bias.
+pub(super) fn apply(t: &mut Tape, x: &Var, [down, up]: &[[Var; 2]; 2], kind: Activation) -> Result<Var> {
+    let h = ops::linear(t, x, &down[0], Layout::OutIn, Some(&down[1]))?;
+    let h = ops::activation(t, kind, &h)?;
+    ops::linear(t, &h, &up[0], Layout::OutIn, Some(&up[1]))
+}

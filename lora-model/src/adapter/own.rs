@@ -1,0 +1,145 @@
+//! Adapters of methods that PEFT has no name for: the same two files, with a configuration of our own.
+//!
+//! ```json
+//! {"method": "adapter-p", "architecture": "roberta", "task_type": "SEQ_CLS", "base_model_name_or_path": "...",
+//!  "bottleneck": 48, "train_norms": false}
+//! ```
+
+use std::collections::BTreeMap;
+
+use lora_core::{
+    Tensor,
+    peft::{Frozen, Layers, MethodRow, Options, Outline, find},
+};
+use serde_json::{Map, Value, json};
+
+use super::{AdapterFile, PREFIX, finite};
+use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
+
+/// The key that tells such a configuration from PEFT's.
+pub(super) const METHOD_KEY: &str = "method";
+
+/// The text of the configuration.
+pub(super) fn text(row: &MethodRow, options: &Options, outline: &Outline, base_model: Option<&str>) -> String {
+    let mut keys: BTreeMap<String, Value> = [
+        (METHOD_KEY.into(), json!(row.name)),
+        ("architecture".into(), json!(outline.architecture)),
+        ("task_type".into(), json!(outline.task_type)),
+        ("base_model_name_or_path".into(), json!(base_model)),
+    ]
+    .into();
+    let saved = options.saved();
+    keys.extend(row.options.iter().map(|option| (option.replace('-', "_"), value(&saved, option))));
+    format!("{:#}", json!(keys))
+}
+
+/// The value of an option.
+fn value(o: &Options, option: &str) -> Value {
+    match option {
+        "rank" => json!(o.rank),
+        "alpha" => json!(o.alpha),
+        "dropout" => json!(o.dropout),
+        "rslora" => json!(o.rslora),
+        "targets" => json!(o.targets),
+        "bottleneck" => json!(o.bottleneck),
+        "train-norms" => json!(o.train_norms),
+        "layers" => json!(o.layers.to_string()),
+        "drop-layers" => json!(o.drop_layers.as_ref().map(Layers::to_string)),
+        "prefix" => json!(o.prefix),
+        "infix" => json!(o.infix),
+        "reparam" => json!(o.reparam),
+        "fuse" => Value::Object(o.fuse.iter().map(|f| (f.name.clone(), json!(f.bottleneck))).collect()),
+        other => panic!("an option of a method that its files do not know: {other}"),
+    }
+}
+
+/// The adapter of a configuration that was read, and of the tensors beside it.
+pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
+    let name = raw.str(METHOD_KEY)?.unwrap_or_default();
+    let row = find(name).map_err(|e| raw.error(METHOD_KEY, e))?;
+    let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+    for key in file.names() {
+        let Some((own, info)) = key.strip_prefix(PREFIX).zip(file.info(key)) else {
+            let problem = format!("tensor {key} does not begin with {PREFIX}; rename it, or save the adapter again");
+            return Err(Error::Weights { file: file.path().to_owned(), problem });
+        };
+        tensors.insert(own.to_owned(), finite(file, &info)?);
+    }
+    const GENERAL: [&str; 4] = [METHOD_KEY, "architecture", "task_type", "base_model_name_or_path"];
+    if let Some(key) = raw
+        .keys()
+        .keys()
+        .find(|k| !GENERAL.contains(&k.as_str()) && !row.options.iter().any(|o| o.replace('-', "_") == **k))
+    {
+        return Err(raw.error(key, format_args!("method {name} has no such option")));
+    }
+    let mut options = Options::default();
+    for option in row.options {
+        set(&mut options, &raw, option, &tensors)?;
+    }
+    Ok(AdapterFile {
+        method: row.name,
+        options,
+        base_model_name_or_path: raw.str("base_model_name_or_path")?.map(str::to_owned),
+        tensors,
+        architecture: raw.str("architecture")?.map(str::to_owned),
+        task_type: raw.str("task_type")?.map(str::to_owned),
+        raw,
+        weights: file.path().to_owned(),
+    })
+}
+
+/// Takes an option over; one that is not there keeps its default.
+fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let key = option.replace('-', "_");
+    let key = key.as_str();
+    let layers = |text: Option<&str>| -> Result<Option<Layers>> {
+        text.map(|t| Layers::parse(option, t)).transpose().map_err(|e| raw.error(key, e))
+    };
+    match option {
+        "rank" => o.rank = raw.usize(key)?.unwrap_or(o.rank),
+        "alpha" => o.alpha = raw.f64(key)?.unwrap_or(o.alpha),
+        "dropout" => o.dropout = raw.f64(key)?.unwrap_or(o.dropout),
+        "rslora" => o.rslora = raw.bool(key)?.unwrap_or(o.rslora),
+        "targets" => o.targets = strings(raw, key)?.unwrap_or_default(),
+        "bottleneck" => o.bottleneck = raw.usize(key)?.unwrap_or(o.bottleneck),
+        "train-norms" => o.train_norms = raw.bool(key)?.unwrap_or(o.train_norms),
+        "layers" => o.layers = layers(raw.str(key)?)?.unwrap_or(o.layers.clone()),
+        "drop-layers" => o.drop_layers = layers(raw.str(key)?)?,
+        "prefix" => o.prefix = raw.usize(key)?.unwrap_or(o.prefix),
+        "infix" => o.infix = raw.usize(key)?.unwrap_or(o.infix),
+        "reparam" => o.reparam = raw.usize(key)?.unwrap_or(o.reparam),
+        "fuse" => o.fuse = fused(raw, key, tensors)?,
+        other => panic!("an option of a method that its files do not know: {other}"),
+    }
+    Ok(())
+}
+
+/// A list of names.
+pub(super) fn strings(raw: &RawConfig, key: &str) -> Result<Option<Vec<String>>> {
+    let Some(value) = raw.value(key) else { return Ok(None) };
+    let list = value.as_array().and_then(|list| list.iter().map(|v| v.as_str().map(str::to_owned)).collect());
+    list.map(Some).ok_or_else(|| raw.error(key, format_args!("expected a list of names, found {value}")))
+}
+
+/// The frozen adapters of a fusion, whose tensors are among the others as `{site}.adapters.{name}.{tensor}`.
+fn fused(raw: &RawConfig, key: &str, tensors: &BTreeMap<String, Tensor>) -> Result<Vec<Frozen>> {
+    let none = Map::new();
+    let adapters = match raw.value(key) {
+        None => &none,
+        Some(Value::Object(adapters)) => adapters,
+        Some(other) => return Err(raw.error(key, format_args!("expected names and bottlenecks, found {other}"))),
+    };
+    let frozen = |(name, bottleneck): (&String, &Value)| {
+        let bottleneck = bottleneck.as_u64().and_then(|n| n.try_into().ok());
+        let bottleneck =
+            bottleneck.ok_or_else(|| raw.error(key, format_args!("expected a bottleneck for {name:?}")))?;
+        let middle = format!(".adapters.{name}.");
+        let own = tensors.iter().filter_map(|(tensor, t)| {
+            let (site, rest) = tensor.split_once(&middle)?;
+            Some((format!("{site}.{rest}"), t.clone()))
+        });
+        Ok(Frozen { name: name.clone(), bottleneck, tensors: own.collect() })
+    };
+    adapters.iter().map(frozen).collect()
+}

@@ -1,0 +1,50 @@
+//! Models in the formats of other programs, as Hugging Face folders.
+
+mod llama2c;
+mod sentencepiece;
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+pub use llama2c::Llama2c;
+pub use sentencepiece::Vocabulary;
+
+use crate::{
+    Result,
+    config::{CONFIG_FILE, RawConfig},
+    files,
+};
+
+/// The token that begins a text. In llama2.c it ends one as well: there texts follow each other with it between them, and
+/// `run` stops where it comes.
+pub const BOS: u32 = 1;
+
+/// Writes a model of llama2.c and its vocabulary into `dir`: `config.json`, `model.safetensors`, `tokenizer.json` and the
+/// files that say where a text begins and ends.
+///
+/// # Errors
+/// Weights that are shorter or longer than their header says; what writing files can cause.
+///
+/// # Panics
+/// When the vocabulary has not the model's size: it was read for another model.
+pub fn write(model: &Llama2c, vocabulary: &Vocabulary, dir: &Path) -> Result<()> {
+    let config = model.config();
+    assert_eq!(vocabulary.len(), config.vocab_size, "the vocabulary is the model's");
+    model.save_weights(dir)?;
+    RawConfig::new(&dir.join(CONFIG_FILE), config.to_json()).save(dir)?;
+    let [unk, bos, _] = sentencepiece::SPECIAL;
+    let ids = json!({"bos_token_id": BOS, "eos_token_id": BOS});
+    let tokenizer = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": bos,
+        "unk_token": unk,
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": false,
+    });
+    let write = |name: &str, json: &Value| files::write_bytes(&dir.join(name), format!("{json:#}\n").as_bytes());
+    write("tokenizer.json", &vocabulary.to_json())?;
+    write("tokenizer_config.json", &tokenizer)?;
+    write("generation_config.json", &ids)
+}

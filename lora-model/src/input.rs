@@ -1,0 +1,136 @@
+use lora_core::{Result, Tape, Tensor, Var, ops, ops::Qkv, peft::Adapted};
+use lora_kernels::{Attention, Sequences};
+
+use crate::{Batch, KvCache, batch::VirtualInputs, virtual_rows::Place};
+
+/// What one forward pass reads: the tokens, and what attention looks at.
+pub struct Input<'a> {
+    tokens: Tensor,
+    positions: Tensor,
+    segments: Option<Tensor>,
+    virtual_rows: Option<VirtualInputs>,
+    context: Context<'a>,
+    /// Keys and values of virtual rows, once something has asked for them.
+    prefix: Option<Var>,
+}
+
+enum Context<'a> {
+    /// Whole sequences: training and evaluation.
+    Whole(&'a Sequences),
+    /// The newest positions of sequences whose earlier ones are cached: generation.
+    Cached(&'a mut KvCache),
+}
+
+impl<'a> Input<'a> {
+    /// Whole sequences.
+    pub fn whole(batch: &'a Batch) -> Input<'a> {
+        Input {
+            tokens: batch.tokens.clone(),
+            positions: batch.positions.clone(),
+            segments: batch.segments.clone(),
+            virtual_rows: batch.virtual_rows.clone(),
+            context: Context::Whole(&batch.sequences),
+            prefix: None,
+        }
+    }
+
+    /// The tokens that a cache was extended by.
+    pub(crate) fn cached(cache: &'a mut KvCache) -> Input<'a> {
+        let inputs = cache.inputs.clone();
+        Input {
+            tokens: inputs.tokens,
+            positions: inputs.positions,
+            segments: None,
+            virtual_rows: inputs.virtual_rows,
+            context: Context::Cached(cache),
+            prefix: None,
+        }
+    }
+
+    /// The embeddings of the tokens, and of virtual ones among them: [rows, d].
+    pub fn embed(&self, t: &mut Tape, adapted: &Adapted, table: &Var) -> Result<Var> {
+        let x = ops::gather(t, table, &self.tokens)?;
+        let Some(VirtualInputs { place: Place::Stream(_), sources, .. }) = &self.virtual_rows else { return Ok(x) };
+        let Some(rows) = adapted.token_embeddings(t)? else { return Ok(x) };
+        let x = ops::concat_rows(t, &x, &rows)?;
+        ops::gather(t, &x, sources)
+    }
+
+    /// The position of each row.
+    pub fn positions(&self) -> &Tensor {
+        &self.positions
+    }
+
+    /// The segment of each row, in models that tell them apart.
+    pub fn segments(&self) -> Option<&Tensor> {
+        self.segments.as_ref()
+    }
+
+    /// The whole sequences of the pass, for attention of another kind than [`Input::attend`].
+    ///
+    /// # Panics
+    /// When the pass reads a cache, or virtual keys and values.
+    pub fn sequences(&self) -> &Sequences {
+        assert!(!self.in_attention(), "virtual keys and values in attention that has no place for them");
+        match &self.context {
+            Context::Whole(sequences) => sequences,
+            Context::Cached(_) => panic!("whole sequences of a cache"),
+        }
+    }
+
+    fn in_attention(&self) -> bool {
+        self.virtual_rows.as_ref().is_some_and(|v| matches!(v.place, Place::Attention(_)))
+    }
+
+    /// Attention of one layer: [rows, heads·head_dim].
+    pub fn attend(&mut self, t: &mut Tape, adapted: &Adapted, layer: usize, cfg: Attention, qkv: Qkv) -> Result<Var> {
+        if !self.in_attention() {
+            return match &mut self.context {
+                Context::Whole(sequences) => ops::attention(t, cfg, sequences, qkv),
+                Context::Cached(cache) => cached(t, cache, layer, cfg, qkv),
+            };
+        }
+        if self.prefix.is_none() {
+            self.prefix = adapted.keys_values(t)?;
+        }
+        let (prefix, rows) = (self.prefix.as_ref(), self.virtual_rows.as_ref());
+        let (prefix, rows) = prefix.zip(rows).expect("virtual rows come from keys and values");
+        let (q_cols, kv_cols) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);
+        let split;
+        let (q, k, v) = match qkv {
+            Qkv::Separate { q, k, v } => (q, k, v),
+            Qkv::Fused(qkv) => {
+                split = [
+                    ops::columns(t, qkv, 0..q_cols)?,
+                    ops::columns(t, qkv, q_cols..q_cols + kv_cols)?,
+                    ops::columns(t, qkv, q_cols + kv_cols..q_cols + 2 * kv_cols)?,
+                ];
+                (&split[0], &split[1], &split[2])
+            }
+        };
+        // The rows of the run: own ones and, between them, virtual ones.
+        let between = |t: &mut Tape, own: &Var, part: usize| {
+            let from = (2 * layer + part) * kv_cols;
+            let virtual_rows = ops::columns(t, prefix, from..from + kv_cols)?;
+            let all = ops::concat_rows(t, own, &virtual_rows)?;
+            ops::gather(t, &all, &rows.sources)
+        };
+        let (k, v) = (between(t, k, 0)?, between(t, v, 1)?);
+        // What a virtual row would ask for is never looked at: zeros stand in for it.
+        let none = t.constant(&Tensor::zeros(&t.device(), q.value().dtype(), &[prefix.value().rows(), q_cols])?);
+        let q = ops::concat_rows(t, q, &none)?;
+        let q = ops::gather(t, &q, &rows.sources)?;
+        let qkv = Qkv::Separate { q: &q, k: &k, v: &v };
+        let y = match &mut self.context {
+            Context::Whole(_) => ops::attention(t, cfg, &rows.sequences, qkv)?,
+            Context::Cached(cache) => cached(t, cache, layer, cfg, qkv)?,
+        };
+        ops::gather(t, &y, &rows.own)
+    }
+}
+
+fn cached(t: &mut Tape, cache: &mut KvCache, layer: usize, cfg: Attention, qkv: Qkv) -> Result<Var> {
+    let [q, k, v] = qkv.mats(&cfg);
+    let y = cache.attend(layer, cfg, q, k, v)?;
+    Ok(t.constant(&y))
+}
