@@ -21,7 +21,8 @@ use crate::{median, peak_memory_mib};
 /// A missing or damaged file or tokenizer.
 pub fn lines(data: &Path, tokenizer: &Path, model: &dyn Model) -> Result<Dataset> {
     let encoder = Encoder::from_dir(tokenizer, model)?;
-    Ok(load_data(data, None, &encoder, model, TrainConfig::default().max_length)?)
+    let none = Adapted::none(&model.device())?;
+    Ok(load_data(data, None, &encoder, (model, &none), TrainConfig::default().max_length)?)
 }
 
 /// Sequences about as long as those of E2E, without any text: contexts of 24 to 52 tokens, references of 12 to 42.
@@ -36,10 +37,10 @@ pub fn like_e2e(count: usize, vocabulary: usize, longest: usize) -> Dataset {
             let (context, reference) = (24 + next(29), 12 + next(31));
             let tokens = (0..(context + reference).min(longest)).map(|_| next(vocabulary) as u32).collect::<Vec<_>>();
             let targets_from = context.min(tokens.len() - 1);
-            Sequence { tokens, targets_from }
+            Sequence::after(tokens, targets_from)
         })
         .collect();
-    Dataset { sequences, cut: 0, dropped: 0 }
+    Dataset::new(sequences)
 }
 
 /// Does `steps` training steps of LoRA (r 4, α 32, on the projections that are its default) in batches of `batch`

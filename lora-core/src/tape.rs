@@ -58,6 +58,8 @@ pub struct Noise {
     pub step: u32,
     /// Rows of the step that earlier micro-batches held.
     pub row_offset: u32,
+    /// Sequences of the step that earlier micro-batches held.
+    pub sequence_offset: u32,
 }
 
 type Back = Box<dyn FnOnce(Tensor, &mut Backward) -> Result<()>>;
@@ -116,7 +118,7 @@ impl Tape {
         // Every dropout of the architecture counts, also one of rate 0: its neighbours keep their masks when it changes.
         let site = self.sites;
         self.sites += 1;
-        let Noise { seed, step, row_offset } = self.noise?;
+        let Noise { seed, step, row_offset, .. } = self.noise?;
         self.noisy |= p > 0.0;
         (p > 0.0).then_some(Dropout { p, seed, step, site, row_offset })
     }
@@ -124,8 +126,18 @@ impl Tape {
     /// Runs `f` on rows that all micro-batches of a step have in common, those of a table: its dropout masks count rows from
     /// 0, so that splitting a batch does not change them.
     pub fn on_common_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
+        self.counting_rows_from(|_| 0, f)
+    }
+
+    /// Runs `f` on one row for each sequence, as the heads of classifiers see them: its dropout masks count sequences over
+    /// the whole step, where those of tokens count rows.
+    pub fn on_sequence_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
+        self.counting_rows_from(|noise| noise.sequence_offset, f)
+    }
+
+    fn counting_rows_from<R>(&mut self, offset: fn(Noise) -> u32, f: impl FnOnce(&mut Tape) -> R) -> R {
         let noise = self.noise;
-        self.noise = noise.map(|noise| Noise { row_offset: 0, ..noise });
+        self.noise = noise.map(|noise| Noise { row_offset: offset(noise), ..noise });
         let result = f(self);
         self.noise = noise;
         result

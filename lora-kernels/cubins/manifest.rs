@@ -94,6 +94,11 @@
         ("sm_90a", include_bytes!("loss.sm_90a.cubin.z")),
         ("ptx", include_bytes!("loss.ptx.z")),
     ] },
+    Prebuilt { module: "mix", source: 0xb9b8051ef6df125c, images: &[
+        ("sm_80", include_bytes!("mix.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("mix.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("mix.ptx.z")),
+    ] },
     Prebuilt { module: "norm", source: 0xed50dfd7d217abc3, images: &[
         ("sm_80", include_bytes!("norm.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("norm.sm_90a.cubin.z")),

@@ -27,6 +27,9 @@ impl Default for LoadOptions {
     }
 }
 
+/// How an architecture loads the model in a folder whose configuration was read.
+pub type Load = fn(&Path, RawConfig, &Device, &LoadOptions) -> Result<Box<dyn Model>>;
+
 /// One row of the table of architectures.
 pub struct ArchitectureRow {
     /// `model_type` in a configuration.
@@ -36,7 +39,7 @@ pub struct ArchitectureRow {
     /// What a model of this configuration looks like, without its weights.
     pub outline: fn(&RawConfig, &LoadOptions) -> Result<Outline>,
     /// The model in a folder whose configuration was read.
-    pub load: fn(&Path, RawConfig, &Device, &LoadOptions) -> Result<Box<dyn Model>>,
+    pub load: Load,
 }
 
 /// All architectures.

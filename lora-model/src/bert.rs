@@ -183,8 +183,8 @@ impl Bert {
     /// Loads the weights of a folder whose configuration was read.
     ///
     /// # Errors
-    /// A configuration that makes no sense, or names no head when none is asked for; weights that are missing, damaged or
-    /// of another shape.
+    /// A configuration that makes no sense, or names no head when none is asked for; weights that are missing, damaged
+    /// or of another shape.
     pub fn load(dir: &Path, raw: RawConfig, device: &Device, options: &LoadOptions) -> Result<Bert> {
         let config = BertConfig::from_raw(&raw)?;
         let task = heads::task(&raw, options)?;

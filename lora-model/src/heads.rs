@@ -1,4 +1,5 @@
-//! The heads of encoders: which one a folder has or is to get, and what stands between the hidden states and its matrix.
+//! The heads of encoders: which one a folder has or is to get, and what stands between the hidden states and its
+//! matrix.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -33,7 +34,14 @@ pub(crate) struct EncoderHead {
 impl EncoderHead {
     /// What the matrix is applied to, of the hidden states x; dropout in training at the given rates before `dense` and
     /// before the matrix.
-    pub(crate) fn features(&self, t: &mut Tape, adapted: &Adapted, x: Var, [before, after]: [f64; 2]) -> Result<Var> {
+    pub(crate) fn features(&self, t: &mut Tape, adapted: &Adapted, x: Var, dropout: [f64; 2]) -> Result<Var> {
+        match self.task {
+            Task::MaskedLm => self.transformed(t, adapted, x, dropout),
+            _ => t.on_sequence_rows(|t| self.transformed(t, adapted, x, dropout)),
+        }
+    }
+
+    fn transformed(&self, t: &mut Tape, adapted: &Adapted, x: Var, [before, after]: [f64; 2]) -> Result<Var> {
         let x = ops::dropout(t, x, before)?;
         let x = self.dense.apply(t, adapted, &x)?;
         let mut x = ops::activation(t, self.activation, &x)?;
@@ -70,12 +78,12 @@ pub(crate) fn task(raw: &RawConfig, options: &LoadOptions) -> Result<Task> {
         None => {
             let class = class(raw);
             own_task(raw, class)?.ok_or_else(|| {
-                let named = class.map_or("it is missing".to_owned(), |c| format!("{c:?} has no head that is known here"));
+                let named = class.map_or("it is missing".to_owned(), |c| format!("{c:?} has no head that is known"));
                 raw.error(
                     "architectures",
                     format_args!(
-                        "{named}; ask for a task (classification, regression, or filling in hidden tokens), for which the \
-                         model gets a head that begins at random"
+                        "{named}; ask for a task (classification, regression, or filling in hidden tokens), for which \
+                         the model gets a head that begins at random"
                     ),
                 )
             })

@@ -104,6 +104,11 @@ pub trait Model: Base + Send + Sync {
         self.head().weight.tensor.device()
     }
 
+    /// The positions that a method's virtual tokens leave for the text.
+    fn free_positions(&self, adapted: &Adapted) -> usize {
+        self.limits().max_positions.saturating_sub(Place::of(adapted).tokens().count())
+    }
+
     /// A batch for this model under a method; see [`Batch::new`].
     ///
     /// # Errors

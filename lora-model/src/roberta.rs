@@ -16,7 +16,8 @@ use crate::{
     layers::Projection,
 };
 
-/// RoBERTa (Liu et al. 2019): BERT's layers, positions that begin after the padding token's number, and heads of its own.
+/// RoBERTa (Liu et al. 2019): BERT's layers, positions that begin after the padding token's number, and heads of its
+/// own.
 ///
 /// ```text
 /// logits = out_proj(tanh(dense(h[first token])))       of a classifier or a regression
@@ -82,8 +83,8 @@ impl Roberta {
     /// Loads the weights of a folder whose configuration was read.
     ///
     /// # Errors
-    /// A configuration that makes no sense, or names no head when none is asked for; weights that are missing, damaged or
-    /// of another shape.
+    /// A configuration that makes no sense, or names no head when none is asked for; weights that are missing, damaged
+    /// or of another shape.
     pub fn load(dir: &Path, raw: RawConfig, device: &Device, options: &LoadOptions) -> Result<Roberta> {
         let config = RobertaConfig::from_raw(&raw)?;
         let task = heads::task(&raw, options)?;

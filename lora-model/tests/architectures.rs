@@ -1,5 +1,6 @@
 //! Agreement with PyTorch, Transformers and PEFT on a small model of every architecture, on every device at hand:
-//! `golden/architectures.py` wrote what they say, in f64. Whatever folder lies there is compared; nothing here knows one.
+//! `golden/architectures.py` wrote what they say, in f64. Whatever folder lies there is compared; nothing here knows
+//! one.
 
 mod common;
 
@@ -180,7 +181,8 @@ impl Case {
         assert_eq!(pairs.len(), stored, "{what}");
     }
 
-    /// The logits of the cache's newest rows are those of whole sequences: token by token, all at once, and in two parts.
+    /// The logits of the cache's newest rows are those of whole sequences: token by token, all at once, and in two
+    /// parts.
     fn cached(&self, which: &str) {
         let adapted = self.adapted(which);
         let whole = self.model.logits(&adapted, &self.batch(&adapted).0).unwrap();

@@ -1,7 +1,15 @@
 //! Every method on every architecture that it fits: the list that each pair passes. A new row of either table is tested
 //! without a line here, as long as there is a golden model of the architecture.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use common::{CPU, distance, goldens, gpus, norm, relative};
 
 use lora_core::{
     Error, Grads, Noise, Params, Tape, Tensor, gradcheck_some,
@@ -9,17 +17,14 @@ use lora_core::{
 };
 use lora_kernels::{AdamW, DType, Device, adamw, axpby};
 use lora_model::{
-    ARCHITECTURES, Batch, LoadOptions, Model, Targets, Task, Texts, adapter, config::RawConfig, load, load_with,
+    ARCHITECTURES, Batch, LoadOptions, Model, Targets, Task, Texts, adapter, config::RawConfig, load_with,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const CPU: Device = Device::Cpu;
-
 /// The folders of the golden models, by the names of their cases.
 fn golden() -> BTreeMap<String, PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let cases = fs::read_dir(folder).unwrap().map(|e| e.unwrap());
+    let cases = fs::read_dir(goldens()).unwrap().map(|e| e.unwrap());
     let cases = cases.map(|e| (e.file_name().into_string().unwrap(), e.path().join("model")));
     cases.filter(|(_, model)| model.join("config.json").exists()).collect()
 }
@@ -27,14 +32,17 @@ fn golden() -> BTreeMap<String, PathBuf> {
 /// A base of one architecture, and texts for it.
 struct Base {
     case: String,
-    dir: PathBuf,
     model: Box<dyn Model>,
 }
 
 impl Base {
-    fn new(case: &str, dir: &PathBuf, dtype: DType) -> Base {
-        let model = load_with(dir, &CPU, &LoadOptions { dtype, ..LoadOptions::default() });
-        Base { case: case.into(), dir: dir.clone(), model: model.unwrap_or_else(|e| panic!("{case}: {e}")) }
+    fn new(case: &str, dir: &Path, dtype: DType) -> Base {
+        Base::on(&CPU, case, dir, dtype).unwrap_or_else(|e| panic!("{case}: {e}"))
+    }
+
+    fn on(device: &Device, case: &str, dir: &Path, dtype: DType) -> lora_model::Result<Base> {
+        let model = load_with(dir, device, &LoadOptions { dtype, ..LoadOptions::default() })?;
+        Ok(Base { case: case.into(), model })
     }
 
     fn batch(&self, adapted: &Adapted) -> Batch {
@@ -65,7 +73,7 @@ impl Base {
     }
 
     fn adapt(&self, row: &MethodRow, o: &Options, seed: u64) -> Result<Adapted, Error> {
-        Adapted::new((row.build)(o)?.as_ref(), &*self.model, &CPU, self.model.dtype(), seed)
+        Adapted::new((row.build)(o)?.as_ref(), &*self.model, &self.model.device(), self.model.dtype(), seed)
     }
 
     /// Plain options, with adapters to combine.
@@ -141,18 +149,12 @@ fn bits(t: &Tensor) -> Vec<u64> {
     t.to_f64().unwrap().into_iter().map(f64::to_bits).collect()
 }
 
-fn relative(x: &Tensor, want: &Tensor) -> f64 {
-    assert_eq!(x.shape(), want.shape());
-    let (x, want) = (x.to_f64().unwrap(), want.to_f64().unwrap());
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
-    norm(&mut x.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied()).max(1e-300)
-}
-
 /// Moves every parameter away from where it began: nothing is zero any more.
 fn disturb(params: &mut Params, scale: f32) {
     let mut rng = ChaCha8Rng::seed_from_u64(77);
     let noise: Vec<f32> = (0..params.count()).map(|_| rng.random_range(-scale..scale)).collect();
-    let noise = Tensor::from_slice(&CPU, &[1, params.count()], &noise).unwrap().to_dtype(params.dtype()).unwrap();
+    let noise = Tensor::from_slice(&CPU, &[1, params.count()], &noise).unwrap();
+    let noise = noise.to(&params.device(), params.dtype()).unwrap();
     axpby(1.0, noise.mat(), 1.0, params.flat_mut().unwrap()).unwrap();
 }
 
@@ -189,7 +191,7 @@ fn gradients_are_those_of_finite_differences() {
         let batch = base.batch(&adapted);
         let worst = gradcheck_some(&adapted.params, 3, |t| {
             let idle = Tape::inference(&Params::none(&CPU)?);
-            *t = std::mem::replace(t, idle).with_noise(Noise { seed: 5, step: 3, row_offset: 0 });
+            *t = std::mem::replace(t, idle).with_noise(Noise { seed: 5, step: 3, row_offset: 0, sequence_offset: 0 });
             Ok(base.model.loss(t, &adapted, &batch, 0.1, 0.25).unwrap())
         })
         .unwrap();
@@ -205,7 +207,7 @@ fn what_is_saved_loads_bit_for_bit() {
         let (want, dir) = (base.logits(&adapted), tempfile::tempdir().unwrap());
         let got = if row.whole_model {
             base.model.save(dir.path(), &adapted.merged(&*base.model).unwrap()).unwrap();
-            let loaded = Base::new(what, &dir.path().to_owned(), DType::F32);
+            let loaded = Base::new(what, dir.path(), DType::F32);
             loaded.logits(&Adapted::none(&CPU).unwrap())
         } else {
             adapter::save(dir.path(), row.name, o, &adapted, &*base.model, Some("base")).unwrap();
@@ -235,7 +237,7 @@ fn merging_equals_applying() {
         }
         let (want, dir) = (base.logits(&adapted), tempfile::tempdir().unwrap());
         base.model.save(dir.path(), &adapted.merged(&*base.model).unwrap()).unwrap();
-        let merged = Base::new(what, &dir.path().to_owned(), DType::F32);
+        let merged = Base::new(what, dir.path(), DType::F32);
         let none = Adapted::none(&CPU).unwrap();
         let error = relative(&merged.logits(&none), &want);
         assert!(error <= 1e-5, "{what}: merged and applied differ by {error}");
@@ -314,6 +316,40 @@ fn cached_logits_are_those_of_the_whole_text() {
     });
 }
 
+/// On a GPU every method gives the logits and the gradients that it gives on the CPU, dropout included.
+#[test]
+fn devices_agree() {
+    let noise = Noise { seed: 5, step: 3, row_offset: 7, sequence_offset: 2 };
+    for device in gpus() {
+        for case in ["gpt2", "qwen3", "bert_classification"] {
+            let dir = &golden()[case];
+            let (cpu, gpu) = (Base::new(case, dir, DType::F32), Base::on(&device, case, dir, DType::F32).unwrap());
+            let o = Options { dropout: 0.2, infix: 1, reparam: 3, ..cpu.options() };
+            for row in METHODS.iter().filter(|row| cpu.adapt(row, &o, 0).is_ok()) {
+                let run = |base: &Base| {
+                    let mut adapted = base.adapt(row, &o, 1).unwrap();
+                    disturb(&mut adapted.params, 0.1);
+                    let (batch, mut grads) = (base.batch(&adapted), Grads::new(&adapted.params).unwrap());
+                    let mut t = Tape::new(&adapted.params).with_noise(noise);
+                    let loss = base.model.loss(&mut t, &adapted, &batch, 0.1, 0.25).unwrap();
+                    t.backward(loss, &mut grads).unwrap();
+                    let n = adapted.params.count();
+                    let mut flat = Tensor::empty(&base.model.device(), DType::F32, &[1, n]).unwrap();
+                    let all = grads.flat_mut().unwrap();
+                    axpby(1.0, all.as_mat(), 0.0, flat.make_mut().unwrap()).unwrap();
+                    (base.logits(&adapted), flat)
+                };
+                let ((logits, grads), (want_logits, want_grads)) = (run(&gpu), run(&cpu));
+                let what = format!("{case}, {} on {device}", row.name);
+                let error = relative(&logits, &want_logits);
+                assert!(error <= 1e-5, "{what}: logits differ by {error}");
+                let error = distance(&grads, &want_grads) / norm(&want_grads);
+                assert!(error <= 1e-5, "{what}: gradients differ by {error}");
+            }
+        }
+    }
+}
+
 /// An adapter of one architecture and method on a base of another, or read as another method.
 #[test]
 fn an_adapter_of_another_architecture_is_refused() {
@@ -335,6 +371,5 @@ fn an_adapter_of_another_architecture_is_refused() {
                 assert!(e.contains(&*dir.path().to_string_lossy()), "{}: {e}", row.name);
             }
         }
-        let _ = (&base.dir, load(&base.dir, &CPU).unwrap());
     }
 }

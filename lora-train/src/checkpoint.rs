@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result, TrainConfig, Trainer,
-    data::{Dataset, Position},
+    data::{Dataset, Goal, Position},
 };
 
 /// The folder below a run's output.
@@ -71,7 +71,14 @@ pub struct Fingerprint {
 impl Fingerprint {
     pub(crate) fn of(data: &Dataset, base: &dyn Model) -> Result<Fingerprint> {
         let tokens = data.sequences.iter().map(|s| s.tokens.len()).sum();
-        let words = data.sequences.iter().flat_map(|s| s.tokens.iter().copied().chain([s.targets_from as u32]));
+        let words = data.sequences.iter().flat_map(|s| {
+            let (goal, second) = match s.goal {
+                Goal::After(from) => (from as u32, None),
+                Goal::Label(label) => (label, Some(s.second_from as u32)),
+                Goal::Value(value) => (value.to_bits(), Some(s.second_from as u32)),
+            };
+            s.tokens.iter().copied().chain([goal]).chain(second)
+        });
         let hash = fnv1a(words.flat_map(u32::to_le_bytes));
         // Some elements of every tensor: reading all would touch every page of a mapped file.
         const SAMPLE: usize = 61;

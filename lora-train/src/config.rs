@@ -4,7 +4,11 @@ use lora_core::peft::{self, Layers};
 use lora_model::adapter::AdapterFile;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Place, Result, data::Format, schedule::Schedule};
+use crate::{
+    Error, Place, Result,
+    data::{self, Format},
+    schedule::Schedule,
+};
 
 /// Everything that a training run depends on: the flags of `lora train`, the keys of its TOML file, and what a checkpoint
 /// remembers. Every field is a flag of the same name (`batch-size`), and has its default.
@@ -21,6 +25,8 @@ pub struct TrainConfig {
     pub valid: Option<PathBuf>,
     /// Layout of the data files; by their extension when absent.
     pub format: Option<Format>,
+    /// What an encoder learns, a row of [`TASKS`](crate::data::TASKS); absent for a model that continues text.
+    pub task: Option<String>,
     /// A row of [`peft::METHODS`].
     pub method: String,
     /// Rank r of low-rank updates.
@@ -112,6 +118,7 @@ impl Default for TrainConfig {
             out: PathBuf::new(),
             valid: None,
             format: None,
+            task: None,
             method: "lora".into(),
             rank: options.rank,
             alpha: options.alpha,
@@ -237,6 +244,7 @@ impl TrainConfig {
             _ => {}
         }
         Place::check(&self.device, &self.dtype)?;
+        self.task_row()?;
         self.method_options()?;
         Ok(())
     }
@@ -247,6 +255,14 @@ impl TrainConfig {
     /// An unknown method.
     pub fn row(&self) -> Result<&'static peft::MethodRow> {
         Ok(peft::find(&self.method)?)
+    }
+
+    /// The task's row in the table, where there is a task.
+    ///
+    /// # Errors
+    /// An unknown task.
+    pub fn task_row(&self) -> Result<Option<&'static data::TaskRow>> {
+        Ok(self.task.as_deref().map(data::task).transpose()?)
     }
 
     /// The method, with its options checked as far as they can be without a model.
@@ -353,6 +369,13 @@ impl TrainConfig {
             Err(Error::option(option, ours, why))
         };
         if given("method") && self.method != adapter.method {
+            if self.row()?.whole_model {
+                return Err(Error::option(
+                    "init-adapter",
+                    dir.display(),
+                    format!("method {} has no adapter", self.method),
+                ));
+            }
             return conflict("method", self.method.clone(), adapter.method.into());
         }
         self.method = adapter.method.into();

@@ -2,18 +2,19 @@
 //!
 //! ```text
 //! prose ──pretrain──▶ base ─┬─ lora ─▶ adapter ─┐
-//!                           ├─ full ─▶ model    ├─▶ loss, facts told, bytes, logits of the merged model
-//! records ──────────────────┴─ …                ┘
+//!                           ├─ full ─▶ model    ┴─▶ loss, facts told, bytes, logits of the merged model
+//! records ──────────────────┴─ every method, a few steps ─▶ a table of losses
 //! ```
-//! Every method of [`METHODS`] runs once. All figures are a function of the [`DemoConfig`], except for seconds; and they
-//! are taken from what was saved and loaded again, not from what was trained in memory.
+//! LoRA and full fine-tuning are told in full; then every method of [`METHODS`] runs for a few steps. All figures are a
+//! function of the [`DemoConfig`], except for seconds; and they are taken from what was saved and loaded again, not from
+//! what was trained in memory.
 
 mod base;
 mod measure;
 
 use std::path::{Path, PathBuf};
 
-use lora_core::peft::{Adapted, METHODS};
+use lora_core::peft::{Adapted, METHODS, MethodRow, find};
 use lora_kernels::Device;
 use lora_model::{Model, adapter, files};
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,8 @@ pub struct DemoConfig {
     pub adapt: TrainConfig,
     /// Learning rates by method, and that of methods without one of their own.
     pub lr: (Vec<(&'static str, f64)>, f64),
+    /// Steps of each method in the table of all.
+    pub table_steps: u64,
     /// Held-out records for which sentences are generated, to count the facts in them.
     pub told: usize,
     /// The records among them that are shown.
@@ -71,12 +74,20 @@ impl Default for DemoConfig {
             held_out: 128,
             adapt: TrainConfig {
                 targets: ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"].map(String::from).into(),
+                // Of two layers.
+                layers: "last:1".into(),
+                drop_layers: Some("first:1".into()),
+                bottleneck: 16,
                 steps: Some(1000),
                 warmup: 10,
                 clip: 1.0,
                 ..TrainConfig::default()
             },
-            lr: (vec![("full", 1e-3)], 5e-3),
+            lr: (
+                vec![("full", 1e-3), ("top2", 1e-3), ("bitfit", 1e-2), ("pre-embed", 5e-2), ("pre-layer", 5e-2)],
+                5e-3,
+            ),
+            table_steps: 100,
             told: 48,
             shown: 3,
         }
@@ -93,6 +104,7 @@ impl DemoConfig {
             records: 2000,
             held_out: 64,
             adapt: TrainConfig { steps: Some(200), ..adapt },
+            table_steps: 20,
             told: 16,
             ..DemoConfig::default()
         }
@@ -109,8 +121,10 @@ impl DemoConfig {
 pub struct Report {
     /// The base.
     pub pretrain: Pretrained,
-    /// A row for every method.
+    /// LoRA and full fine-tuning.
     pub methods: Vec<MethodReport>,
+    /// Every method after the same few steps.
+    pub table: Vec<TableRow>,
     /// The largest absolute difference between the logits of a merged model, saved and loaded again, and those of base
     /// and adapter, on the held-out records.
     pub merge_max_logit_diff: f64,
@@ -160,6 +174,23 @@ pub struct MethodReport {
     pub seconds: f64,
 }
 
+/// What one method made of the base in a few steps.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TableRow {
+    /// The method's name in the table.
+    pub name: &'static str,
+    /// Trainable scalars.
+    pub trainable: usize,
+    /// Trainable scalars as a share of the base's.
+    pub trainable_share: f64,
+    /// Bytes of the weights that it saved.
+    pub checkpoint_bytes: u64,
+    /// Mean cross-entropy per target token on the held-out records.
+    pub loss: f64,
+    /// Seconds of its optimiser steps.
+    pub seconds: f64,
+}
+
 /// What was said to one record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Sample {
@@ -182,6 +213,10 @@ pub enum Stage {
     Adapt(&'static str),
     /// Load a method's result again and measure it.
     Measure(&'static str),
+    /// Train every method for so many steps.
+    Table(u64),
+    /// Train this method for the table.
+    Row(&'static str),
 }
 
 /// Watches the demo. A `true` of [`Observer::stop`] ends it.
@@ -209,29 +244,33 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
     let device = Device::Cpu;
     let model = lora_model::load(&base_dir, &device)?;
     let encoder = Encoder::from_dir(&base_dir, &*model)?;
-    let held = load_data(&held_out, Some(Format::E2e), &encoder, &*model, config.adapt.max_length)?;
+    let none = Adapted::none(&device)?;
+    let longest = config.adapt.max_length;
+    let held_for = |adapted: &Adapted| load_data(&held_out, Some(Format::E2e), &encoder, (&*model, adapted), longest);
+    let held = held_for(&none)?;
     let told: Vec<&str> = valid.iter().take(config.told.max(config.shown)).map(|(record, _)| record.as_str()).collect();
     let measured = |model: &dyn Model, adapted: &Adapted| -> Result<Measured> {
         let Evaluation { loss, .. } = evaluate(model, adapted, &held, config.adapt.batch_size)?;
         let sentences = measure::sentences(model, adapted, &encoder, &told)?;
         Ok(Measured { loss, facts: measure::facts(&told, &sentences), sentences })
     };
-    let before = measured(&*model, &Adapted::none(&device)?)?;
+    let before = measured(&*model, &none)?;
 
     let (mut methods, mut first, mut merge_max_logit_diff) = (Vec::new(), None, 0.0);
-    for row in METHODS {
+    let run_of = |row: &MethodRow, out: &Path| TrainConfig {
+        model: base_dir.clone(),
+        data: data.clone(),
+        out: out.into(),
+        format: Some(Format::E2e),
+        method: row.name.into(),
+        lr: config.lr(row.name),
+        seed: config.seed,
+        ..config.adapt.clone()
+    };
+    for row in [find("lora")?, find("full")?] {
         watcher.stage(Stage::Adapt(row.name));
         let out = work.join(row.name);
-        let run = TrainConfig {
-            model: base_dir.clone(),
-            data: data.clone(),
-            out: out.clone(),
-            format: Some(Format::E2e),
-            method: row.name.into(),
-            lr: config.lr(row.name),
-            seed: config.seed,
-            ..config.adapt.clone()
-        };
+        let run = run_of(row, &out);
         let Summary { trainable, seconds, interrupted, .. } = train(&run, false, watcher)?;
         if interrupted {
             return Ok(None);
@@ -244,7 +283,7 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
                 measure::max_logit_diff((&*model, &adapted), &*merged, &held)?.max(merge_max_logit_diff);
             measured(&*model, &adapted)?
         } else {
-            measured(&*lora_model::load(&out, &device)?, &Adapted::none(&device)?)?
+            measured(&*lora_model::load(&out, &device)?, &none)?
         };
         methods.push(MethodReport {
             name: row.name,
@@ -260,10 +299,45 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
         first.get_or_insert(after);
     }
 
+    watcher.stage(Stage::Table(config.table_steps));
+    let table_dir = work.join("table");
+    // What a fusion combines: an adapter of the table, and one of another seed.
+    let fuse = ["adapter-p", "adapter-p-2"].map(|name| table_dir.join(name));
+    let mut table = Vec::new();
+    for row in METHODS {
+        watcher.stage(Stage::Row(row.name));
+        let out = table_dir.join(row.name);
+        let short = TrainConfig { steps: Some(config.table_steps), ..run_of(row, &out) };
+        let run = if row.options.contains(&"fuse") { TrainConfig { fuse: fuse.to_vec(), ..short } } else { short };
+        let Summary { trainable, seconds, interrupted, .. } = train(&run, false, watcher)?;
+        let stopped = interrupted
+            || row.name == "adapter-p"
+                && train(&TrainConfig { out: fuse[1].clone(), seed: run.seed + 1, ..run }, false, watcher)?.interrupted;
+        if stopped {
+            return Ok(None);
+        }
+        let loss = |model: &dyn Model, adapted: &Adapted| -> Result<Evaluation> {
+            // Virtual tokens take positions of their own.
+            evaluate(model, adapted, &held_for(adapted)?, config.adapt.batch_size)
+        };
+        let Evaluation { loss, .. } = match adapter::is_adapter(&out) {
+            true => loss(&*model, &adapter::attach(&out, &*model, &device)?)?,
+            false => loss(&*lora_model::load(&out, &device)?, &none)?,
+        };
+        table.push(TableRow {
+            name: row.name,
+            trainable,
+            trainable_share: trainable as f64 / pretrained.parameters as f64,
+            checkpoint_bytes: measure::weight_bytes(&out)?,
+            loss,
+            seconds,
+        });
+    }
+
     let after = first.map(|m: Measured| m.sentences).unwrap_or_default();
     let samples = told.iter().zip(before.sentences).zip(after).take(config.shown);
     let samples = samples.map(|((record, before), after)| Sample { record: (*record).into(), before, after }).collect();
-    Ok(Some(Report { pretrain: pretrained, methods, merge_max_logit_diff, samples }))
+    Ok(Some(Report { pretrain: pretrained, methods, table, merge_max_logit_diff, samples }))
 }
 
 struct Measured {

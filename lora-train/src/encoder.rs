@@ -2,11 +2,15 @@
 
 use std::path::Path;
 
-use lora_model::{Model, tokenizer::Tokenizer};
+use lora_core::peft::Adapted;
+use lora_model::{
+    Model,
+    tokenizer::{Joined, Joiner, Tokenizer},
+};
 
 use crate::{
     Result,
-    data::{self, Dataset, Encode, EncodeError},
+    data::{self, Dataset, Encode, EncodeError, Join},
 };
 
 /// A tokenizer as data needs it: with the model's vocabulary and its end of text.
@@ -67,8 +71,44 @@ impl Encode for Encoder {
     }
 }
 
-/// Reads and encodes one data file for a model: sequences of at most `max_length` tokens, and never longer than the
-/// model's positions.
+/// A tokenizer as labelled data needs it: with the tokens that stand around texts.
+pub struct TextJoiner {
+    joiner: Joiner,
+    vocab_size: usize,
+    segments: usize,
+}
+
+impl TextJoiner {
+    /// The tokenizer in a model's folder.
+    ///
+    /// # Errors
+    /// No tokenizer, a damaged one, or one that knows no tokens to stand around texts.
+    pub fn from_dir(dir: &Path, model: &dyn Model) -> Result<TextJoiner> {
+        let joiner = Tokenizer::from_dir(dir)?.joiner(dir)?;
+        let limits = model.limits();
+        Ok(TextJoiner { joiner, vocab_size: limits.vocab_size, segments: limits.segments })
+    }
+}
+
+impl Join for TextJoiner {
+    fn join(&self, text: &str, second: Option<&str>, max_length: usize) -> std::result::Result<Joined, EncodeError> {
+        let joined = self.joiner.join(text, second, max_length)?;
+        // A model that tells no segments apart reads all as one, whatever its tokenizer says.
+        let second_from = if self.segments > 1 { joined.second_from } else { joined.ids.len() };
+        Ok(Joined { second_from, ..joined })
+    }
+
+    fn around(&self, pair: bool) -> usize {
+        self.joiner.around(pair)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+}
+
+/// Reads and encodes one data file for a model under a method: sequences of at most `max_length` tokens, and never longer
+/// than the positions that the method's virtual tokens leave.
 ///
 /// # Errors
 /// Those of [`data::read`] and [`data::encode`].
@@ -76,11 +116,11 @@ pub fn load_data(
     path: &Path,
     format: Option<data::Format>,
     encoder: &Encoder,
-    model: &dyn Model,
+    (model, adapted): (&dyn Model, &Adapted),
     max_length: usize,
 ) -> Result<Dataset> {
     let corpus = data::read(path, format.unwrap_or_else(|| data::Format::of_path(path)))?;
     // The last token of a sequence takes no position: it is only predicted.
-    let longest = max_length.min(model.limits().max_positions + 1);
+    let longest = max_length.min(model.free_positions(adapted) + 1);
     Ok(data::encode(&[corpus], encoder, longest)?)
 }

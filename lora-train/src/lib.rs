@@ -1,7 +1,8 @@
 //! Fine-tuning from a program of your own: data, optimisation, checkpoints. The `lora` command is this crate's binary.
 //!
 //! - [`data`] reads files and makes batches without padding.
-//! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss.
+//! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss and, by [`metrics`], predictions.
+//! - [`task`] gives an encoder what it needs to learn a task.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 //!
 //! ```
@@ -49,25 +50,29 @@ pub mod demo;
 pub mod demo_data;
 mod encoder;
 mod error;
+mod evaluation;
 pub mod hub;
 mod log;
+pub mod metrics;
 mod output;
 mod passes;
 mod place;
 mod pretrain;
 mod run;
 pub mod schedule;
+pub mod task;
 mod trainer;
 
 pub use config::TrainConfig;
-pub use encoder::{Encoder, load_data};
+pub use encoder::{Encoder, TextJoiner, load_data};
 pub use error::{Error, Result};
+pub use evaluation::{Evaluation, evaluate};
 pub use log::Log;
 pub use output::RUN_FILE;
 pub use place::Place;
 pub use pretrain::{PretrainConfig, pretrain};
 pub use run::{Observer, RunInfo, Summary, save_result, train};
-pub use trainer::{Evaluation, Step, Trainer, evaluate};
+pub use trainer::{Step, Trainer};
 
 /// The examples of the workspace's README, compiled and run as doctests.
 #[cfg(doctest)]

@@ -9,10 +9,10 @@ use std::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{Error, Result, Step, trainer::Evaluation};
+use crate::{Error, Evaluation, Result, Step};
 
 /// Appends a line per step (`step, loss, lr, grad_norm, tokens, tokens_per_s`) and per evaluation (`eval_step,
-/// eval_loss, eval_perplexity, eval_targets`). A line is written whole before the next step begins.
+/// eval_loss, eval_targets`, and `eval_perplexity` or the task's metrics). A line is written whole before the next step begins.
 pub struct Log {
     path: PathBuf,
     file: File,
@@ -75,12 +75,14 @@ impl Log {
     /// # Errors
     /// A full disk.
     pub fn evaluation(&mut self, step: u64, e: &Evaluation) -> Result<()> {
-        self.line(&json!({
-            "eval_step": step,
-            "eval_loss": e.loss,
-            "eval_perplexity": e.perplexity,
-            "eval_targets": e.targets,
-        }))
+        let mut line = json!({"eval_step": step, "eval_loss": e.loss, "eval_targets": e.targets});
+        if let Some(perplexity) = e.perplexity {
+            line["eval_perplexity"] = json!(perplexity);
+        }
+        for (metric, value) in &e.scores.0 {
+            line[format!("eval_{metric}")] = json!(value);
+        }
+        self.line(&line)
     }
 
     fn line(&mut self, object: &impl Serialize) -> Result<()> {

@@ -147,6 +147,7 @@ fn texts(corpus: &Corpus) -> impl Iterator<Item = &str> + Send {
     let texts = corpus.examples.iter().flat_map(|e| match &e.content {
         Content::Text(text) => [text.as_str(), ""],
         Content::Pair { prompt, completion } => [prompt.as_str(), completion.as_str()],
+        Content::Labelled { text, second, .. } => [text.as_str(), second.as_deref().unwrap_or_default()],
     });
     texts.filter(|text| !text.is_empty())
 }

@@ -10,11 +10,12 @@ use lora_kernels::DType;
 use lora_model::{Model, files, tokenizer::Tokenizer};
 
 use crate::{
-    Encoder, Evaluation, Log, Place, Result, Step, TrainConfig, Trainer,
+    Encoder, Evaluation, Log, Place, Result, Step, TextJoiner, TrainConfig, Trainer,
     checkpoint::{self, Fingerprint},
-    data::Dataset,
+    data::{Corpus, Dataset},
     hub, load_data,
     output::Output,
+    task::{self, Fitted},
 };
 
 /// What a run looks like before its first step.
@@ -84,7 +85,21 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let base_dir = hub::resolve(&config.model)?;
     // Base weights that train begin with all their digits, and are rounded for each step anew.
     let stored = if config.row()?.whole_model { DType::F32 } else { dtype };
-    let mut model = lora_model::load_as(&base_dir, &device, stored)?;
+    let task = match config.task_row()? {
+        None => {
+            task::check_causal(&base_dir)?;
+            None
+        }
+        Some(task) => {
+            let corpus = task::read(&config.data, task, config.format)?;
+            let fitted = Fitted::to_train(task, &base_dir, config.init_adapter.as_deref(), &corpus)?;
+            Some((fitted, corpus))
+        }
+    };
+    let mut model = match &task {
+        None => lora_model::load_as(&base_dir, &device, stored)?,
+        Some((fitted, _)) => fitted.load(&base_dir, &device, stored, config.seed)?,
+    };
     if let Some(p) = config.base_dropout {
         model.set_base_dropout(p);
     }
@@ -98,11 +113,20 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             file.attach(model, &device)?
         }
     };
-    let encoder = Encoder::from_dir(&base_dir, model)?;
-    let read = |path: &Path| load_data(path, config.format, &encoder, model, config.max_length);
-    let data = read(&config.data)?;
-    let valid = config.valid.as_deref().map(read).transpose()?;
-    let save = |dir: &Path, adapted: &Adapted| save_result(dir, model, &base_dir, adapted, config);
+    let (data, valid, task) = match task {
+        None => {
+            let encoder = Encoder::from_dir(&base_dir, model)?;
+            let read = |path: &Path| load_data(path, config.format, &encoder, (model, &adapted), config.max_length);
+            (read(&config.data)?, config.valid.as_deref().map(read).transpose()?, None)
+        }
+        Some((fitted, corpus)) => {
+            let joiner = TextJoiner::from_dir(&base_dir, model)?;
+            let encode = |corpus: &Corpus| fitted.encode(corpus, &joiner, (model, &adapted), config.max_length);
+            let read = |path: &Path| encode(&task::read(path, fitted.task, config.format)?);
+            (encode(&corpus)?, config.valid.as_deref().map(read).transpose()?, Some(fitted))
+        }
+    };
+    let save = |dir: &Path, adapted: &Adapted| save_result(dir, model, &base_dir, adapted, config, task.as_ref());
     let run = Run { model, adapted, data: &data, valid: valid.as_ref(), output, save: &save };
     run.run(config, resume, observer)
 }
@@ -216,7 +240,8 @@ impl Run<'_> {
     }
 }
 
-/// Writes what a method trained: the adapter's folder, or the whole model with its tokenizer when all of it trains.
+/// Writes what a method trained: the adapter's folder, or the whole model with its tokenizer when all of it trains; with
+/// the names of the task's labels.
 ///
 /// # Errors
 /// What writing files can cause.
@@ -226,13 +251,17 @@ pub fn save_result(
     base_dir: &Path,
     adapted: &Adapted,
     config: &TrainConfig,
+    task: Option<&Fitted>,
 ) -> Result<()> {
     files::create_folder(dir)?;
     if !config.row()?.whole_model {
         let base = config.model.to_string_lossy();
         let options = config.options()?;
+        // Before the adapter, so that no adapter is there without it.
+        task.map_or(Ok(()), |task| task.save(dir))?;
         return Ok(lora_model::adapter::save(dir, &config.method, &options, adapted, model, Some(&base))?);
     }
     model.save(dir, &adapted.merged(model)?)?;
+    task.map_or(Ok(()), |task| task.name_labels(dir))?;
     Ok(Tokenizer::copy_files(base_dir, dir)?)
 }

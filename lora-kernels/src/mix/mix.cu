@@ -38,7 +38,8 @@ FOR_FLOATS(SCORES)
 
 // y = Σ_c w_c·z_c + β·y.
 template <class T> struct Weighted {
-  static constexpr int INPUTS = 2;
+  // Two are used. A third keeps `map` from loading two runs at a time: the candidates are enough bytes in flight.
+  static constexpr int INPUTS = 3;
   const float* w;
   i64 ldw;
   const T* z;
@@ -47,7 +48,7 @@ template <class T> struct Weighted {
   float beta;
   i64 ldy;
   int rows, many;
-  template <int N> DEVICE void load(float (&in)[2][N], i64 row, u32 col) const {
+  template <int N> DEVICE void load(float (&in)[3][N], i64 row, u32 col) const {
 #pragma unroll
     for (int i = 0; i < N; i++) in[0][i] = 0.f;
     for (int c = 0; c < many; c++) {
@@ -58,7 +59,7 @@ template <class T> struct Weighted {
     }
     if (beta != 0.f) read(in[1], y + row * ldy + col);
   }
-  template <int N> DEVICE void finish(float (&in)[2][N], i64 row, u32 col) const {
+  template <int N> DEVICE void finish(float (&in)[3][N], i64 row, u32 col) const {
     put(y + row * ldy + col, in[0], in[1], beta);
   }
 };

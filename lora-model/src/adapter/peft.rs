@@ -70,9 +70,12 @@ fn parse(key: &str) -> Option<(&str, usize)> {
     })
 }
 
+/// A and B of every module, by its name.
+type Pairs = BTreeMap<String, [TensorInfo; 2]>;
+
 /// The factors of every module, by its name, and the names of other tensors: those of modules that were trained whole
 /// (`saved`).
-fn modules(file: &TensorFile, saved: &[String]) -> Result<(BTreeMap<String, [TensorInfo; 2]>, Vec<String>)> {
+fn modules(file: &TensorFile, saved: &[String]) -> Result<(Pairs, Vec<String>)> {
     let bad = |problem| Err(Error::Weights { file: file.path().to_owned(), problem });
     let mut found: BTreeMap<String, [Option<TensorInfo>; 2]> = BTreeMap::new();
     let (mut whole, mut strange) = (Vec::new(), Vec::new());

@@ -85,8 +85,8 @@ impl BertConfig {
     /// Takes what BERT needs out of a configuration, and checks it.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) naming file and key for a wrong type or an impossible value, and for what
-    /// would silently compute something else here (decoders, relative positions, quantised weights);
+    /// [`Error::Config`](crate::Error::Config) naming file and key for a wrong type or an impossible value, and for
+    /// what would silently compute something else here (decoders, relative positions, quantised weights);
     /// [`Error::Unsupported`](crate::Error::Unsupported) for an unknown activation.
     pub fn from_raw(raw: &RawConfig) -> Result<BertConfig> {
         BertConfig::read(raw, BertConfig::default())

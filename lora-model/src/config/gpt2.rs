@@ -95,9 +95,9 @@ impl Gpt2Config {
     /// Takes what GPT-2 needs out of a configuration, and checks it.
     ///
     /// # Errors
-    /// [`Error::Config`] naming file and key for a wrong type or an impossible value, and for what would silently
-    /// compute something else here (cross-attention, quantised weights); [`Error::Unsupported`] for an unknown
-    /// architecture or activation.
+    /// [`Config`](crate::Error::Config) naming file and key for a wrong type or an impossible value, and for what would
+    /// silently compute something else here (cross-attention, quantised weights);
+    /// [`Unsupported`](crate::Error::Unsupported) for an unknown architecture or activation.
     pub fn from_raw(raw: &RawConfig) -> Result<Gpt2Config> {
         raw.architecture()?;
         if raw.bool("add_cross_attention")? == Some(true) {
@@ -132,7 +132,7 @@ impl Gpt2Config {
     /// Checks a configuration that was made rather than read; `path` stands in the message.
     ///
     /// # Errors
-    /// [`Error::Config`] for the first value that is impossible.
+    /// [`Config`](crate::Error::Config) for the first value that is impossible.
     pub fn validate(&self, path: &Path) -> Result<()> {
         RawConfig::new(path, Map::new()).checked(self.problem())
     }

@@ -3,8 +3,8 @@ use std::path::Path;
 use super::{BertConfig, RawConfig};
 use crate::Result;
 
-/// What RoBERTa needs to know (Liu et al. 2019), under the names of its `config.json`: what BERT does, and where positions
-/// begin.
+/// What RoBERTa needs to know (Liu et al. 2019), under the names of its `config.json`: what BERT does, and where
+/// positions begin.
 ///
 /// Absent keys take the defaults of Transformers' `RobertaConfig`; the published models are [`RobertaConfig::base`] and
 /// [`RobertaConfig::large`].
@@ -12,8 +12,8 @@ use crate::Result;
 pub struct RobertaConfig {
     /// The encoder.
     pub bert: BertConfig,
-    /// The padding token. A sequence's first token has the position after this number, so that so many rows of the table
-    /// of positions, and one more, are never used.
+    /// The padding token. A sequence's first token has the position after this number, so that the rows of the table
+    /// of positions up to it are never used.
     pub pad_token_id: usize,
 }
 
@@ -85,7 +85,8 @@ impl RobertaConfig {
         let (pad, positions) = (self.pad_token_id, self.bert.max_position_embeddings);
         (pad.saturating_add(1) >= positions).then(|| {
             format!(
-                "positions begin after the padding token {pad}, which leaves none of max_position_embeddings = {positions}"
+                "positions begin after the padding token {pad}, which leaves none of max_position_embeddings = \
+                 {positions}"
             )
         })
     }

@@ -70,7 +70,8 @@ impl Llama2c {
         }
         let [dim, hidden, layers, heads, kv_heads, vocab, positions] = fields.map(|n| n as usize);
         if !dim.is_multiple_of(heads) {
-            return Err(bad(format!("n_heads = {heads} in the header does not divide dim = {dim}")));
+            let problem = format!("n_heads = {heads} in the header does not divide dim = {dim}");
+            return Err(bad(format!("{problem}; is it a file of llama2.c?")));
         }
         let config = LlamaConfig {
             vocab_size: vocab,

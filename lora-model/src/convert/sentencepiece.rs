@@ -148,11 +148,11 @@ fn parse(bytes: &[u8], size: usize) -> std::result::Result<Vocabulary, String> {
         }
         let text = std::str::from_utf8(take(length as usize, &what)?)
             .map_err(|_| format!("{what} is not UTF-8; is it a vocabulary of llama2.c?"))?;
-        let text = match id.checked_sub(FIRST_BYTE) {
+        let text = match SPECIAL.get(id) {
             // llama2.c has line breaks around some of them.
-            None => fixed(text.trim(), SPECIAL[id], &what)?,
-            Some(byte) if byte < 256 => fixed(text, &format!("<0x{byte:02X}>"), &what)?,
-            Some(_) => text.replace(' ', SPACE),
+            Some(special) => fixed(text.trim(), special, &what)?,
+            None if id < FIRST_PIECE => fixed(text, &format!("<0x{:02X}>", id - FIRST_BYTE), &what)?,
+            None => text.replace(' ', SPACE),
         };
         if text.is_empty() {
             return Err(format!("{what} is empty"));

@@ -41,7 +41,7 @@ pub fn generate(
     on_token: Option<&mut dyn FnMut(usize, u32)>,
 ) -> Result<Vec<Generated>> {
     let requests = requests(model, adapted, prompts, config)?;
-    warn_of_cut(&requests, config, positions(model, adapted));
+    warn_of_cut(&requests, config, model.free_positions(adapted));
     let mut ignore = |_, _| ();
     let on_token = on_token.unwrap_or(&mut ignore);
     match (requests.len(), config.num_beams) {
@@ -61,12 +61,6 @@ pub fn check(model: &dyn Model, adapted: &Adapted, prompts: &[Vec<u32>], config:
     requests(model, adapted, prompts, config).map(drop)
 }
 
-/// The positions that virtual tokens leave for the text.
-fn positions(model: &dyn Model, adapted: &Adapted) -> usize {
-    let virtual_tokens = adapted.stream_tokens().count() + adapted.attention_tokens().count();
-    model.limits().max_positions.saturating_sub(virtual_tokens)
-}
-
 /// A prompt that was checked, and how many tokens may follow it.
 #[derive(Clone, Copy)]
 struct Request<'a> {
@@ -84,7 +78,7 @@ fn requests<'a>(
         return Err(Error::Task { task: model.task().name(), what: "continue text" });
     }
     config.check(model.limits().vocab_size)?;
-    let positions = positions(model, adapted);
+    let positions = model.free_positions(adapted);
     let request = |(index, prompt): (usize, &'a Vec<u32>)| {
         let refuse = |problem: String| Err(Error::Prompt { index, problem });
         if prompt.is_empty() {

@@ -1,5 +1,6 @@
 //! Text to token ids and back, with the tokenizer files of Hugging Face folders.
 
+mod join;
 mod load;
 mod stream;
 mod train;
@@ -11,6 +12,7 @@ use tokenizers::PreTokenizerWrapper;
 
 use crate::{Error, Result, files};
 
+pub use join::{Joined, Joiner};
 pub use stream::DecodeStream;
 
 /// The token with which GPT-2 ends a text.
@@ -140,9 +142,8 @@ impl Tokenizer {
     /// As [`decode`](Tokenizer::decode).
     pub fn decode_after(&self, before: &[u32], ids: &[u32], skip_special: bool) -> Result<String> {
         let (start, whole) = (self.decode(before, skip_special)?, self.decode(&[before, ids].concat(), skip_special)?);
-        match whole.strip_prefix(&start) {
+        match whole.strip_prefix(stream::whole(&start)) {
             Some(text) => Ok(text.to_owned()),
-            // `before` ended within a character.
             None => self.decode(ids, skip_special),
         }
     }

@@ -5,6 +5,8 @@ use crate::Result;
 /// own way.
 const KEPT: usize = 8;
 const MOST: usize = 4 * KEPT;
+/// Tokens that can come between the first byte of a character and its last.
+const WITHIN: usize = 3;
 
 /// Turns tokens into text as they come, holding back what does not yet form a whole character.
 ///
@@ -18,13 +20,14 @@ pub struct DecodeStream<'t> {
     ids: Vec<u32>,
     /// How many bytes of their text have been given out.
     given: usize,
+    /// How many tokens ago the text was whole.
+    held: usize,
 }
 
 impl<'t> DecodeStream<'t> {
     pub(super) fn new(tokenizer: &'t Tokenizer, before: &[u32], skip_special: bool) -> Result<DecodeStream<'t>> {
-        let ids = before[before.len().saturating_sub(KEPT)..].to_vec();
-        let mut stream = DecodeStream { tokenizer, skip_special, ids, given: 0 };
-        stream.given = certain(&stream.text()?);
+        let mut stream = DecodeStream { tokenizer, skip_special, ids: before.to_vec(), given: 0, held: 0 };
+        stream.given = whole(&stream.text()?).len();
         Ok(stream)
     }
 
@@ -37,12 +40,19 @@ impl<'t> DecodeStream<'t> {
         let text = self.text().inspect_err(|_| {
             self.ids.pop();
         })?;
-        let new = text.get(self.given..certain(&text)).unwrap_or_default().to_owned();
-        self.given = self.given.max(certain(&text));
-        if self.ids.len() > MOST {
-            // UTF-8 finds its characters again from any byte on, so that the end of the text reads the same.
-            self.ids.drain(..self.ids.len() - KEPT);
-            self.given = certain(&self.text()?);
+        let mut certain = whole(&text).len();
+        if certain == text.len() {
+            self.held = 0;
+        } else if self.held < WITHIN {
+            self.held += 1;
+        } else {
+            // Bytes that will never be a character.
+            (certain, self.held) = (text.len(), 0);
+        }
+        let new = text.get(self.given..certain).unwrap_or_default().to_owned();
+        self.given = self.given.max(certain);
+        if self.ids.len() > MOST && self.held == 0 {
+            self.forget(&text)?;
         }
         Ok(new)
     }
@@ -55,8 +65,20 @@ impl<'t> DecodeStream<'t> {
         let text = self.text()?;
         let rest = text.get(self.given..).unwrap_or_default().to_owned();
         self.ids.clear();
-        self.given = 0;
+        (self.given, self.held) = (0, 0);
         Ok(rest)
+    }
+
+    /// Drops early tokens where the rest reads the same without them. (It does not where that cuts a run of bytes within
+    /// a character; some later token will do.)
+    fn forget(&mut self, text: &str) -> Result<()> {
+        let kept = &self.ids[self.ids.len() - KEPT..];
+        let end = self.tokenizer.decode(kept, self.skip_special)?;
+        if text.ends_with(&end) {
+            self.ids = kept.to_vec();
+            self.given = end.len();
+        }
+        Ok(())
     }
 
     fn text(&self) -> Result<String> {
@@ -64,7 +86,8 @@ impl<'t> DecodeStream<'t> {
     }
 }
 
-/// The length of `text` without the one U+FFFD at its end that may yet become a character.
-fn certain(text: &str) -> usize {
-    text.strip_suffix(char::REPLACEMENT_CHARACTER).unwrap_or(text).len()
+/// `text` without what may yet become a character at its end: U+FFFD, as many as some decoders make of its bytes and of
+/// those before it.
+pub(super) fn whole(text: &str) -> &str {
+    text.trim_end_matches(char::REPLACEMENT_CHARACTER)
 }

@@ -31,7 +31,7 @@ pub fn places() -> Vec<Place> {
 }
 
 /// With their features the emulated device and the first CUDA device.
-fn gpus() -> Vec<Device> {
+pub fn gpus() -> Vec<Device> {
     let gpus: Vec<Device> = [
         #[cfg(feature = "emulator")]
         lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),

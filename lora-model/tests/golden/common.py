@@ -17,7 +17,8 @@ def check_versions():
     for module in (torch, transformers, peft):
         found = module.__version__.split("+")[0]
         if found != PINNED[module.__name__]:
-            sys.exit(f"{module.__name__} {found} is installed, the golden files are made with {PINNED[module.__name__]}")
+            wanted = PINNED[module.__name__]
+            sys.exit(f"{module.__name__} {found} is installed, the golden files are made with {wanted}")
 
 
 def save_adapter(model, folder):

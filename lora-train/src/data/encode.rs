@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::error::start_of;
 use super::{Content, Corpus, Error, Example, Format, Result};
+use crate::metrics::Metric;
 
 /// What goes wrong inside a tokenizer.
 pub type EncodeError = Box<dyn std::error::Error + Send + Sync>;
@@ -28,30 +29,74 @@ pub trait Encode: Sync {
     fn vocab_size(&self) -> usize;
 }
 
-/// One training sequence: position `i` is trained to predict `tokens[i + 1]` where `i + 1 >= targets_from`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One training sequence.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sequence {
-    /// At least two tokens.
+    /// At least one token, or two where tokens are predicted.
     pub tokens: Vec<u32>,
-    /// Index of the first token that is a target: at least 1 and less than the number of tokens.
-    pub targets_from: usize,
+    /// Index of the first token of the second segment; the number of tokens, where there is one segment.
+    pub second_from: usize,
+    /// What is learned from it.
+    pub goal: Goal,
+}
+
+/// What is learned from a [`Sequence`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Goal {
+    /// To predict tokens: position `i` predicts `tokens[i + 1]` where `i + 1` is at least this number, which is at least 1
+    /// and less than the number of tokens.
+    After(usize),
+    /// This label for the whole sequence, counted from 0.
+    Label(u32),
+    /// This number for the whole sequence.
+    Value(f32),
+}
+
+impl Sequence {
+    /// A sequence whose tokens are predicted from `targets_from` on, an index of at least 1 and less than their number.
+    pub fn after(tokens: Vec<u32>, targets_from: usize) -> Sequence {
+        Sequence { second_from: tokens.len(), tokens, goal: Goal::After(targets_from) }
+    }
+
+    /// Rows that it takes in a [`Batch`](super::Batch).
+    pub(super) fn rows(&self) -> usize {
+        match self.goal {
+            Goal::After(_) => self.tokens.len() - 1,
+            Goal::Label(_) | Goal::Value(_) => self.tokens.len(),
+        }
+    }
+
+    /// How many targets it has.
+    fn targets(&self) -> usize {
+        match self.goal {
+            Goal::After(from) => self.tokens.len() - from,
+            Goal::Label(_) | Goal::Value(_) => 1,
+        }
+    }
 }
 
 /// The sequences of one or more files.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Dataset {
-    /// At least one sequence, in the order of the files.
+    /// At least one sequence, in the order of the files; all goals are of one kind.
     pub sequences: Vec<Sequence>,
     /// How many examples were longer than the maximum length, and so lost their end.
     pub cut: usize,
     /// How many of those had no target left and were dropped.
     pub dropped: usize,
+    /// What predictions are judged by besides the loss.
+    pub metrics: &'static [Metric],
 }
 
 impl Dataset {
-    /// How many tokens are predicted in one pass over the data.
+    /// Sequences of which nothing was cut.
+    pub fn new(sequences: Vec<Sequence>) -> Dataset {
+        Dataset { sequences, ..Dataset::default() }
+    }
+
+    /// How many tokens (or labels, or numbers) are predicted in one pass over the data.
     pub fn targets(&self) -> usize {
-        self.sequences.iter().map(|s| s.tokens.len() - s.targets_from).sum()
+        self.sequences.iter().map(Sequence::targets).sum()
     }
 }
 
@@ -85,7 +130,7 @@ pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Re
         return Err(Error::EndOfText { token: end, vocab_size });
     }
 
-    let (mut data, mut examples) = (Dataset { sequences: Vec::new(), cut: 0, dropped: 0 }, 0);
+    let (mut data, mut examples) = (Dataset::default(), 0);
     let (documents, others): (Vec<&Corpus>, Vec<&Corpus>) = corpora.iter().partition(|c| c.format == Format::Text);
     for corpus in others {
         examples += corpus.examples.len();
@@ -134,14 +179,14 @@ pub fn encode_prompt(prompt: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {
 }
 
 impl Dataset {
-    fn push_cut(&mut self, mut sequence: Sequence, max_length: usize) {
-        if sequence.tokens.len() > max_length {
+    fn push_cut(&mut self, (mut tokens, targets_from): (Vec<u32>, usize), max_length: usize) {
+        if tokens.len() > max_length {
             self.cut += 1;
-            sequence.tokens.truncate(max_length);
-            sequence.tokens.shrink_to_fit();
+            tokens.truncate(max_length);
+            tokens.shrink_to_fit();
         }
-        if sequence.targets_from < sequence.tokens.len() {
-            self.sequences.push(sequence);
+        if targets_from < tokens.len() {
+            self.sequences.push(Sequence::after(tokens, targets_from));
         } else {
             self.dropped += 1;
         }
@@ -150,18 +195,19 @@ impl Dataset {
     fn push_stream(&mut self, stream: &[u32], max_length: usize) {
         for start in (0..stream.len().saturating_sub(1)).step_by(max_length - 1) {
             let end = stream.len().min(start + max_length);
-            self.sequences.push(Sequence { tokens: stream[start..end].to_vec(), targets_from: 1 });
+            self.sequences.push(Sequence::after(stream[start..end].to_vec(), 1));
         }
     }
 }
 
 /// `f` of each item, on all cores and in order. The first fault in the order is the one reported.
-fn in_order<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> Result<U> + Sync + Send) -> Result<Vec<U>> {
+pub(super) fn in_order<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> Result<U> + Sync + Send) -> Result<Vec<U>> {
     let results: Vec<Result<U>> = items.par_iter().map(f).collect();
     results.into_iter().collect()
 }
 
-fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Sequence> {
+/// The tokens of an example, and the index of the first that is predicted.
+fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<(Vec<u32>, usize)> {
     let end = encoder.end_of_text();
     let encode = |text: &str| tokens(corpus, example.line, text, encoder);
     Ok(match &example.content {
@@ -171,12 +217,13 @@ fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<
             let targets_from = tokens.len();
             tokens.extend(encode(&format!(" {}", completion.trim()))?);
             tokens.push(end);
-            Sequence { tokens, targets_from }
+            (tokens, targets_from)
         }
+        Content::Labelled { .. } => return Err(Error::NeedsTask { path: corpus.path.clone() }),
         Content::Text(text) => {
             let mut tokens = begun(encoder, encode(text)?);
             tokens.push(end);
-            Sequence { tokens, targets_from: 1 }
+            (tokens, 1)
         }
     })
 }
@@ -198,7 +245,7 @@ fn tokens(corpus: &Corpus, line: usize, text: &str, encoder: &dyn Encode) -> Res
 
 /// The tokens of a whole file. A fault is narrowed down to the first line that shows it alone.
 fn document(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Vec<u32>> {
-    let Content::Text(text) = &example.content else { return Ok(sequence(corpus, example, encoder)?.tokens) };
+    let Content::Text(text) = &example.content else { return Ok(sequence(corpus, example, encoder)?.0) };
     tokens(corpus, example.line, text, encoder).map_err(|error| {
         let mut lines = text.split('\n').enumerate();
         let first = lines.find_map(|(i, line)| tokens(corpus, example.line + i, line, encoder).err());

@@ -12,7 +12,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// The name is none of the [`Format`](super::Format)s.
-    #[error("unknown data format '{name}': use e2e, jsonl or text")]
+    #[error("unknown data format '{name}': use e2e, jsonl, text or tsv")]
     UnknownFormat {
         /// What was asked for.
         name: String,
@@ -185,6 +185,159 @@ pub enum Error {
         max_length: usize,
     },
 
+    /// The name is none of the [`TASKS`](super::TASKS).
+    #[error("unknown task '{name}': use one of {}", super::task::names())]
+    UnknownTask {
+        /// What was asked for.
+        name: String,
+    },
+
+    /// Columns hold the examples of a task, and none was named.
+    #[error(
+        "{}: columns between tabs hold the examples of a task: say which with --task (for a text and a label, --task labels)",
+        path.display()
+    )]
+    NeedsTask {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A format without labels for a task.
+    #[error("{}: --format {format} has no labels, which --task {task} needs: use tsv or jsonl", path.display())]
+    NoAnswers {
+        /// The file.
+        path: PathBuf,
+        /// The format asked for.
+        format: super::Format,
+        /// The task.
+        task: &'static str,
+    },
+
+    /// A file of columns has headings and nothing below them.
+    #[error("{}: there are headings, but no examples below them; give a file with at least one", path.display())]
+    NoRows {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A column that the task needs is not there.
+    #[error(
+        "{}:{line}: no column {missing} for --task {task} among {found}{}{}",
+        path.display(), bare_hint(bare), answer_hint(*answer)
+    )]
+    NoColumn {
+        /// The file.
+        path: PathBuf,
+        /// The line that was read as headings.
+        line: usize,
+        /// The task.
+        task: &'static str,
+        /// The headings, any of which would have done.
+        missing: String,
+        /// What stands there.
+        found: String,
+        /// The numbers of columns that the task's files have where they have no headings.
+        bare: Vec<usize>,
+        /// Whether it is the label that is missing.
+        answer: bool,
+    },
+
+    /// A row has more or fewer columns than the first one.
+    #[error(
+        "{}:{line}: {found} columns between tabs in place of {expected}, in \"{start}\"; a text must hold no tab and no line \
+         break, and quotation marks do not change that",
+        path.display()
+    )]
+    Ragged {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// Columns of this row.
+        found: usize,
+        /// Columns of the first one.
+        expected: usize,
+        /// How the line begins.
+        start: String,
+    },
+
+    /// A line of a JSONL file is an object, but no example of the task.
+    #[error("{}:{line}: {found}, which --task {task} needs", path.display())]
+    NotLabelled {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// The task.
+        task: &'static str,
+        /// What is missing, or stands there instead.
+        found: String,
+    },
+
+    /// A label is empty.
+    #[error("{}:{line}{}: the label is empty; fill it in or delete the line", path.display(), place(*column))]
+    NoLabel {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// The column, from 1; 0 in a file without columns.
+        column: usize,
+    },
+
+    /// A label that the task, the training data or the model does not have.
+    #[error(
+        "{}:{line}{}: the label \"{found}\" is none of {}; correct the line, or train on data that has it",
+        path.display(), place(*column), listed(known)
+    )]
+    UnknownLabel {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// The column, from 1; 0 where it is not known any more.
+        column: usize,
+        /// The label.
+        found: String,
+        /// Those that there are.
+        known: Vec<String>,
+    },
+
+    /// All examples have one label.
+    #[error("{}: every example has the label \"{label}\", so there is nothing to tell apart; give examples of at least two", path.display())]
+    OneLabel {
+        /// The file.
+        path: PathBuf,
+        /// The label.
+        label: String,
+    },
+
+    /// What is to be predicted is no number.
+    #[error(
+        "{}:{line}{}: \"{found}\" is no number that could be predicted; write one such as 3.8, or delete the line (labels that are \
+         words are --task labels)",
+        path.display(), place(*column)
+    )]
+    NotANumber {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// The column, from 1; 0 in a file without columns.
+        column: usize,
+        /// What stands there.
+        found: String,
+    },
+
+    /// A length that the tokens around the texts fill alone.
+    #[error("a maximum length of {max_length} leaves no room for text: give at least {least} tokens")]
+    NoRoom {
+        /// What was asked for.
+        max_length: usize,
+        /// The least that would do.
+        least: usize,
+    },
+
     /// No data was given at all.
     #[error("there is no data: give at least one file")]
     NoData,
@@ -201,6 +354,33 @@ pub enum Error {
 
 fn emptiness(bytes: usize) -> &'static str {
     if bytes == 0 { "is empty" } else { "holds nothing but blank lines" }
+}
+
+/// A column, as it stands behind the line.
+fn place(column: usize) -> String {
+    if column == 0 { String::new() } else { format!(":{column}") }
+}
+
+fn bare_hint(counts: &[usize]) -> String {
+    match counts {
+        [] => String::new(),
+        counts => {
+            let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
+            format!("; without headings the file has {} columns", counts.join(" or "))
+        }
+    }
+}
+
+fn answer_hint(answer: bool) -> &'static str {
+    if answer { "; files for testing have no labels: train and evaluate on those that have" } else { "" }
+}
+
+/// The first few labels.
+fn listed(labels: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<String> = labels.iter().take(SHOWN).map(|l| format!("\"{l}\"")).collect();
+    let more = labels.len().saturating_sub(SHOWN);
+    shown.join(", ") + &if more > 0 { format!(" and {more} more") } else { String::new() }
 }
 
 fn hint(array: bool) -> &'static str {

@@ -6,6 +6,7 @@
 //!
 //! - [`read`] parses one file in one of three [`Format`]s and knows nothing of tokens.
 //! - [`encode`] turns examples into token [`Sequence`]s with whatever implements [`Encode`], and cuts them at a length.
+//! - [`read_task`] and [`encode_task`] do so for texts with labels or numbers, by a row of [`TASKS`].
 //! - [`Sampler`] is a pure function from the number of an optimiser step to the sequences of that step, so a run is
 //!   resumed from its step number alone.
 //! - [`Batch`] is one flat run of tokens with boundaries: no padding anywhere.
@@ -15,18 +16,24 @@
 mod batch;
 mod encode;
 mod error;
+mod labelled;
+mod labels;
 mod read;
 mod sampler;
+mod task;
 
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-pub use batch::Batch;
-pub use encode::{Dataset, Encode, EncodeError, Sequence, encode, encode_prompt};
+pub use batch::{Batch, Targets};
+pub use encode::{Dataset, Encode, EncodeError, Goal, Sequence, encode, encode_prompt};
 pub use error::{Error, Result};
+pub use labelled::read_task;
+pub use labels::{Join, Labels, encode_task};
 pub use read::{read, read_prompts};
 pub use sampler::{Position, Sampler};
+pub use task::{TASKS, TaskKind, TaskRow, task};
 
 /// How a data file is laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,11 +46,13 @@ pub enum Format {
     Jsonl,
     /// The whole file is one document for pretraining.
     Text,
+    /// Columns between tabs, for the examples of a task: see [`read_task`].
+    Tsv,
 }
 
 impl Format {
     /// Every format, in the order of the documentation.
-    pub const ALL: [Format; 3] = [Format::E2e, Format::Jsonl, Format::Text];
+    pub const ALL: [Format; 4] = [Format::E2e, Format::Jsonl, Format::Text, Format::Tsv];
 
     /// The format that a file is read in when none is asked for: [`Format::Jsonl`] for `.jsonl` and `.json` (in any
     /// case), otherwise [`Format::E2e`].
@@ -54,12 +63,21 @@ impl Format {
         }
     }
 
+    /// As [`Format::of_path`], for the examples of a task: [`Format::Tsv`] where it is no JSON.
+    pub fn of_task_path(path: &Path) -> Format {
+        match Format::of_path(path) {
+            Format::Jsonl => Format::Jsonl,
+            _ => Format::Tsv,
+        }
+    }
+
     /// The name on the command line and in configuration files.
     pub fn name(self) -> &'static str {
         match self {
             Format::E2e => "e2e",
             Format::Jsonl => "jsonl",
             Format::Text => "text",
+            Format::Tsv => "tsv",
         }
     }
 }
@@ -91,7 +109,7 @@ pub struct Corpus {
 }
 
 /// One example and where it stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Example {
     /// Line of the file, counted from 1.
     pub line: usize,
@@ -100,7 +118,7 @@ pub struct Example {
 }
 
 /// The text of an [`Example`].
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Content {
     /// A prompt and what should follow it: the loss is on the completion alone. Both are trimmed.
     Pair {
@@ -111,4 +129,22 @@ pub enum Content {
     },
     /// Text that is learned from its first token to its last.
     Text(String),
+    /// A text, or two, and what is to be said of them ([`read_task`]).
+    Labelled {
+        /// The text.
+        text: String,
+        /// The second text of a pair.
+        second: Option<String>,
+        /// What is to be said.
+        answer: Answer,
+    },
+}
+
+/// What is to be said of a text.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// The name of its label; never empty.
+    Label(String),
+    /// A number; never infinite.
+    Value(f32),
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::start_of;
 use super::{Content, Corpus, Error, Example, Format, Result};
@@ -30,13 +30,9 @@ pub fn read_prompts(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
 
 /// `whole`: a pair needs both of its sides.
 fn parse(path: &Path, format: Format, whole: bool) -> Result<Corpus> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    let text = utf8(path, bytes)?;
+    let text = text_of(path)?;
     // A mark in the middle of a file is a character like any other; only at its start does it say "UTF-8".
     let body = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    if body.trim().is_empty() {
-        return Err(Error::Empty { path: path.to_owned(), bytes: text.len() });
-    }
     let examples = match format {
         Format::Text => vec![Example { line: 1, content: Content::Text(body.replace("\r\n", "\n")) }],
         Format::E2e => by_line(body, |line, text| e2e(path, line, text, whole))?,
@@ -44,8 +40,19 @@ fn parse(path: &Path, format: Format, whole: bool) -> Result<Corpus> {
             let array = body.trim_start().starts_with('[');
             by_line(body, |line, text| jsonl(path, line, text, array, whole))?
         }
+        Format::Tsv => return Err(Error::NeedsTask { path: path.to_owned() }),
     };
     Ok(Corpus { path: path.to_owned(), format, examples })
+}
+
+/// The text of a file that has some, with its byte-order mark.
+pub(super) fn text_of(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    let text = utf8(path, bytes)?;
+    if text.strip_prefix('\u{feff}').unwrap_or(&text).trim().is_empty() {
+        return Err(Error::Empty { path: path.to_owned(), bytes: text.len() });
+    }
+    Ok(text)
 }
 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
@@ -56,7 +63,7 @@ fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
     })
 }
 
-fn by_line(text: &str, parse: impl Fn(usize, &str) -> Result<Content>) -> Result<Vec<Example>> {
+pub(super) fn by_line(text: &str, parse: impl Fn(usize, &str) -> Result<Content>) -> Result<Vec<Example>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines.map(|(i, text)| Ok(Example { line: i + 1, content: parse(i + 1, text)? })).collect()
 }
@@ -79,7 +86,8 @@ fn empty_target(path: &Path, line: usize, part: &'static str, text: &str) -> Err
     Error::EmptyTarget { path: path.to_owned(), line, part, start: start_of(text) }
 }
 
-fn jsonl(path: &Path, line: usize, text: &str, array: bool, whole: bool) -> Result<Content> {
+/// The object that is a line; `array`: the file looks like one JSON array.
+pub(super) fn object(path: &Path, line: usize, text: &str, array: bool) -> Result<Map<String, Value>> {
     let value: Value = serde_json::from_str(text).map_err(|e| Error::Json {
         path: path.to_owned(),
         line,
@@ -87,10 +95,19 @@ fn jsonl(path: &Path, line: usize, text: &str, array: bool, whole: bool) -> Resu
         message: without_position(&e.to_string()),
         array,
     })?;
+    match value {
+        Value::Object(object) => Ok(object),
+        other => Err(Error::NotAnExample {
+            path: path.to_owned(),
+            line,
+            found: format!("found {} in place of an object", kind(&other)),
+        }),
+    }
+}
+
+fn jsonl(path: &Path, line: usize, text: &str, array: bool, whole: bool) -> Result<Content> {
+    let object = object(path, line, text, array)?;
     let not = |found: String| Error::NotAnExample { path: path.to_owned(), line, found };
-    let Value::Object(object) = value else {
-        return Err(not(format!("found {} in place of an object", kind(&value))));
-    };
     let string = |key: &str| match object.get(key) {
         None => Ok(None),
         Some(Value::String(s)) => Ok(Some(s.as_str())),
@@ -120,7 +137,7 @@ fn without_position(message: &str) -> String {
     message.rsplit_once(" at line ").map_or(message, |(what, _)| what).to_owned()
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a truth value",

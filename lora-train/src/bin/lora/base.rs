@@ -5,8 +5,13 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use clap::Args;
 use lora_core::peft::Adapted;
-use lora_model::{Model, adapter, config::CONFIG_FILE};
-use lora_train::{Place, hub};
+use lora_model::{LoadOptions, Model, Task, adapter, config::CONFIG_FILE};
+use lora_train::{
+    Place,
+    data::TaskRow,
+    hub,
+    task::{self, Fitted},
+};
 
 use crate::ui;
 
@@ -51,25 +56,57 @@ impl std::fmt::Display for BaseArgs {
 
 impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
+        load(&self.model, self.adapter.as_deref(), &self.place()?)
+    }
+
+    /// A model that continues text.
+    pub(crate) fn load_causal(&self) -> anyhow::Result<Loaded> {
+        task::check_causal(&hub::resolve(&self.model)?)?;
+        self.load()
+    }
+
+    /// A model that has learned a task.
+    pub(crate) fn load_task(&self, task: &'static TaskRow) -> anyhow::Result<(Fitted, Loaded)> {
+        let dir = hub::resolve(&self.model)?;
+        let adapter = self.adapter.as_deref();
+        adapter.map_or(Ok(()), check_adapter)?;
+        let fitted = Fitted::trained(task, &dir, adapter)?;
+        let loaded = load_for(dir, adapter, &self.place()?, Some(fitted.head()))?;
+        Ok((fitted, loaded))
+    }
+
+    fn place(&self) -> anyhow::Result<Place> {
         let place = Place::open(&self.place.device, &self.place.dtype)?;
         if let Some(note) = &place.note {
             ui::say(format_args!("note: {note}"));
         }
-        load(&self.model, self.adapter.as_deref(), &place)
+        Ok(place)
     }
 }
 
-/// Reads a model and what is attached to it.
+/// Reads a model and what is attached to it; for an adapter that was trained for a task, with a head for that.
 pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place) -> anyhow::Result<Loaded> {
-    let dir = hub::resolve(model)?;
+    let task = adapter.map(task::of_adapter).transpose()?.flatten();
+    load_for(hub::resolve(model)?, adapter, place, task.map(|task| task.head()))
+}
+
+fn load_for(dir: PathBuf, adapter: Option<&Path>, place: &Place, head: Option<Task>) -> anyhow::Result<Loaded> {
     let device = &place.device;
-    let model = lora_model::load_as(&dir, device, place.dtype)?;
+    let options = LoadOptions { dtype: place.dtype, task: head, ..LoadOptions::default() };
+    let model = lora_model::load_with(&dir, device, &options)?;
     let adapted = match adapter {
         None => Adapted::none(device)?,
-        Some(dir) if !adapter::is_adapter(dir) && dir.join(CONFIG_FILE).exists() => {
-            bail!("{} is a whole model, not an adapter: give it as --model", dir.display())
+        Some(dir) => {
+            check_adapter(dir)?;
+            adapter::attach(dir, &*model, device)?
         }
-        Some(dir) => adapter::attach(dir, &*model, device)?,
     };
     Ok(Loaded { dir, model, adapted })
+}
+
+fn check_adapter(dir: &Path) -> anyhow::Result<()> {
+    if !adapter::is_adapter(dir) && dir.join(CONFIG_FILE).exists() {
+        bail!("{} is a whole model, not an adapter: give it as --model", dir.display());
+    }
+    Ok(())
 }

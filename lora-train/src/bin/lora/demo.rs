@@ -63,6 +63,8 @@ pub(crate) fn run(args: DemoArgs) -> anyhow::Result<()> {
 /// A line for each stage, and a bar for each run of the optimiser.
 struct Progress {
     bar: ProgressBar,
+    /// The method of the table that is trained now.
+    row: &'static str,
     stop: Arc<AtomicBool>,
 }
 
@@ -76,7 +78,7 @@ impl Progress {
                 std::process::exit(ui::INTERRUPTED.into());
             }
         })?;
-        Ok(Progress { bar: ProgressBar::hidden(), stop })
+        Ok(Progress { bar: ProgressBar::hidden(), row: "", stop })
     }
 }
 
@@ -87,6 +89,8 @@ impl Watcher for Progress {
             Stage::Cached => ui::say("the pretrained base is in the cache"),
             Stage::Adapt(method) => ui::say(format_args!("adapting it to records: {method} ...")),
             Stage::Measure(_) => {}
+            Stage::Table(steps) => ui::say(format_args!("every method for {steps} steps ...")),
+            Stage::Row(method) => self.row = method,
         }
     }
 }
@@ -97,7 +101,7 @@ impl Observer for Progress {
     }
 
     fn step(&mut self, step: &Step, _tokens_per_s: f64) {
-        self.bar.set_message(format!("{:.3}", step.loss));
+        self.bar.set_message(format!("{:.3}  {}", step.loss, self.row));
         self.bar.set_position(step.step);
         if self.bar.length() == Some(step.step) {
             self.bar.finish_and_clear();
@@ -117,7 +121,7 @@ impl Observer for Progress {
 const WIDTH: usize = 80;
 
 fn text(config: &DemoConfig, report: &Report, out: Option<&Path>) -> String {
-    let Report { pretrain: base, methods, merge_max_logit_diff, samples } = report;
+    let Report { pretrain: base, methods, table, merge_max_logit_diff, samples } = report;
     let (shape, adapt) = (&config.pretrain, &config.adapt);
     let how = if base.cached { ", from the cache" } else { "" };
     let facts = [
@@ -169,6 +173,28 @@ fn text(config: &DemoConfig, report: &Report, out: Option<&Path>) -> String {
         for (label, said) in [("  before  ", &sample.before), ("  after   ", &sample.after)] {
             text += &wrap(label, if said.is_empty() { "(nothing)" } else { said });
         }
+    }
+    text += &format!(
+        "\nEvery method after {} steps; before, the held-out loss is {:.3}\n\n{:16}{:>11}{:>9}{:>12}{:>8}{:>16}\n",
+        config.table_steps,
+        methods.first().map_or(f64::NAN, |m| m.loss_before),
+        "method",
+        "trainable",
+        "share",
+        "checkpoint",
+        "time",
+        "held-out loss"
+    );
+    for r in table {
+        text += &format!(
+            "{:16}{:>11}{:>9}{:>12}{:>8}{:>16}\n",
+            r.name,
+            HumanCount(r.trainable as u64).to_string(),
+            format!("{:.2}%", 100.0 * r.trainable_share),
+            HumanBytes(r.checkpoint_bytes).to_string(),
+            format!("{:.1} s", r.seconds),
+            format!("{:.3}", r.loss),
+        );
     }
     if let Some(dir) = out {
         text += &format!("\nData, adapters and models are in {}\n", dir.display());

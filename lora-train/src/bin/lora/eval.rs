@@ -4,11 +4,15 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 use clap::Args;
-use lora_train::{Encoder, Evaluation, data::Format, evaluate, load_data};
+use lora_train::{
+    Encoder, Evaluation, TextJoiner,
+    data::{self, Format},
+    evaluate, load_data, task,
+};
 
 use crate::{
     base::{BaseArgs, Loaded},
-    train::formats,
+    train::{formats, tasks},
     ui,
 };
 
@@ -20,7 +24,10 @@ pub(crate) struct EvalArgs {
     /// Data to evaluate on
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     data: PathBuf,
-    /// Layout of the data [default: jsonl by its extension, otherwise e2e]
+    /// What to judge an encoder by: the task that it has learned
+    #[arg(long, value_parser = tasks(), help_heading = "Data")]
+    task: Option<String>,
+    /// Layout of the data [default: jsonl by its extension, otherwise e2e, and tsv with --task]
     #[arg(long, value_parser = formats(), help_heading = "Data")]
     format: Option<String>,
     /// Tokens at which a sequence is cut
@@ -37,11 +44,23 @@ pub(crate) struct EvalArgs {
 pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
     ensure!(args.batch_size > 0, "batch-size = 0: must be at least 1");
     let format = args.format.map(|f| f.parse::<Format>()).transpose()?;
-    let Loaded { dir, model, adapted } = args.base.load()?;
-    let encoder = Encoder::from_dir(&dir, &*model)?;
-    let data = load_data(&args.data, format, &encoder, &*model, args.max_length)?;
-    let evaluation = evaluate(&*model, &adapted, &data, args.batch_size)?;
-    let Evaluation { loss, perplexity, targets } = evaluation;
+    let task = args.task.as_deref().map(data::task).transpose()?;
+    let evaluation = match task {
+        None => {
+            let Loaded { dir, model, adapted } = args.base.load_causal()?;
+            let encoder = Encoder::from_dir(&dir, &*model)?;
+            let data = load_data(&args.data, format, &encoder, (&*model, &adapted), args.max_length)?;
+            evaluate(&*model, &adapted, &data, args.batch_size)?
+        }
+        Some(task) => {
+            let corpus = task::read(&args.data, task, format)?;
+            let (fitted, Loaded { dir, model, adapted }) = args.base.load_task(task)?;
+            let joiner = TextJoiner::from_dir(&dir, &*model)?;
+            let data = fitted.encode(&corpus, &joiner, (&*model, &adapted), args.max_length)?;
+            evaluate(&*model, &adapted, &data, args.batch_size)?
+        }
+    };
+    let loss = evaluation.loss;
     ensure!(
         loss.is_finite(),
         "the loss on {} is {loss}: the model's weights or the adapter hold values that are no numbers; look at the run \
@@ -50,6 +69,11 @@ pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
     );
     match args.json {
         true => ui::print_json(&evaluation),
-        false => ui::print(format_args!("loss {loss:.6}\nperplexity {perplexity:.4}\ntargets {targets}\n")),
+        false => {
+            let Evaluation { loss, perplexity, targets, scores } = &evaluation;
+            let perplexity = perplexity.map_or(String::new(), |p| format!("perplexity {p:.4}\n"));
+            let scores: String = scores.0.iter().map(|(metric, value)| format!("{metric} {value:.4}\n")).collect();
+            ui::print(format_args!("loss {loss:.6}\n{perplexity}{scores}targets {targets}\n"))
+        }
     }
 }

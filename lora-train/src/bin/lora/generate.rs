@@ -234,7 +234,7 @@ fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt
             for example in data::read_prompts(path, format)?.examples {
                 let place = format!("{}:{}", path.display(), example.line);
                 match example.content {
-                    Content::Text(text) => add(place, text, false)?,
+                    Content::Text(text) | Content::Labelled { text, .. } => add(place, text, false)?,
                     Content::Pair { prompt, .. } => {
                         let again = format == Format::E2e && last.as_ref() == Some(&prompt);
                         if !again {

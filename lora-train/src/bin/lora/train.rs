@@ -8,7 +8,12 @@ use clap::{
     builder::{PossibleValue, PossibleValuesParser},
 };
 use lora_core::peft::METHODS;
-use lora_train::{TrainConfig, data::Format, schedule::Schedule, train};
+use lora_train::{
+    TrainConfig,
+    data::{Format, TASKS},
+    schedule::Schedule,
+    train,
+};
 use serde::Serialize;
 
 use crate::ui;
@@ -33,10 +38,14 @@ pub(crate) struct TrainArgs {
     /// Data to evaluate on
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     valid: Option<PathBuf>,
-    /// Layout of the data: context||reference lines, JSON lines of prompt and completion (or text), or plain text
-    /// [default: jsonl by its extension, otherwise e2e]
+    /// Layout of the data: context||reference lines, JSON lines of prompt and completion (or text), plain text, or, with
+    /// --task, columns between tabs [default: jsonl by its extension, otherwise e2e, and tsv with --task]
     #[arg(long, value_parser = formats(), help_heading = "Input and output")]
     format: Option<String>,
+    /// What an encoder (BERT, RoBERTa, DeBERTa) learns from labelled examples: a task of GLUE, or labels or values of
+    /// one's own
+    #[arg(long, value_parser = tasks(), help_heading = "Input and output")]
+    task: Option<String>,
     /// An adapter to start from; method, rank, targets and the like are its own
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     init_adapter: Option<PathBuf>,
@@ -204,6 +213,10 @@ pub(crate) fn formats() -> PossibleValuesParser {
 
 pub(crate) fn schedules() -> PossibleValuesParser {
     PossibleValuesParser::new(Schedule::ALL.map(Schedule::name))
+}
+
+pub(crate) fn tasks() -> PossibleValuesParser {
+    PossibleValuesParser::new(TASKS.iter().map(|t| PossibleValue::new(t.name).help(t.about)))
 }
 
 fn methods() -> PossibleValuesParser {

@@ -258,7 +258,7 @@ impl Observer for Progress {
     }
 
     fn evaluation(&mut self, step: u64, e: &Evaluation) {
-        say(format_args!("step {step}: validation loss {:.4}, perplexity {:.3}", e.loss, e.perplexity));
+        say(format_args!("step {step}: validation loss {:.4}{}", e.loss, judged(e)));
     }
 
     fn checkpoint(&mut self, path: &Path) {
@@ -291,10 +291,18 @@ pub(crate) fn finish(summary: &Summary, what: &str, json: bool) -> anyhow::Resul
         line += &format!(", loss {loss:.4}");
     }
     if let Some(e) = &summary.evaluation {
-        line += &format!(", validation loss {:.4} (perplexity {:.3})", e.loss, e.perplexity);
+        line += &format!(", validation loss {:.4}{}", e.loss, judged(e));
     }
     say(format_args!("{line}; {what} in {}", summary.out.display()));
     if json { print_json(summary) } else { Ok(()) }
+}
+
+/// What stands behind a loss.
+fn judged(e: &Evaluation) -> String {
+    match e.perplexity {
+        Some(perplexity) => format!(", perplexity {perplexity:.3}"),
+        None => format!(", {}", e.scores),
+    }
 }
 
 #[cfg(test)]

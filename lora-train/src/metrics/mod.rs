@@ -1,0 +1,92 @@
+//! What predictions are judged by.
+//!
+//! Each is a plain function of predictions and truth: [`accuracy`], [`f1`], [`matthews`] of labels, [`pearson`] and
+//! [`spearman`] of numbers. [`Metric`] names them, as tables and command lines do.
+
+mod agreement;
+mod correlation;
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+pub use agreement::{accuracy, f1, matthews};
+pub use correlation::{pearson, spearman};
+
+/// A metric by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    /// [`accuracy`].
+    Accuracy,
+    /// [`f1`].
+    F1,
+    /// [`matthews`].
+    Matthews,
+    /// [`pearson`].
+    Pearson,
+    /// [`spearman`].
+    Spearman,
+}
+
+impl Metric {
+    /// The name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Metric::Accuracy => "accuracy",
+            Metric::F1 => "f1",
+            Metric::Matthews => "matthews",
+            Metric::Pearson => "pearson",
+            Metric::Spearman => "spearman",
+        }
+    }
+
+    /// The metric of predicted labels; `None` for one of numbers.
+    pub fn of_labels(self, predicted: &[u32], truth: &[u32]) -> Option<f64> {
+        Some(match self {
+            Metric::Accuracy => accuracy(predicted, truth),
+            Metric::F1 => f1(predicted, truth),
+            Metric::Matthews => matthews(predicted, truth),
+            Metric::Pearson | Metric::Spearman => return None,
+        })
+    }
+
+    /// The metric of predicted numbers; `None` for one of labels.
+    pub fn of_values(self, predicted: &[f64], truth: &[f64]) -> Option<f64> {
+        Some(match self {
+            Metric::Pearson => pearson(predicted, truth),
+            Metric::Spearman => spearman(predicted, truth),
+            Metric::Accuracy | Metric::F1 | Metric::Matthews => return None,
+        })
+    }
+}
+
+impl fmt::Display for Metric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Metrics and their values, in the order of a task; written as one object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scores(pub Vec<(Metric, f64)>);
+
+impl Scores {
+    /// The value of a metric, where it was taken.
+    pub fn get(&self, metric: Metric) -> Option<f64> {
+        self.0.iter().find(|(m, _)| *m == metric).map(|(_, value)| *value)
+    }
+}
+
+impl fmt::Display for Scores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self.0.iter().map(|(metric, value)| format!("{metric} {value:.4}")).collect();
+        f.write_str(&all.join(", "))
+    }
+}
+
+impl Serialize for Scores {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_map(self.0.iter().map(|(metric, value)| (metric.name(), value)))
+    }
+}
