@@ -85,6 +85,8 @@ pub fn measure(model: &mut dyn Model, data: &Dataset, batch: usize, steps: u64) 
 
 #[cfg(test)]
 mod tests {
+    use lora_train::data::Goal;
+
     use super::*;
 
     #[test]
@@ -93,10 +95,8 @@ mod tests {
             let data = like_e2e(50, 61, longest);
             assert_eq!(data.sequences.len(), 50);
             for s in &data.sequences {
-                assert!(
-                    (2..=longest).contains(&s.tokens.len()) && (1..s.tokens.len()).contains(&s.targets_from),
-                    "{s:?}"
-                );
+                let Goal::After(from) = s.goal else { panic!("{s:?}") };
+                assert!((2..=longest).contains(&s.tokens.len()) && (1..s.tokens.len()).contains(&from), "{s:?}");
                 assert!(s.tokens.iter().all(|&t| t < 61));
             }
         }

@@ -131,8 +131,12 @@ impl ParamsBuilder {
                 Init::SampledRows(t) => {
                     let (rows, cols) = e.matrix();
                     let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..t.rows()) as u32).collect();
-                    let (ids, t) = (Tensor::from_slice(device, &[rows], &ids)?, t.to(device, dtype)?);
-                    lora_kernels::gather(t.mat(), ids.mat(), Acc { to: to.reborrow().reshape(rows, cols), beta: 0.0 })?;
+                    // Only these rows are converted: the table may be as large as a model.
+                    let ids = Tensor::from_slice(&t.device(), &[rows], &ids)?;
+                    let mut some = Tensor::empty(&t.device(), t.dtype(), &[rows, cols])?;
+                    lora_kernels::gather(t.mat(), ids.mat(), Acc { to: some.make_mut()?, beta: 0.0 })?;
+                    let some = some.to(device, dtype)?.reshape(&[1, len]);
+                    lora_kernels::axpby(1.0, some.mat(), 0.0, to.reborrow())?;
                     continue;
                 }
                 Init::Uniform { bound } => (0..len).map(|_| rng.random_range(-1.0..1.0) * bound).collect(),

@@ -135,9 +135,23 @@ impl Tape {
         self.counting_rows_from(|noise| noise.sequence_offset, f)
     }
 
-    fn counting_rows_from<R>(&mut self, offset: fn(Noise) -> u32, f: impl FnOnce(&mut Tape) -> R) -> R {
+    /// Runs `f` on rows among which every sequence has so many virtual ones: its dropout masks count those too, so that
+    /// micro-batches have rows of their own.
+    pub fn on_rows_with<R>(&mut self, virtual_rows: usize, f: impl FnOnce(&mut Tape) -> R) -> R {
+        let more = self.virtual_rows_before(virtual_rows);
+        self.counting_rows_from(|noise| noise.row_offset.wrapping_add(more), f)
+    }
+
+    /// The virtual rows of the step's earlier micro-batches, where every sequence has so many.
+    pub fn virtual_rows_before(&self, virtual_rows: usize) -> u32 {
+        self.noise.map_or(0, |noise| noise.sequence_offset.wrapping_mul(virtual_rows as u32))
+    }
+
+    fn counting_rows_from<R>(&mut self, offset: impl FnOnce(Noise) -> u32, f: impl FnOnce(&mut Tape) -> R) -> R {
         let noise = self.noise;
-        self.noise = noise.map(|noise| Noise { row_offset: offset(noise), ..noise });
+        if let Some(noise) = noise {
+            self.noise = Some(Noise { row_offset: offset(noise), ..noise });
+        }
         let result = f(self);
         self.noise = noise;
         result

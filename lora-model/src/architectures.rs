@@ -36,6 +36,8 @@ pub struct ArchitectureRow {
     pub model_type: &'static str,
     /// What it is, in a line.
     pub about: &'static str,
+    /// What the head of a folder with this configuration gives; `None` for an encoder without a head that is known.
+    pub task: fn(&RawConfig) -> Result<Option<Task>>,
     /// What a model of this configuration looks like, without its weights.
     pub outline: fn(&RawConfig, &LoadOptions) -> Result<Outline>,
     /// The model in a folder whose configuration was read.
@@ -47,24 +49,28 @@ pub const ARCHITECTURES: &[ArchitectureRow] = &[
     ArchitectureRow {
         model_type: "gpt2",
         about: "GPT-2 (Radford et al. 2019)",
+        task: |_| Ok(Some(Task::CausalLm)),
         outline: |raw, _| Ok(Gpt2Config::from_raw(raw)?.outline()),
         load: |dir, raw, device, options| Ok(Box::new(Gpt2::load(dir, raw, device, options)?)),
     },
     ArchitectureRow {
         model_type: "bert",
         about: "BERT (Devlin et al. 2019)",
+        task: heads::own_task,
         outline: |raw, options| Ok(BertConfig::from_raw(raw)?.outline(heads::task(raw, options)?)),
         load: |dir, raw, device, options| Ok(Box::new(Bert::load(dir, raw, device, options)?)),
     },
     ArchitectureRow {
         model_type: "roberta",
         about: "RoBERTa (Liu et al. 2019)",
+        task: heads::own_task,
         outline: |raw, options| Ok(RobertaConfig::from_raw(raw)?.outline(heads::task(raw, options)?)),
         load: |dir, raw, device, options| Ok(Box::new(Roberta::load(dir, raw, device, options)?)),
     },
     ArchitectureRow {
         model_type: "deberta-v2",
         about: "DeBERTa-v2 and v3 (He et al. 2021)",
+        task: heads::own_task,
         outline: |raw, options| Ok(DebertaV2Config::from_raw(raw)?.outline(heads::task(raw, options)?)),
         load: |dir, raw, device, options| Ok(Box::new(DebertaV2::load(dir, raw, device, options)?)),
     },
@@ -78,6 +84,7 @@ const fn llama(model_type: &'static str, about: &'static str) -> ArchitectureRow
     ArchitectureRow {
         model_type,
         about,
+        task: |_| Ok(Some(Task::CausalLm)),
         outline: |raw, _| Ok(LlamaConfig::from_raw(raw)?.outline()),
         load: |dir, raw, device, options| Ok(Box::new(Llama::load(dir, raw, device, options)?)),
     }

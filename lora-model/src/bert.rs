@@ -110,9 +110,10 @@ impl Encoder {
             let q = l.query.apply(t, adapted, &h)?;
             let (k, v) = (l.key.apply(t, adapted, &h)?, l.value.apply(t, adapted, &h)?);
             let cfg = attention(c, t);
-            let y = input.attend(t, adapted, i, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?;
+            let heads = input.attend(t, adapted, i, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?;
             drop((q, k, v));
-            let y = l.attention_dense.apply(t, adapted, &y)?;
+            let y = l.attention_dense.apply(t, adapted, &heads)?;
+            drop(heads);
             let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
             h = l.attention.join(t, adapted, h, y, Some(&|t, x| l.attention_norm.apply(t, adapted, x)))?;
             let x = l.intermediate.apply(t, adapted, &h)?;

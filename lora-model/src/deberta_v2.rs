@@ -101,6 +101,7 @@ fn encoder(c: &DebertaV2Config, b: &mut Build) -> Result<Encoder> {
     b.describe("deberta-v2", c.num_hidden_layers, c.max_position_embeddings, &["query_proj", "value_proj"]);
     let embeddings = |name: &str| format!("deberta.embeddings.{name}");
     let word_embeddings = b.weight(embeddings("word_embeddings.weight"), &[c.vocab_size, d])?;
+    b.tokens(&word_embeddings);
     let mut table = |name: &str, rows: usize| {
         (rows > 0).then(|| b.weight(embeddings(&format!("{name}.weight")), &[rows, d])).transpose()
     };
@@ -254,11 +255,12 @@ impl Encoder {
         for (i, layer) in self.layers.iter().enumerate() {
             let conv = self.conv.as_ref().filter(|_| i == 0);
             let before = conv.map(|_| h.share());
-            let y = match (relative, &table) {
+            let heads = match (relative, &table) {
                 (Some(relative), Some(table)) => layer.relative(c, t, adapted, input, &h, relative, table)?,
                 _ => layer.plain(c, t, adapted, input, &h, i)?,
             };
-            let y = layer.attention_output.apply(t, adapted, &y)?;
+            let y = layer.attention_output.apply(t, adapted, &heads)?;
+            drop(heads);
             let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
             h = layer.attention.join(t, adapted, h, y, Some(&|t, x| layer.attention_norm.apply(t, adapted, x)))?;
             let x = layer.intermediate.apply(t, adapted, &h)?;

@@ -63,7 +63,7 @@ impl Gpt2Config {
     }
 }
 
-/// All of the model, in the order of its weights.
+/// All of the model. Fresh weights are drawn in this order, so that it stays: a seed gives the same model.
 fn describe(config: &Gpt2Config, b: &mut Build) -> Result<Weights> {
     let (d, f, eps) = (config.n_embd, config.inner(), config.layer_norm_epsilon);
     b.describe("gpt2", config.n_layer, config.n_positions, &["c_attn"]);
@@ -76,15 +76,14 @@ fn describe(config: &Gpt2Config, b: &mut Build) -> Result<Weights> {
     for i in 0..config.n_layer {
         b.layer(Some(i));
         let module = |name: &str| format!("transformer.h.{i}.{name}");
-        let ln_1 = b.layer_norm(module("ln_1"), d, eps)?;
         let c_attn = b.linear(module("attn.c_attn"), [d, 3 * d], InOut, true)?;
         b.parts(&[("q", d), ("k", d), ("v", d)]);
         let attn_c_proj = b.linear(module("attn.c_proj"), [d, d], InOut, true)?;
         let attn = b.sublayer(module("attn"), Part::Attention, d);
-        let ln_2 = b.layer_norm(module("ln_2"), d, eps)?;
         let c_fc = b.linear(module("mlp.c_fc"), [d, f], InOut, true)?;
         let mlp_c_proj = b.linear(module("mlp.c_proj"), [f, d], InOut, true)?;
         let mlp = b.sublayer(module("mlp"), Part::Mlp, d);
+        let (ln_1, ln_2) = (b.layer_norm(module("ln_1"), d, eps)?, b.layer_norm(module("ln_2"), d, eps)?);
         blocks.push(Block { ln_1, c_attn, attn_c_proj, attn, ln_2, c_fc, mlp_c_proj, mlp });
     }
     b.layer(None);
@@ -225,9 +224,10 @@ impl Model for Gpt2 {
             let qkv = b.c_attn.apply(t, adapted, &x)?;
             drop(x);
             let cfg = self.attention(t, i);
-            let y = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
+            let heads = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
             drop(qkv);
-            let y = b.attn_c_proj.apply(t, adapted, &y)?;
+            let y = b.attn_c_proj.apply(t, adapted, &heads)?;
+            drop(heads);
             let y = ops::dropout(t, y, self.config.resid_pdrop)?;
             h = b.attn.join(t, adapted, h, y, None)?;
             let x = b.ln_2.apply(t, adapted, &h)?;

@@ -75,19 +75,16 @@ pub(crate) fn task(raw: &RawConfig, options: &LoadOptions) -> Result<Task> {
         Some(Task::CausalLm) => Err(raw.error("model_type", "an encoder has no head for continuing text")),
         Some(Task::Classification { labels }) => labels_checked(raw, labels),
         Some(task) => Ok(task),
-        None => {
-            let class = class(raw);
-            own_task(raw, class)?.ok_or_else(|| {
-                let named = class.map_or("it is missing".to_owned(), |c| format!("{c:?} has no head that is known"));
-                raw.error(
-                    "architectures",
-                    format_args!(
-                        "{named}; ask for a task (classification, regression, or filling in hidden tokens), for which \
+        None => own_task(raw)?.ok_or_else(|| {
+            let named = class(raw).map_or("it is missing".to_owned(), |c| format!("{c:?} has no head that is known"));
+            raw.error(
+                "architectures",
+                format_args!(
+                    "{named}; ask for a task (classification, regression, or filling in hidden tokens), for which \
                          the model gets a head that begins at random"
-                    ),
-                )
-            })
-        }
+                ),
+            )
+        }),
     }
 }
 
@@ -96,9 +93,9 @@ fn class(raw: &RawConfig) -> Option<&str> {
     raw.value("architectures")?.as_array()?.first()?.as_str()
 }
 
-/// The task of a class of Transformers, where it has a head that is known here.
-fn own_task(raw: &RawConfig, class: Option<&str>) -> Result<Option<Task>> {
-    let Some(class) = class else { return Ok(None) };
+/// The task of the class of Transformers that the configuration names, where it has a head that is known here.
+pub(crate) fn own_task(raw: &RawConfig) -> Result<Option<Task>> {
+    let Some(class) = class(raw) else { return Ok(None) };
     if class.ends_with("ForMaskedLM") || class.ends_with("ForPreTraining") {
         return Ok(Some(Task::MaskedLm));
     }
@@ -239,7 +236,7 @@ pub(crate) fn load<M>(
         );
     }
     if let Some(task) = options.task
-        && own_task(&raw, class(&raw)).ok().flatten() != Some(task)
+        && own_task(&raw).ok().flatten() != Some(task)
     {
         set_task(&mut raw, files.family, task);
     }

@@ -1,5 +1,5 @@
 use lora_core::{Result, Tape, Tensor, Var, ops, ops::Qkv, peft::Adapted};
-use lora_kernels::{Attention, Sequences};
+use lora_kernels::{Attention, Dropout, Sequences};
 
 use crate::{Batch, KvCache, batch::VirtualInputs, virtual_rows::Place};
 
@@ -93,6 +93,10 @@ impl<'a> Input<'a> {
         if self.prefix.is_none() {
             self.prefix = adapted.keys_values(t)?;
         }
+        // Attention has more rows than the stream, and its masks count them.
+        let more = t.virtual_rows_before(adapted.attention_tokens().count());
+        let dropout = cfg.dropout.map(|d| Dropout { row_offset: d.row_offset.wrapping_add(more), ..d });
+        let cfg = Attention { dropout, ..cfg };
         let (prefix, rows) = (self.prefix.as_ref(), self.virtual_rows.as_ref());
         let (prefix, rows) = prefix.zip(rows).expect("virtual rows come from keys and values");
         let (q_cols, kv_cols) = (cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);

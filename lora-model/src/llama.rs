@@ -226,8 +226,9 @@ impl Model for Llama {
         let mut h = input.embed(t, adapted, &table)?;
         for (i, b) in w.blocks.iter().enumerate() {
             let x = b.input_layernorm.apply(t, adapted, &h)?;
-            let y = self.attend(t, adapted, i, x, input)?;
-            let y = b.o_proj.apply(t, adapted, &y)?;
+            let heads = self.attend(t, adapted, i, x, input)?;
+            let y = b.o_proj.apply(t, adapted, &heads)?;
+            drop(heads);
             h = b.self_attn.join(t, adapted, h, y, None)?;
             let x = b.post_attention_layernorm.apply(t, adapted, &h)?;
             let gate = b.gate_proj.apply(t, adapted, &x)?;

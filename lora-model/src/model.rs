@@ -120,7 +120,8 @@ pub trait Model: Base + Send + Sync {
     /// `scale` times the summed loss of the batch's targets: cross-entropy ([`ops::loss_head`]), or of a regression the
     /// squared error ([`ops::squared_error`]), which label smoothing leaves alone.
     fn loss(&self, t: &mut Tape, adapted: &Adapted, batch: &Batch, smoothing: f64, scale: f64) -> Result<Var> {
-        let h = self.hidden(t, adapted, &mut Input::whole(batch))?;
+        let h =
+            t.on_rows_with(adapted.stream_tokens().count(), |t| self.hidden(t, adapted, &mut Input::whole(batch)))?;
         let x = ops::gather(t, &h, &batch.target_rows)?;
         drop(h);
         let x = self.features(t, adapted, x)?;

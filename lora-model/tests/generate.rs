@@ -8,7 +8,7 @@ use lora_kernels::Device;
 use lora_model::{
     Error, Gpt2, Model, Texts,
     config::Gpt2Config,
-    generate::{Generated, GenerationConfig, check, distribution, generate},
+    generate::{Generated, GenerationConfig, check, distribution, end_tokens, generate},
     load,
 };
 use serde_json::Value;
@@ -433,6 +433,38 @@ fn a_diverged_model_generates_nothing() {
         for config in modes() {
             let e = generate(&*broken, &adapted, &prompts(), &config, None).unwrap_err();
             assert!(matches!(e, Error::NotFinite), "{device}: {e}");
+        }
+    }
+}
+
+#[test]
+fn the_tokens_that_end_a_text_are_those_of_the_files() {
+    let table = [
+        (r#"{"eos_token_id": 2}"#, None, Ok(vec![2])),
+        (r#"{"eos_token_id": [5, 2]}"#, None, Ok(vec![5, 2])),
+        (r#"{"eos_token_id": 2}"#, Some(r#"{"eos_token_id": [128001, 128008]}"#), Ok(vec![128001, 128008])),
+        (r#"{"eos_token_id": 2}"#, Some(r#"{"eos_token_id": 3}"#), Ok(vec![3])),
+        (r#"{"eos_token_id": 2}"#, Some(r#"{"do_sample": true}"#), Ok(vec![2])),
+        (r#"{"eos_token_id": null}"#, Some("{}"), Ok(vec![])),
+        ("{}", None, Ok(vec![])),
+        (r#"{"eos_token_id": [1, "a"]}"#, None, Err(["config.json", "eos_token_id"])),
+        ("{}", Some(r#"{"eos_token_id": -1}"#), Err(["generation_config.json", "eos_token_id"])),
+        ("{}", Some(r#"{"eos_token_id": [4294967296]}"#), Err(["generation_config.json", "eos_token_id"])),
+        ("{}", Some("{"), Err(["generation_config.json", "JSON"])),
+    ];
+    for (config, generation, want) in table {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), config).unwrap();
+        if let Some(text) = generation {
+            std::fs::write(dir.path().join("generation_config.json"), text).unwrap();
+        }
+        let got = end_tokens(dir.path());
+        match want {
+            Ok(ids) => assert_eq!(got.unwrap(), ids, "{config}, {generation:?}"),
+            Err(parts) => {
+                let e = got.unwrap_err().to_string();
+                assert!(parts.iter().all(|part| e.contains(part)), "{config}, {generation:?}: {e}");
+            }
         }
     }
 }

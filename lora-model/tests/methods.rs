@@ -102,6 +102,8 @@ const VARIANTS: &[(&str, Change)] = &[
     ("reparametrised", |o| o.reparam = 5),
     ("dropped layers", |o| o.drop_layers = Some(Layers::First(1))),
     ("norms train too", |o| o.train_norms = true),
+    ("dropout", |o| o.dropout = 0.3),
+    ("wider than the stream", |o| o.bottleneck = 40),
 ];
 
 /// Whether a method reads what a variant changes.
@@ -112,6 +114,8 @@ fn reads(row: &MethodRow, variant: &str) -> bool {
         "reparametrised" => "reparam",
         "dropped layers" => "drop-layers",
         "norms train too" => "train-norms",
+        "dropout" => "dropout",
+        "wider than the stream" => "bottleneck",
         other => panic!("{other}"),
     };
     row.options.contains(&option)
@@ -350,9 +354,48 @@ fn devices_agree() {
     }
 }
 
+/// Without the adapters of some layers a model computes what it computes with those of the others alone.
+#[test]
+fn layers_are_dropped_for_inference() {
+    for_all(DType::F32, |what, base, row, o| {
+        let outline = base.model.outline();
+        let mut adapted = base.adapt(row, o, 1).unwrap();
+        disturb(&mut adapted.params, 0.3);
+        let (before, last) = (base.logits(&adapted), outline.layers - 1);
+        for layers in [Layers::Of(vec![last, last + 1]), Layers::First(last + 2)] {
+            let refused = adapted.drop_layers(&layers, outline);
+            assert!(matches!(refused, Err(Error::Option { option: "drop-layers", .. })), "{what}: {refused:?}");
+        }
+        let first = Layers::First(1);
+        let everywhere = ["rank", "bottleneck", "fuse"].iter().any(|option| row.options.contains(option));
+        if !everywhere || o.drop_layers == Some(first.clone()) {
+            // The second of these has an adapter, perhaps, and keeps it.
+            let refused = adapted.drop_layers(&Layers::All, outline);
+            assert!(matches!(refused, Err(Error::Option { option: "drop-layers", .. })), "{what}: {refused:?}");
+            return assert_eq!(bits(&base.logits(&adapted)), bits(&before), "{what}: refused, and yet dropped");
+        }
+        let sites = adapted.site_count();
+        adapted.drop_layers(&first, outline).unwrap();
+        let dropped = base.logits(&adapted);
+        assert!(adapted.site_count() < sites && relative(&dropped, &before) > 1e-4, "{what}: nothing was dropped");
+        if row.name == "adapter-p" {
+            let o = Options { drop_layers: Some(first), ..o.clone() };
+            let mut others = base.adapt(find("adapter-d").unwrap(), &o, 9).unwrap();
+            let kept: Vec<String> = others.adapter_tensors().unwrap().into_iter().map(|(name, _)| name).collect();
+            let all = base.adapt(row, &o, 1).map(|mut all| {
+                disturb(&mut all.params, 0.3);
+                all.adapter_tensors().unwrap()
+            });
+            let tensors = all.unwrap().into_iter().filter(|(name, _)| kept.contains(name));
+            others.load_adapter_tensors(tensors.collect()).unwrap();
+            assert_eq!(bits(&dropped), bits(&base.logits(&others)), "{what}");
+        }
+    });
+}
+
 /// An adapter of one architecture and method on a base of another, or read as another method.
 #[test]
-fn an_adapter_of_another_architecture_is_refused() {
+fn an_adapter_of_another_architecture_or_method_is_refused() {
     let bases: Vec<Base> = golden().iter().map(|(case, dir)| Base::new(case, dir, DType::F32)).collect();
     for base in &bases {
         let o = base.options();
@@ -360,6 +403,14 @@ fn an_adapter_of_another_architecture_is_refused() {
             let Ok(adapted) = base.adapt(row, &o, 1) else { continue };
             let dir = tempfile::tempdir().unwrap();
             adapter::save(dir.path(), row.name, &o, &adapted, &*base.model, None).unwrap();
+            for another in METHODS.iter().filter(|m| row.name != "lora" && m.name != row.name && m.name != "lora") {
+                let path = dir.path().join(adapter::CONFIG_FILE);
+                let text = fs::read_to_string(&path).unwrap();
+                fs::write(&path, text.replace(&format!("\"{}\"", row.name), &format!("\"{}\"", another.name))).unwrap();
+                let attached = adapter::attach(dir.path(), &*base.model, &CPU);
+                assert!(attached.is_err(), "{}: {} as {}", base.case, row.name, another.name);
+                fs::write(&path, text).unwrap();
+            }
             for other in &bases {
                 let (ours, theirs) = (base.model.outline(), other.model.outline());
                 if ours.architecture == theirs.architecture || ours.tensors == theirs.tensors {

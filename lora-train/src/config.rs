@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use lora_core::peft::{self, Layers};
+use lora_core::peft::{self, Layers, METHODS};
 use lora_model::adapter::AdapterFile;
 use serde::{Deserialize, Serialize};
 
@@ -301,9 +301,12 @@ impl TrainConfig {
         Ok(self.row()?.options.contains(&option))
     }
 
-    /// The adapters to combine, each by the name of its folder.
+    /// The adapters to combine, each by the name of its folder; of a fusion that training starts from, those that are in it.
     fn frozen(&self) -> Result<Vec<peft::Frozen>> {
         const OPTION: &str = "fuse";
+        if let (Some(dir), true) = (&self.init_adapter, self.fuse.is_empty()) {
+            return Ok(lora_model::adapter::load(dir)?.options.fuse);
+        }
         let mut all: Vec<peft::Frozen> = Vec::new();
         for dir in &self.fuse {
             let refuse = |why: String| Err(Error::option(OPTION, dir.display(), why));
@@ -349,6 +352,7 @@ impl TrainConfig {
                 table.remove(other);
             }
         }
+        let flagged: Vec<String> = flags.keys().cloned().collect();
         table.extend(flags);
         let given: Vec<String> = table.keys().cloned().collect();
         let path = file.unwrap_or(Path::new("command line"));
@@ -358,6 +362,16 @@ impl TrainConfig {
         if let Some(dir) = config.init_adapter.clone() {
             let adapter = lora_model::adapter::load(&dir)?;
             config.adopt(&dir, &adapter, |key| given.iter().any(|g| g == key))?;
+        }
+        // A file may serve several methods; a flag is meant for this one.
+        let row = config.row()?;
+        for method in METHODS {
+            if let Some(option) =
+                method.options.iter().find(|o| !row.options.contains(o) && flagged.iter().any(|f| f == *o))
+            {
+                let why = format!("method {} does not read it; leave it out, or choose another method", row.name);
+                return Err(Error::option(option, "given", why));
+            }
         }
         Ok(config)
     }
@@ -381,7 +395,12 @@ impl TrainConfig {
         self.method = adapter.method.into();
         let adapters = TrainConfig::default().with_options(&adapter.options);
         for option in self.row()?.options {
-            // What a fusion combines is in its own folder.
+            if *option == "fuse" && given(option) && !self.fuse.is_empty() {
+                let names = |all: Vec<&str>| all.join(",");
+                let ours = names(self.fuse.iter().filter_map(|p| p.to_str()).collect());
+                return conflict(option, ours, names(adapter.options.fuse.iter().map(|f| f.name.as_str()).collect()));
+            }
+            // What a fusion combines stays in its own folder.
             if *option == "fuse" || (*option == "dropout" && given(option)) {
                 continue;
             }

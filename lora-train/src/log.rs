@@ -75,10 +75,11 @@ impl Log {
     /// # Errors
     /// A full disk.
     pub fn evaluation(&mut self, step: u64, e: &Evaluation) -> Result<()> {
-        let mut line = json!({"eval_step": step, "eval_loss": e.loss, "eval_targets": e.targets});
+        let mut line = json!({"eval_step": step, "eval_loss": e.loss});
         if let Some(perplexity) = e.perplexity {
             line["eval_perplexity"] = json!(perplexity);
         }
+        line["eval_targets"] = json!(e.targets);
         for (metric, value) in &e.scores.0 {
             line[format!("eval_{metric}")] = json!(value);
         }

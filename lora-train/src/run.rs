@@ -6,7 +6,7 @@ use std::{
 };
 
 use lora_core::peft::Adapted;
-use lora_kernels::DType;
+use lora_kernels::{DType, Device};
 use lora_model::{Model, files, tokenizer::Tokenizer};
 
 use crate::{
@@ -104,8 +104,23 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
         model.set_base_dropout(p);
     }
     let model = &*model;
+    if config.row()?.options.contains(&"fuse") {
+        config.fuse.iter().try_for_each(|dir| lora_model::adapter::load(dir)?.check_base(model.outline()))?;
+    }
     let adapted = match &config.init_adapter {
-        None => Adapted::new(&*config.method_options()?, model, &device, dtype, config.seed)?,
+        None => {
+            let method = config.method_options()?;
+            let mut adapted = Adapted::new(&*method, model, &device, dtype, config.seed)?;
+            if stored != DType::F32 && adapted.trained().next().is_some() {
+                // Base weights that train begin with all their digits here too.
+                let exact = match &task {
+                    None => lora_model::load(&base_dir, &Device::Cpu)?,
+                    Some((fitted, _)) => fitted.load(&base_dir, &Device::Cpu, DType::F32, config.seed)?,
+                };
+                adapted.begin_at(&*exact)?;
+            }
+            adapted
+        }
         Some(dir) => {
             let mut file = lora_model::adapter::load(dir)?;
             config.clone().adopt(dir, &file, |_| true)?;

@@ -228,7 +228,7 @@ impl Fitted {
     ///
     /// # Errors
     /// What reading and writing can cause.
-    pub(crate) fn name_labels(&self, dir: &Path) -> Result<()> {
+    pub fn name_labels(&self, dir: &Path) -> Result<()> {
         let Some(labels) = &self.labels else { return Ok(()) };
         let mut raw = RawConfig::from_dir(dir)?;
         let names = || labels.names().iter().enumerate();

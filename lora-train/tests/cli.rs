@@ -4,9 +4,16 @@
 mod bad_input;
 #[path = "cli/commands.rs"]
 mod commands;
+mod common;
 #[path = "cli/convert.rs"]
 mod convert;
 #[path = "cli/lab.rs"]
 mod lab;
+#[path = "cli/methods.rs"]
+mod methods;
+#[path = "cli/misfits.rs"]
+mod misfits;
 #[path = "cli/resume.rs"]
 mod resume;
+#[path = "cli/tasks.rs"]
+mod tasks;

@@ -71,7 +71,7 @@ fn formats() {
         assert_eq!(serde_json::to_string(&format).unwrap(), format!("\"{format}\""));
     }
     let error = "csv".parse::<Format>().unwrap_err().to_string();
-    assert!(error.contains("'csv'") && error.contains("e2e, jsonl or text"), "{error}");
+    assert!(error.contains("'csv'") && error.contains("e2e, jsonl, text or tsv"), "{error}");
     for (path, format) in
         [("a.jsonl", Format::Jsonl), ("b/a.JSON", Format::Jsonl), ("a.txt", Format::E2e), ("jsonl", Format::E2e)]
     {

@@ -154,24 +154,36 @@ impl Adapted {
         self.trained.keys().map(String::as_str)
     }
 
+    /// Lets the base's tensors that train begin at the values of another copy of the base, one with more digits.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] for a tensor that the copy lacks, and what copying to the device can cause.
+    pub fn begin_at(&mut self, base: &dyn Base) -> Result<()> {
+        for (name, &id) in &self.trained {
+            let value = base.tensor(name).ok_or_else(|| Error::Missing { name: name.clone() })?;
+            self.params.set(id, value)?;
+        }
+        Ok(())
+    }
+
     /// Takes the adapters out of some layers, for inference (AdapterDrop, Rücklé et al. 2021): their parameters stay, and
     /// nothing uses them.
     ///
     /// # Errors
-    /// [`Error::Option`] for layers that the base does not have, or that have no adapter.
+    /// [`Error::Option`] for layers that the base does not have, or that have no adapter; nothing is dropped then.
     pub fn drop_layers(&mut self, layers: &Layers, outline: &Outline) -> Result<()> {
         const OPTION: &str = "drop-layers";
-        for layer in layers.of(OPTION, outline.layers)? {
-            let (gone, left): (Vec<_>, Vec<_>) =
-                mem::take(&mut self.places.sites).into_iter().partition(|(_, l)| *l == Some(layer));
-            self.places.sites = left;
-            if gone.is_empty() {
-                let why = format!("layer {layer} has no adapter that could be dropped");
-                return Err(Error::Option { option: OPTION, value: layers.to_string(), why });
-            }
-            for (site, _) in gone {
-                self.places.attached.remove(&site);
-            }
+        let dropped = layers.of(OPTION, outline.layers)?;
+        if let Some(layer) = dropped.iter().find(|n| !self.places.sites.iter().any(|(_, layer)| *layer == Some(**n))) {
+            let why = format!("layer {layer} has no adapter that could be dropped");
+            return Err(Error::Option { option: OPTION, value: layers.to_string(), why });
+        }
+        let gone = |layer: Option<usize>| layer.is_some_and(|layer| dropped.contains(&layer));
+        let (gone, left): (Vec<_>, Vec<_>) =
+            mem::take(&mut self.places.sites).into_iter().partition(|(_, layer)| gone(*layer));
+        self.places.sites = left;
+        for (site, _) in gone {
+            self.places.attached.remove(&site);
         }
         Ok(())
     }

@@ -14,10 +14,11 @@ pub(super) struct Size {
 
 impl Size {
     /// # Errors
-    /// [`Error::Option`] for a width of 0.
+    /// [`Error::Option`] for a width of 0, and for an absurd one.
     pub(super) fn new(width: usize, train_norms: bool) -> Result<Size> {
         match width {
             0 => Err(refused(0, "a bottleneck has at least one unit; 48 is usual".into())),
+            _ if width > MOST => Err(refused(width, format!("a bottleneck has at most {MOST} units; 48 is usual"))),
             _ => Ok(Size { width, train_norms }),
         }
     }
@@ -27,18 +28,9 @@ impl Size {
         self.train_norms && tensor.norm
     }
 
-    /// That the base has sublayers, of which none is narrower than the bottleneck.
+    /// That the base has sublayers.
     pub(super) fn check(&self, method: &str, outline: &Outline) -> Result<()> {
-        outline.needs(method, SUBLAYERS, |k| matches!(k, SiteKind::Sublayer { .. }))?;
-        for site in &outline.sites {
-            if let SiteKind::Sublayer { width, .. } = site.kind
-                && self.width > width
-            {
-                let why = format!("a bottleneck is no wider than the stream, and {} has {width} columns", site.name);
-                return Err(refused(self.width, why));
-            }
-        }
-        Ok(())
+        outline.needs(method, SUBLAYERS, |k| matches!(k, SiteKind::Sublayer { .. }))
     }
 
     /// A bottleneck at a site of this width, with matrices that begin as `init` says and biases of zero.
@@ -51,6 +43,9 @@ impl Size {
         Bottleneck { down: map("adapter_down", [r, d]), up: map("adapter_up", [d, r]), kind }
     }
 }
+
+/// Units beyond which a width is a mistake, and must not end in an allocation.
+const MOST: usize = 1 << 20;
 
 /// What an architecture without sites for adapters lacks.
 pub(super) const SUBLAYERS: &str = "sublayers that an adapter could follow";

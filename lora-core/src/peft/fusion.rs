@@ -23,7 +23,8 @@ use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::La
 /// number to all scores of a token and so changes nothing: here there is none. These are 3·d² + d scalars in a layer.
 ///
 /// Q and K begin normal with deviation 0.02, V as the identity with noise of 10⁻⁶ (section 3.2), so that training starts near
-/// the mean of the adapters. The paper's penalty on V's distance from there is left to weight decay.
+/// the mean of the adapters. The authors' penalty on V's distance
+/// from the identity is not applied; plain weight decay pulls V towards 0 instead, so train with little of it.
 ///
 /// It is saved with the adapters that it combines (`{site}.adapters.{name}.adapter_down.weight` and so on), so that it needs
 /// nothing else.

@@ -28,7 +28,7 @@ use std::{
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Base, MethodRow, Options, find},
+    peft::{Adapted, Base, Method, MethodRow, Options, Outline, find},
 };
 use lora_kernels::{Device, all_finite};
 
@@ -68,9 +68,9 @@ pub struct AdapterFile {
     /// All tensors under the names of [`Adapted::adapter_tensors`], in f32.
     pub tensors: BTreeMap<String, Tensor>,
     /// The architecture that it was trained on, where the file says so.
-    architecture: Option<String>,
-    /// What its base is for, where the file says so.
-    task_type: Option<String>,
+    pub architecture: Option<String>,
+    /// What its base is for, where the file says so, by PEFT's name.
+    pub task_type: Option<String>,
     raw: RawConfig,
     weights: PathBuf,
 }
@@ -122,6 +122,29 @@ impl AdapterFile {
         Ok(find(self.method)?)
     }
 
+    /// Refuses a base of another architecture, or for another task, than that it was trained on, as far as its files tell.
+    ///
+    /// # Errors
+    /// [`Error::Config`], [`Error::Weights`].
+    pub fn check_base(&self, outline: &Outline) -> Result<()> {
+        if let Some(trained) = self.architecture.as_ref().filter(|a| **a != outline.architecture) {
+            let problem =
+                format!("it was trained on a model of architecture {trained}, not on {}", outline.architecture);
+            return Err(match self.raw.value(ARCHITECTURE_KEY) {
+                Some(_) => self.raw.error(ARCHITECTURE_KEY, problem),
+                None => Error::Weights { file: self.weights.clone(), problem },
+            });
+        }
+        if let (Some(trained), Some(task)) = (&self.task_type, outline.task_type)
+            && trained != task
+        {
+            return Err(self
+                .raw
+                .error("task_type", format_args!("it was trained for {trained}; this base is for {task}")));
+        }
+        Ok(())
+    }
+
     /// The adapter on its base, to infer with or to train on.
     ///
     /// # Errors
@@ -129,7 +152,37 @@ impl AdapterFile {
     /// the base (for targets it lists the base's modules); [`Error::TensorNames`], [`Error::Shape`] when the tensors are
     /// not exactly those that the method needs on this base; [`Error::Weights`] when they contradict its structure.
     pub fn attach(&self, base: &dyn Base, device: &Device) -> Result<Adapted> {
-        let refused = |e: lora_core::Error| match &e {
+        let outline = base.outline();
+        self.check_base(outline)?;
+        // PEFT lists these two for every classifier, whatever its head is called.
+        const HEADS: [&str; 2] = ["classifier", "score"];
+        for module in own::strings(&self.raw, "modules_to_save")?.unwrap_or_default() {
+            if !outline.modules_to_save.contains(&module) && !HEADS.contains(&module.as_str()) {
+                let problem =
+                    format!("training {module} beside the adapter is not supported; only a classifier's head is");
+                return Err(self.raw.error("modules_to_save", problem));
+            }
+        }
+        let adapted = Adapted::new(&*self.build()?, base, device, base.dtype(), 0);
+        let mut adapted = adapted.map_err(|e| self.refused(e))?;
+        self.check(&adapted)?;
+        adapted.load_adapter_tensors(self.tensors.clone()).map_err(|e| match e {
+            lora_core::Error::Structure { name, why } => {
+                Error::Weights { file: self.weights.clone(), problem: format!("tensor {PREFIX}{name}: {why}") }
+            }
+            e => Error::Core(e),
+        })?;
+        Ok(adapted)
+    }
+
+    /// The method with its options.
+    fn build(&self) -> Result<Box<dyn Method>> {
+        (self.row()?.build)(&self.options).map_err(|e| self.refused(e))
+    }
+
+    /// An error about an option, by its key in the configuration.
+    fn refused(&self, e: lora_core::Error) -> Error {
+        match &e {
             lora_core::Error::Option { option, value, why } => {
                 let own = option.replace('-', "_");
                 let key = match *option {
@@ -149,42 +202,7 @@ impl AdapterFile {
                 self.raw.error(own::METHOD_KEY, e)
             }
             _ => Error::Core(e),
-        };
-        let outline = base.outline();
-        if let Some(trained) = self.architecture.as_ref().filter(|a| **a != outline.architecture) {
-            let problem =
-                format!("it was trained on a model of architecture {trained}, not on {}", outline.architecture);
-            return Err(match self.raw.value(ARCHITECTURE_KEY) {
-                Some(_) => self.raw.error(ARCHITECTURE_KEY, problem),
-                None => Error::Weights { file: self.weights.clone(), problem },
-            });
         }
-        if let (Some(trained), Some(task)) = (&self.task_type, outline.task_type)
-            && trained != task
-        {
-            return Err(self
-                .raw
-                .error("task_type", format_args!("it was trained for {trained}; this base is for {task}")));
-        }
-        // PEFT lists these two for every classifier, whatever its head is called.
-        const HEADS: [&str; 2] = ["classifier", "score"];
-        for module in own::strings(&self.raw, "modules_to_save")?.unwrap_or_default() {
-            if !outline.modules_to_save.contains(&module) && !HEADS.contains(&module.as_str()) {
-                let problem =
-                    format!("training {module} beside the adapter is not supported; only a classifier's head is");
-                return Err(self.raw.error("modules_to_save", problem));
-            }
-        }
-        let method = (self.row()?.build)(&self.options).map_err(refused)?;
-        let mut adapted = Adapted::new(&*method, base, device, base.dtype(), 0).map_err(refused)?;
-        self.check(&adapted)?;
-        adapted.load_adapter_tensors(self.tensors.clone()).map_err(|e| match e {
-            lora_core::Error::Structure { name, why } => {
-                Error::Weights { file: self.weights.clone(), problem: format!("tensor {PREFIX}{name}: {why}") }
-            }
-            e => Error::Core(e),
-        })?;
-        Ok(adapted)
     }
 
     /// Compares names and shapes with those that the base asks for.

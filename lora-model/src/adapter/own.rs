@@ -57,6 +57,9 @@ fn value(o: &Options, option: &str) -> Value {
 pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
     let name = raw.str(METHOD_KEY)?.unwrap_or_default();
     let row = find(name).map_err(|e| raw.error(METHOD_KEY, e))?;
+    if row.whole_model {
+        return Err(raw.error(METHOD_KEY, format_args!("{name} has no adapter: its result is a whole model")));
+    }
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for key in file.names() {
         let Some((own, info)) = key.strip_prefix(PREFIX).zip(file.info(key)) else {
@@ -73,11 +76,15 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
     {
         return Err(raw.error(key, format_args!("method {name} has no such option")));
     }
+    if let Some(option) = row.options.iter().find(|o| !raw.keys().contains_key(&o.replace('-', "_"))) {
+        let problem = "missing; it says how the adapter was made, so it has to be there";
+        return Err(raw.error(&option.replace('-', "_"), problem));
+    }
     let mut options = Options::default();
     for option in row.options {
         set(&mut options, &raw, option, &tensors)?;
     }
-    Ok(AdapterFile {
+    let adapter = AdapterFile {
         method: row.name,
         options,
         base_model_name_or_path: raw.str("base_model_name_or_path")?.map(str::to_owned),
@@ -86,10 +93,12 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         task_type: raw.str("task_type")?.map(str::to_owned),
         raw,
         weights: file.path().to_owned(),
-    })
+    };
+    adapter.build()?;
+    Ok(adapter)
 }
 
-/// Takes an option over; one that is not there keeps its default.
+/// Takes an option over; one that is null keeps its default.
 fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let key = option.replace('-', "_");
     let key = key.as_str();
@@ -108,7 +117,10 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         "drop-layers" => o.drop_layers = layers(raw.str(key)?)?,
         "prefix" => o.prefix = raw.usize(key)?.unwrap_or(o.prefix),
         "infix" => o.infix = raw.usize(key)?.unwrap_or(o.infix),
-        "reparam" => o.reparam = raw.usize(key)?.unwrap_or(o.reparam),
+        "reparam" => match raw.usize(key)? {
+            None | Some(0) => {}
+            Some(_) => return Err(raw.error(key, "a saved prefix is keys and values alone; set it to 0")),
+        },
         "fuse" => o.fuse = fused(raw, key, tensors)?,
         other => panic!("an option of a method that its files do not know: {other}"),
     }

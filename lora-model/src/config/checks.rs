@@ -5,6 +5,8 @@
 pub(super) const MOST_LAYERS: usize = 1 << 12;
 pub(super) const MOST_WIDTH: usize = 1 << 20;
 pub(super) const MOST_ROWS: usize = 1 << 24;
+/// Positions of which tables are made in advance.
+pub(super) const MOST_POSITIONS: usize = 1 << 20;
 const MOST_PARAMETERS: u128 = 1 << 42;
 
 /// A key and what is wrong with its value.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     RawConfig, RopeConfig,
-    checks::{self, MOST_LAYERS, MOST_ROWS, MOST_WIDTH, Problem},
+    checks::{self, MOST_LAYERS, MOST_POSITIONS, MOST_ROWS, MOST_WIDTH, Problem},
 };
 use crate::{Error, Result};
 
@@ -335,7 +335,7 @@ impl LlamaConfig {
             ("num_attention_heads", self.num_attention_heads, MOST_WIDTH),
             ("num_key_value_heads", self.num_key_value_heads, MOST_WIDTH),
             ("head_dim", self.head_dim, MOST_WIDTH),
-            ("max_position_embeddings", self.max_position_embeddings, MOST_ROWS),
+            ("max_position_embeddings", self.max_position_embeddings, MOST_POSITIONS),
             ("sliding_window", self.sliding_window.unwrap_or(1), usize::MAX),
         ]);
         if sizes.is_some() {

@@ -106,12 +106,21 @@ impl RawConfig {
     pub fn token_or(&self, key: &str, default: Option<u32>) -> Result<Option<u32>> {
         match self.keys.get(key) {
             None => Ok(default),
-            Some(Value::Array(ids)) => match ids.first().and_then(Value::as_u64).map(u32::try_from) {
-                Some(Ok(id)) => Ok(Some(id)),
+            Some(Value::Array(_)) => match self.tokens(key)?.as_deref() {
+                Some([first, ..]) => Ok(Some(*first)),
                 _ => Err(self.error(key, "expected token ids (whole numbers below 2^32)")),
             },
             Some(_) => self.token(key),
         }
+    }
+
+    /// Token ids: a number, or a list of them.
+    pub fn tokens(&self, key: &str) -> Result<Option<Vec<u32>>> {
+        let id = |v: &Value| v.as_u64().and_then(|n| n.try_into().ok());
+        self.get(key, "token ids (whole numbers below 2^32)", |v| match v {
+            Value::Array(ids) => ids.iter().map(id).collect(),
+            v => id(v).map(|id| vec![id]),
+        })
     }
 
     /// A finite number.

@@ -3,6 +3,7 @@
 
 mod beam;
 mod config;
+mod end;
 mod sample;
 mod scores;
 
@@ -11,6 +12,7 @@ use lora_core::peft::Adapted;
 use crate::{Error, KvCache, Model, Result, Task};
 
 pub use config::GenerationConfig;
+pub use end::end_tokens;
 pub use scores::distribution;
 
 /// What was generated after one prompt.
@@ -41,7 +43,7 @@ pub fn generate(
     on_token: Option<&mut dyn FnMut(usize, u32)>,
 ) -> Result<Vec<Generated>> {
     let requests = requests(model, adapted, prompts, config)?;
-    warn_of_cut(&requests, config, model.free_positions(adapted));
+    warn_of_cut(&requests, config, &place(model, adapted));
     let mut ignore = |_, _| ();
     let on_token = on_token.unwrap_or(&mut ignore);
     match (requests.len(), config.num_beams) {
@@ -90,19 +92,28 @@ fn requests<'a>(
         let free = positions.saturating_sub(prompt.len());
         if free == 0 {
             let n = prompt.len();
-            return refuse(format!("its {n} tokens leave none of the model's {positions} positions free; shorten it"));
+            return refuse(format!("its {n} tokens leave none of {} free; shorten it", place(model, adapted)));
         }
         Ok(Request { prompt, limit: config.max_new_tokens.min(free) })
     };
     prompts.iter().enumerate().map(request).collect()
 }
 
-fn warn_of_cut(requests: &[Request], config: &GenerationConfig, positions: usize) {
+/// The positions that a text can take, in words.
+fn place(model: &dyn Model, adapted: &Adapted) -> String {
+    let (all, free) = (model.limits().max_positions, model.free_positions(adapted));
+    match all - free {
+        0 => format!("the model's {all} positions"),
+        n => format!("the {free} of the model's {all} positions that the adapter's {n} virtual tokens leave"),
+    }
+}
+
+fn warn_of_cut(requests: &[Request], config: &GenerationConfig, place: &str) {
     let wanted = config.max_new_tokens;
     let cut = requests.iter().filter(|r| r.limit < wanted).count();
     if cut > 0 {
         tracing::warn!(
-            "{cut} of {} prompts leave fewer than max_new_tokens = {wanted} of the model's {positions} positions free and get as many tokens as fit",
+            "{cut} of {} prompts leave fewer than max_new_tokens = {wanted} of {place} free and get as many tokens as fit",
             requests.len()
         );
     }
@@ -119,7 +130,8 @@ impl<'a> Decoder<'a> {
     /// With room for the prompts and the first stretch of `width` texts after each.
     fn new(model: &'a dyn Model, adapted: &'a Adapted, requests: &[Request], width: usize) -> Result<Decoder<'a>> {
         const STRETCH: usize = 64;
-        let rows = requests.iter().map(|r| r.prompt.len() + width * r.limit.min(STRETCH)).sum();
+        let virtual_rows = model.limits().max_positions - model.free_positions(adapted);
+        let rows = requests.iter().map(|r| virtual_rows + r.prompt.len() + width * r.limit.min(STRETCH)).sum();
         Ok(Decoder { model, adapted, cache: model.cache(requests.len(), rows)? })
     }
 

@@ -222,8 +222,8 @@ pub enum Error {
 
     /// A column that the task needs is not there.
     #[error(
-        "{}:{line}: no column {missing} for --task {task} among {found}{}{}",
-        path.display(), bare_hint(bare), answer_hint(*answer)
+        "{}:{line}: no column {missing} for --task {} among {found}{}",
+        path.display(), task.name, column_hint(task, missing)
     )]
     NoColumn {
         /// The file.
@@ -231,15 +231,11 @@ pub enum Error {
         /// The line that was read as headings.
         line: usize,
         /// The task.
-        task: &'static str,
+        task: &'static super::TaskRow,
         /// The headings, any of which would have done.
         missing: String,
         /// What stands there.
         found: String,
-        /// The numbers of columns that the task's files have where they have no headings.
-        bare: Vec<usize>,
-        /// Whether it is the label that is missing.
-        answer: bool,
     },
 
     /// A row has more or fewer columns than the first one.
@@ -361,18 +357,16 @@ fn place(column: usize) -> String {
     if column == 0 { String::new() } else { format!(":{column}") }
 }
 
-fn bare_hint(counts: &[usize]) -> String {
-    match counts {
-        [] => String::new(),
-        counts => {
-            let counts: Vec<String> = counts.iter().map(usize::to_string).collect();
-            format!("; without headings the file has {} columns", counts.join(" or "))
-        }
+fn column_hint(task: &super::TaskRow, missing: &str) -> String {
+    let counts: Vec<String> = task.bare.iter().map(|(count, _)| count.to_string()).collect();
+    let bare = match counts.is_empty() {
+        true => String::new(),
+        false => format!("; without headings the file has {} columns", counts.join(" or ")),
+    };
+    match missing == task.answer.join(" or ") {
+        true => bare + "; files for testing have no labels: train and evaluate on those that have",
+        false => bare,
     }
-}
-
-fn answer_hint(answer: bool) -> &'static str {
-    if answer { "; files for testing have no labels: train and evaluate on those that have" } else { "" }
 }
 
 /// The first few labels.

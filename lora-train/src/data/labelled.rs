@@ -104,11 +104,9 @@ fn no_column(path: &Path, line: usize, task: &'static TaskRow, found: &[&str]) -
     Error::NoColumn {
         path: path.to_owned(),
         line,
-        task: task.name,
+        task,
         missing: missing.unwrap_or(task.answer).join(" or "),
         found: found.iter().map(|f| format!("\"{}\"", start_of(f))).collect::<Vec<_>>().join(", "),
-        bare: task.bare.iter().map(|(n, _)| *n).collect(),
-        answer: missing == Some(task.answer),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::lab::{Lab, lines, names, safetensors};
 
 /// `train` with the usual base and data, which has to fail and leave no output folder.
 #[track_caller]
-fn refused(lab: &Lab, args: &str, parts: &[&str]) {
+pub(crate) fn refused(lab: &Lab, args: &str, parts: &[&str]) {
     let defaults = [("--model", "base"), ("--data", "train.txt"), ("--out", "out"), ("--steps", "2")];
     let given: Vec<&str> = args.split_whitespace().collect();
     let given = |flag: &str| given.contains(&flag) || flag == "--steps" && given.contains(&"--epochs");
@@ -197,7 +197,7 @@ type Damage = (&'static str, fn(&Lab, &str), &'static [&'static str]);
 
 const WEIGHTS: &str = "bad/model.safetensors";
 
-fn with_header(lab: &Lab, path: &str, change: fn(&mut Value)) {
+pub(crate) fn with_header(lab: &Lab, path: &str, change: fn(&mut Value)) {
     let bytes = lab.bytes(path);
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();

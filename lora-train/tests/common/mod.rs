@@ -1,5 +1,8 @@
 //! Small models of every architecture, with random weights and a tokenizer that can read text.
 
+// Each test takes what it needs.
+#![allow(dead_code)]
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -20,7 +23,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 /// The folders of the models that the golden files were made with.
-pub fn golden() -> Vec<PathBuf> {
+pub(crate) fn golden() -> Vec<PathBuf> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-model/tests/golden");
     let mut cases: Vec<PathBuf> = fs::read_dir(golden).unwrap().map(|e| e.unwrap().path().join("model")).collect();
     cases.retain(|c| c.join("config.json").exists());
@@ -29,13 +32,13 @@ pub fn golden() -> Vec<PathBuf> {
 }
 
 /// Lines of the E2E form.
-pub fn records() -> String {
+pub(crate) fn records() -> String {
     let line = |i: usize| format!("name : N{} | food : F{}||N{} serves F{} .\n", i % 5, i % 7, i % 5, i % 7);
     (0..30).map(line).collect()
 }
 
 /// The columns of pairs of texts of different lengths, each with what `answer` says of it.
-pub fn pairs(answer: impl Fn(usize) -> String) -> String {
+pub(crate) fn pairs(answer: impl Fn(usize) -> String) -> String {
     let line = |i: usize| {
         let more = " again".repeat(i % 3);
         format!("N{} serves F{}{more} .\tF{} is food .\t{}\n", i % 5, i % 7, i % 7, answer(i))
@@ -45,7 +48,7 @@ pub fn pairs(answer: impl Fn(usize) -> String) -> String {
 
 /// The task of a model of this configuration by its name in the table, and data to train it on; `None` for one that fills
 /// in tokens.
-pub fn data(raw: &RawConfig) -> Option<(Option<&'static str>, String)> {
+pub(crate) fn data(raw: &RawConfig) -> Option<(Option<&'static str>, String)> {
     let options = LoadOptions::default();
     if outline(raw, &options).unwrap().task_type == Some("CAUSAL_LM") {
         return Some((None, records()));
@@ -62,7 +65,7 @@ pub fn data(raw: &RawConfig) -> Option<(Option<&'static str>, String)> {
 
 /// Writes a model of the configuration in `golden` into `dir`, with a vocabulary of a tokenizer that reads text, with
 /// random weights, and with everything dropped out that can be. `change` may change the configuration.
-pub fn base(golden: &Path, dir: &Path, change: impl FnOnce(&mut RawConfig)) -> RawConfig {
+pub(crate) fn base(golden: &Path, dir: &Path, change: impl FnOnce(&mut RawConfig)) -> RawConfig {
     let mut raw = RawConfig::from_dir(golden).unwrap();
     let tokenizer = Tokenizer::train_bpe([records(), pairs(|_| String::new())].iter(), 290).unwrap();
     raw.set("vocab_size", tokenizer.vocab_size());

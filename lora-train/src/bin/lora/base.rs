@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::Args;
-use lora_core::peft::Adapted;
+use lora_core::peft::{Adapted, Layers};
 use lora_model::{LoadOptions, Model, Task, adapter, config::CONFIG_FILE};
 use lora_train::{
     Place,
@@ -24,6 +24,9 @@ pub(crate) struct BaseArgs {
     /// Folder of an adapter for it
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// Layers to take the adapter out of (AdapterDrop): first:N, last:N, or numbers from 0 such as 0,2,4-7
+    #[arg(long, value_name = "LAYERS", requires = "adapter", value_parser = layers)]
+    drop_layers: Option<Layers>,
     #[command(flatten)]
     place: PlaceArgs,
 }
@@ -56,7 +59,8 @@ impl std::fmt::Display for BaseArgs {
 
 impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
-        load(&self.model, self.adapter.as_deref(), &self.place()?)
+        let loaded = load(&self.model, self.adapter.as_deref(), &self.place()?)?;
+        self.dropped(loaded)
     }
 
     /// A model that continues text.
@@ -72,7 +76,15 @@ impl BaseArgs {
         adapter.map_or(Ok(()), check_adapter)?;
         let fitted = Fitted::trained(task, &dir, adapter)?;
         let loaded = load_for(dir, adapter, &self.place()?, Some(fitted.head()))?;
-        Ok((fitted, loaded))
+        Ok((fitted, self.dropped(loaded)?))
+    }
+
+    /// Without the adapters of the layers that are to have none.
+    fn dropped(&self, mut loaded: Loaded) -> anyhow::Result<Loaded> {
+        if let Some(layers) = &self.drop_layers {
+            loaded.adapted.drop_layers(layers, loaded.model.outline())?;
+        }
+        Ok(loaded)
     }
 
     fn place(&self) -> anyhow::Result<Place> {
@@ -82,6 +94,10 @@ impl BaseArgs {
         }
         Ok(place)
     }
+}
+
+fn layers(text: &str) -> lora_core::Result<Layers> {
+    Layers::parse("drop-layers", text)
 }
 
 /// Reads a model and what is attached to it; for an adapter that was trained for a task, with a head for that.

@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::Args;
 use lora_model::{
-    Error,
-    generate::{Generated, GenerationConfig, check, generate},
+    Error, Task,
+    generate::{Generated, GenerationConfig, check, end_tokens, generate},
     tokenizer::Tokenizer,
 };
 use lora_train::{
@@ -90,7 +90,8 @@ pub(crate) struct GenerateArgs {
     /// Stop a beam search as soon as it has as many finished texts as beams
     #[arg(long, help_heading = "Generation")]
     early_stopping: bool,
-    /// Tokens that end a text, by id or as the vocabulary spells them; `none` for none [default: the end of text]
+    /// Tokens that end a text, by id or as the vocabulary spells them; `none` for none [default: the end of text, and
+    /// eos_token_id of generation_config.json, or else of config.json]
     #[arg(long, value_name = "TOKEN,...", value_delimiter = ',', help_heading = "Generation")]
     eos: Option<Vec<String>>,
     /// Seed of the drawing; each prompt draws for itself, by its number
@@ -116,8 +117,11 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         check_writable(out)?;
     }
     let Loaded { dir, model, adapted } = args.base.load()?;
+    if model.task() != Task::CausalLm {
+        bail!("{} is for {}, and continues no text", args.base, model.task().name());
+    }
     let encoder = Encoder::from_dir(&dir, &*model)?;
-    let config = config(&args, &encoder)?;
+    let config = config(&args, &dir, &encoder)?;
     config.check(model.limits().vocab_size).map_err(|e| told(e, &[]))?;
     let (prompts, tokens) = prompts(&args, &encoder)?;
     check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, &prompts))?;
@@ -181,7 +185,7 @@ fn told(e: Error, prompts: &[Prompt]) -> anyhow::Error {
     }
 }
 
-fn config(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<GenerationConfig> {
+fn config(args: &GenerateArgs, dir: &Path, encoder: &Encoder) -> anyhow::Result<GenerationConfig> {
     let drawn = args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some();
     let default = GenerationConfig::default();
     Ok(GenerationConfig {
@@ -196,13 +200,22 @@ fn config(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<GenerationCo
         length_penalty: args.length_penalty,
         early_stopping: args.early_stopping,
         eos_token_id: match args.eos.as_deref() {
-            None => vec![encoder.end_of_text()],
+            None => ends(dir, encoder)?,
             Some([none]) if none == "none" => Vec::new(),
             Some(tokens) => tokens.iter().map(|t| token(t, encoder)).collect::<anyhow::Result<_>>()?,
         },
         seed: args.seed,
         first_stream: 0,
     })
+}
+
+/// What training puts at the end of a text, and what the model's files say.
+fn ends(dir: &Path, encoder: &Encoder) -> anyhow::Result<Vec<u32>> {
+    let mut ends = end_tokens(dir)?;
+    if !ends.contains(&encoder.end_of_text()) {
+        ends.push(encoder.end_of_text());
+    }
+    Ok(ends)
 }
 
 /// A token by its spelling, or else by its number.

@@ -8,14 +8,18 @@ use indicatif::{HumanBytes, HumanCount};
 use lora_core::peft::{METHODS, MethodRow, Options, Outline, find, trainable};
 use lora_kernels::Device;
 use lora_model::{
-    LoadOptions, adapter,
-    checkpoint::{Checkpoint, TensorFile, TensorInfo},
+    LoadOptions, Task, adapter,
+    checkpoint::{Checkpoint, Dtype, TensorFile, TensorInfo},
     config::{CONFIG_FILE, RawConfig},
 };
-use lora_train::{RUN_FILE, TrainConfig, checkpoint, hub};
+use lora_train::{Place, RUN_FILE, TrainConfig, checkpoint, data::Labels, task};
 use serde_json::{Map, Value, json};
 
-use crate::{new_folder::size, ui};
+use crate::{
+    base::{self, Loaded},
+    new_folder::size,
+    ui,
+};
 
 #[derive(Args)]
 pub(crate) struct InfoArgs {
@@ -100,30 +104,61 @@ fn machine() -> Value {
 
 fn model(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     let raw = RawConfig::from_dir(dir)?;
-    let outline = lora_model::outline(&raw, &LoadOptions::default())?;
+    let row = raw.architecture()?;
+    let task = (row.task)(&raw)?;
+    // An encoder without a head is described with one that a classifier of two labels would get.
+    let options = LoadOptions { task: task.or(Some(Task::Classification { labels: 2 })), ..LoadOptions::default() };
+    let outline = (row.outline)(&raw, &options)?;
     let weights = Checkpoint::open(dir)?;
     let tensors: Vec<TensorInfo> = weights.names().filter_map(|n| weights.info(n)).collect();
-    let mut info = json!({"architecture": outline.architecture, "task_type": outline.task_type});
+    let bare = task.is_none();
+    let mut info = json!({
+        "architecture": outline.architecture,
+        "task_type": outline.task_type.filter(|_| !bare),
+        "head": task.map_or("none: it gives hidden states alone".into(), head),
+        "labels": labels(&raw, task),
+    });
     // By the names that the file itself has.
     for key in SHAPE_KEYS {
         if let Some(value) = raw.value(key) {
             info[key] = value.clone();
         }
     }
-    info["parameters"] = json!(outline.parameters() as u64);
+    // Beside weights, old files hold the numbers of positions.
+    let is_weight = |t: &&TensorInfo| matches!(t.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    let stored: usize = tensors.iter().filter(is_weight).map(TensorInfo::elements).sum();
+    info["parameters"] = json!(if bare { stored as u64 } else { outline.parameters() as u64 });
     info["files"] = json!(weights.layout().files());
     if args.methods {
         info["methods"] = methods(&outline);
+        info["methods_note"] =
+            json!(bare.then_some("with a head for two labels, which begins at random and trains too"));
     }
     summarise(&mut info, &tensors, args);
     Ok(info)
 }
 
+/// What a head gives.
+fn head(task: Task) -> String {
+    match task {
+        Task::Classification { labels } => format!("{}: {labels} labels", task.name()),
+        task => task.name().into(),
+    }
+}
+
+/// The names of a classifier's labels, in the order of its outputs.
+fn labels(raw: &RawConfig, task: Option<Task>) -> Option<Vec<&str>> {
+    let Some(Task::Classification { labels }) = task else { return None };
+    (0..labels).map(|i| raw.value("id2label")?.get(i.to_string())?.as_str()).collect()
+}
+
 /// What a configuration says of a model's shape, under the names of all architectures.
-const SHAPE_KEYS: [&str; 14] = [
+const SHAPE_KEYS: [&str; 22] = [
     "vocab_size",
+    "type_vocab_size",
     "n_positions",
     "max_position_embeddings",
+    "sliding_window",
     "n_embd",
     "hidden_size",
     "n_layer",
@@ -134,6 +169,12 @@ const SHAPE_KEYS: [&str; 14] = [
     "head_dim",
     "n_inner",
     "intermediate_size",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "position_buckets",
+    "pos_att_type",
+    "share_att_key",
     "tie_word_embeddings",
 ];
 
@@ -163,12 +204,34 @@ fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
         let (rank, alpha) = (adapter.options.rank as f64, adapter.options.alpha);
         info["scaling"] = json!(if adapter.options.rslora { alpha / rank.sqrt() } else { alpha / rank });
     }
+    if !adapter.options.fuse.is_empty() {
+        let bottlenecks = adapter.options.fuse.iter().map(|f| (f.name.clone(), json!(f.bottleneck)));
+        info["fuse"] = Value::Object(bottlenecks.collect());
+    }
+    info["architecture"] = json!(adapter.architecture);
+    info["task_type"] = json!(adapter.task_type);
+    if let Some(fitted) = task::of_adapter(dir)? {
+        info["task"] = json!(fitted.task.name);
+        info["labels"] = json!(fitted.labels.as_ref().map(Labels::names));
+    }
     info["base_model_name_or_path"] = json!(adapter.base_model_name_or_path);
     summarise(&mut info, &tensors_of(&dir.join(adapter::WEIGHTS_FILE))?, args);
-    let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from);
-    if let Some(base) = args.model.clone().or(named.filter(|p| p.join(CONFIG_FILE).exists())) {
-        let model = lora_model::load(&hub::resolve(&base)?, &Device::Cpu)?;
-        let trainable = adapter.attach(&*model, &Device::Cpu)?.params.count();
+    let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from).filter(|p| p.join(CONFIG_FILE).exists());
+    let beside = |base: &Path| base::load(base, Some(dir), &Place::CPU);
+    let loaded = match (&args.model, &named) {
+        (Some(base), _) => Some(beside(base)?),
+        // What it names may have become another model since.
+        (None, Some(base)) => match beside(base) {
+            Ok(loaded) => Some(loaded),
+            Err(e) => {
+                info["note"] = json!(format!("the base that it names does not take it: {e:#}"));
+                None
+            }
+        },
+        (None, None) => None,
+    };
+    if let Some(Loaded { model, adapted, .. }) = loaded {
+        let trainable = adapted.params.count();
         let parameters: usize = model.tensors().map(|(_, t)| t.len()).sum();
         info["trainable"] = json!(trainable);
         info["base_parameters"] = json!(parameters);

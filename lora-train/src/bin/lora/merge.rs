@@ -11,7 +11,10 @@ use indicatif::HumanBytes;
 use lora_core::Tensor;
 use lora_kernels::Device;
 use lora_model::tokenizer::Tokenizer;
-use lora_train::Place;
+use lora_train::{
+    Place,
+    task::{self, Fitted},
+};
 use serde_json::json;
 
 use crate::{
@@ -39,10 +42,11 @@ pub(crate) struct MergeArgs {
 pub(crate) fn run(args: MergeArgs) -> anyhow::Result<()> {
     let out = &args.out;
     let folder = NewFolder::new(out)?;
+    let task = task::of_adapter(&args.adapter)?;
     let loaded = base::load(&args.model, Some(&args.adapter), &Place::CPU)?;
     let changed = loaded.adapted.merged(&*loaded.model);
     let changed = changed.with_context(|| format!("{} with {}", args.model.display(), args.adapter.display()))?;
-    let bytes = folder.write(|dir| write(dir, &loaded, &changed))?;
+    let bytes = folder.write(|dir| write(dir, &loaded, &changed, task.as_ref()))?;
 
     let tensors = loaded.model.tensors().count();
     ui::say(format_args!(
@@ -57,11 +61,17 @@ pub(crate) fn run(args: MergeArgs) -> anyhow::Result<()> {
     }
 }
 
-/// Writes the model, reads it again, and gives its size.
-fn write(dir: &Path, loaded: &Loaded, changed: &BTreeMap<String, Tensor>) -> anyhow::Result<u64> {
+/// Writes the model, with the names of its labels, reads it again, and gives its size.
+fn write(
+    dir: &Path,
+    loaded: &Loaded,
+    changed: &BTreeMap<String, Tensor>,
+    task: Option<&Fitted>,
+) -> anyhow::Result<u64> {
     Tokenizer::copy_files(&loaded.dir, dir)?;
     go_on()?;
     loaded.model.save(dir, changed)?;
+    task.map_or(Ok(()), |task| task.name_labels(dir))?;
     go_on()?;
     lora_model::load(dir, &Device::Cpu)?;
     size(dir)

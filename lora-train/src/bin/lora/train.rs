@@ -53,50 +53,51 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "FILE.jsonl", help_heading = "Input and output")]
     log: Option<PathBuf>,
 
-    /// What to train [default: lora]
+    /// What to train. Options below begin with the methods that read them, alone or in combination [default: lora]
     #[arg(long, value_parser = methods(), help_heading = "Method")]
     method: Option<String>,
-    /// Rank r of the update [default: 8]
+    /// lora: rank r of the update [default: 8]
     #[arg(long, value_name = "R", help_heading = "Method")]
     rank: Option<usize>,
-    /// The update is scaled by alpha/r [default: 16]
+    /// lora: the update is scaled by alpha/r [default: 16]
     #[arg(long, help_heading = "Method")]
     alpha: Option<f64>,
-    /// Dropout on the input of the adapter [default: 0]
+    /// lora: dropout on the input of the update [default: 0]
     #[arg(long, value_name = "P", help_heading = "Method")]
     dropout: Option<f64>,
-    /// Scale by alpha/√r (rank-stabilised LoRA)
+    /// lora: scale by alpha/√r (rank-stabilised LoRA)
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true, help_heading = "Method")]
     rslora: Option<bool>,
-    /// Modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
+    /// lora: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
     /// (c_attn.q,c_attn.v) [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj, ...]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', help_heading = "Method")]
     targets: Option<Vec<String>>,
-    /// Width of an adapter's bottleneck [default: 48]
+    /// adapter-h, adapter-l, adapter-p, adapter-d: width of the bottleneck [default: 48]
     #[arg(long, value_name = "R", help_heading = "Method")]
     bottleneck: Option<usize>,
-    /// Train the base's normalisations beside adapters, as Houlsby et al. do and the LoRA paper's counts do not
+    /// adapter-h, adapter-l, adapter-p, adapter-d: train the base's normalisations too, as Houlsby et al. do and the LoRA
+    /// paper's counts do not
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true, help_heading = "Method")]
     train_norms: Option<bool>,
-    /// Layers that top2 trains: last:N, first:N, all, or numbers from 0 such as 0,2,4-7 [default: last:2]
+    /// top2: layers that train, as last:N, first:N, all, or numbers from 0 such as 0,2,4-7 [default: last:2]
     #[arg(long, value_name = "LAYERS", help_heading = "Method")]
     layers: Option<String>,
-    /// Layers that adapter-d leaves without an adapter: first:N, last:N, none, or numbers from 0
-    /// [default: the lowest five of twelve, and so on]
+    /// adapter-d: layers without an adapter, as first:N, last:N, none, or numbers from 0 [default: the lowest five of twelve,
+    /// and so on]
     #[arg(long, value_name = "LAYERS", help_heading = "Method")]
     drop_layers: Option<String>,
-    /// Virtual tokens before the text [default: 8]
+    /// pre-embed, pre-layer: virtual tokens before the text [default: 8]
     #[arg(long, value_name = "N", help_heading = "Method")]
     prefix: Option<usize>,
-    /// Virtual tokens after the prompt [default: 0]
+    /// pre-embed, pre-layer: virtual tokens after the prompt [default: 0]
     #[arg(long, value_name = "N", help_heading = "Method")]
     infix: Option<usize>,
-    /// Width of the hidden layer that pre-layer is reparametrised with while it trains; 0 is none [default: 0]
+    /// pre-layer: width of the hidden layer that it is reparametrised with while it trains; 0 is none [default: 0]
     #[arg(long, value_name = "M", help_heading = "Method")]
     reparam: Option<usize>,
-    /// Folders of trained adapter-p adapters that fusion combines
+    /// fusion: folders of trained adapters of adapter-p to combine
     #[arg(long, value_name = "DIR,...", value_delimiter = ',', help_heading = "Method")]
     fuse: Option<Vec<PathBuf>>,
     /// Dropout of the base itself while training [default: what the model's configuration says]
