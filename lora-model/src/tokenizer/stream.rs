@@ -43,6 +43,9 @@ impl<'t> DecodeStream<'t> {
         let mut certain = whole(&text).len();
         if certain == text.len() {
             self.held = 0;
+        } else if certain > self.given {
+            // A character ended, and in the same token another began.
+            self.held = 1;
         } else if self.held < WITHIN {
             self.held += 1;
         } else {

@@ -286,14 +286,19 @@ def run(case, which, dtype, data, autocast=False):
         if which == "adapter":
             model = PeftModel.from_pretrained(model, which, is_trainable=True)
         model = model.to(dtype).train()
-        for name, buffer in model.named_buffers():  # from_pretrained made them in f32
-            if name.endswith("inv_freq"):
-                module = model.get_submodule(name.rpartition(".")[0])
-                module.inv_freq = type(module)(config=module.config).inv_freq
+        exact_rope(model)
         logits = torch.cat([forward(model, data, i) for i in range(len(data["sequences"]))])
         loss = loss_of(logits, data)
     loss.backward()
     return logits.detach(), loss.item(), {n: p.grad for n, p in trainable(model).items()}
+
+
+def exact_rope(model):
+    """The frequencies of RoPE again: from_pretrained made them in f32."""
+    for name, _ in list(model.named_buffers()):
+        if name.endswith("inv_freq"):
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.inv_freq = type(module)(config=module.config).inv_freq
 
 
 def forward(model, data, i):

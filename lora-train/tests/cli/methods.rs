@@ -141,7 +141,8 @@ fn info_tells_of_every_architecture_and_every_method() {
     }
     for row in METHODS.iter().filter(|m| !m.whole_model) {
         let fuse = if row.name == "fusion" { "--fuse first,second" } else { "" };
-        lab.train("run", &format!("--method {} {fuse} --bottleneck 4 --prefix 2 --steps 1 --save-every 1", row.name));
+        lab.write("options.toml", "bottleneck = 4\nprefix = 2\n");
+        lab.train("run", &format!("--config options.toml --method {} {fuse} --steps 1 --save-every 1", row.name));
         let run = lab.json("info run --json");
         let adapter = &run["adapter"];
         assert_eq!((&adapter["method"], &adapter["architecture"]), (&json!(row.name), &json!("gpt2")));

@@ -26,10 +26,9 @@ fn options_that_do_not_fit_a_model() {
         ("--model llama --rank 17", ["rank = 17", "16"]),
         ("--model BERT --rank 17", ["rank = 17", "16"]),
         ("--method adapter-h --bottleneck 0", ["bottleneck = 0", "at least one"]),
-        ("--method adapter-h --bottleneck 17", ["bottleneck = 17", "16 columns"]),
-        ("--method adapter-l --bottleneck 17", ["bottleneck = 17", "16 columns"]),
-        ("--method adapter-p --bottleneck 17 --model llama", ["bottleneck = 17", "16 columns"]),
-        ("--method adapter-d --bottleneck 17 --model BERT", ["bottleneck = 17", "16 columns"]),
+        ("--method adapter-l --bottleneck 0", ["bottleneck = 0", "at least one"]),
+        ("--method adapter-p --rank 4", ["rank = given", "adapter-p does not read it"]),
+        ("--method bitfit --drop-layers first:9", ["drop-layers = given", "bitfit does not read it"]),
         ("--method adapter-p --bottleneck 99999999999", ["bottleneck = 99999999999", "at most"]),
         ("--method pre-embed --prefix 0", ["prefix = 0", "at least one"]),
         ("--method pre-layer --prefix 0", ["prefix = 0", "at least one"]),
@@ -52,8 +51,7 @@ fn options_that_do_not_fit_a_model() {
     ] {
         let encoder = |name: &str| format!("--model {name} --data pairs.tsv --task values");
         let args = args.replace("--model BERT", &encoder("bert")).replace("--model DEBERTA", &encoder("deberta"));
-        let bottleneck = if args.contains("--bottleneck") { "" } else { " --bottleneck 4" };
-        refused(&lab, &format!("{args}{bottleneck}"), &parts);
+        refused(&lab, &args, &parts);
     }
 }
 
@@ -128,7 +126,7 @@ fn folders_of_adapters_that_make_no_sense() {
         ("p", |lab| lab.set(CONFIG, "rank", json!(4)), &[CONFIG, "\"rank\"", "no such option"]),
         ("p", |lab| lab.set(CONFIG, "bottleneck", json!(4)), &[WEIGHTS, "adapter_down.bias", "[3]", "[4]"]),
         ("p", |lab| lab.set(CONFIG, "bottleneck", json!(0)), &[CONFIG, "\"bottleneck\"", "0"]),
-        ("p", |lab| lab.set(CONFIG, "bottleneck", json!(99)), &[CONFIG, "\"bottleneck\"", "99"]),
+        ("p", |lab| lab.set(CONFIG, "bottleneck", json!(99)), &[WEIGHTS, "adapter_down.bias", "[3]", "[99]"]),
         ("p", |lab| lab.set(CONFIG, "bottleneck", json!("wide")), &[CONFIG, "\"bottleneck\"", "wide"]),
         ("p", |lab| lab.set(CONFIG, "architecture", json!("bert")), &[CONFIG, "bert", "gpt2"]),
         ("p", |lab| lab.set(CONFIG, "task_type", json!("SEQ_CLS")), &[CONFIG, "SEQ_CLS", "CAUSAL_LM"]),
@@ -189,7 +187,9 @@ fn an_adapter_of_another_architecture() {
     }
     for method in ["lora", "adapter-p", "pre-layer"] {
         let out = format!("of-{method}");
-        let options = "--bottleneck 3 --prefix 2 --rank 2 --steps 1";
+        // A file may serve several methods, where a flag would be refused by those that do not read it.
+        lab.write("options.toml", "bottleneck = 3\nprefix = 2\nrank = 2\nsteps = 1\n");
+        let options = "--config options.toml";
         lab.ok(&format!("train --model llama --data train.txt --out {out} --method {method} {options}"));
         let parts = [out.as_str(), "architecture llama", "not on qwen2"];
         lab.fails(&format!("eval --model qwen2 --adapter {out} --data valid.txt"), &parts);
