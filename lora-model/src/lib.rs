@@ -1,7 +1,7 @@
 //! Transformers from scratch, with Hugging Face weights, tokenisation and KV-cached generation.
 //!
 //! - [`load`] reads a model's folder: `config.json` and safetensors, single or sharded, mapped rather than read.
-//! - [`Model`] is what an architecture implements ([`Gpt2`], [`Llama`]): the forward pass. Backward passes come from the
+//! - [`Model`] is what an architecture implements ([`ARCHITECTURES`] lists them): the forward pass. Backward passes come from the
 //!   tape, adapters from the method that was applied to it ([`lora_core::peft::Adapted`]).
 //! - [`generate`] continues texts: greedy, sampled or by beam search, over cached keys and values.
 //! - [`tokenizer`] turns text into tokens and back.
