@@ -89,9 +89,8 @@ impl Variant {
         adapted
     }
 
-    fn check(&self, name: &str, golden: &Golden, tensors: &TensorFile, model: &dyn Model, place: &Place) {
-        let what = format!("{name} on {} in {:?}", place.device, place.dtype);
-        let stored = |part: &str| reference(tensors, &format!("{}.{part}", name.split_once(' ').unwrap().1));
+    /// `stored` gives the variant's tensors.
+    fn check(&self, what: &str, golden: &Golden, stored: impl Fn(&str) -> Tensor, model: &dyn Model, place: &Place) {
         // In bf16 up to three times PyTorch's own error, as of whole models.
         let close = |most: f64, part: &str| match place.dtype {
             DType::Bf16 => most.max(3.0 * self.bf16_vs_f64[part]),
@@ -126,7 +125,9 @@ fn logits_losses_and_gradients_of_virtual_tokens() {
             let model = load_as(&goldens().join(name).join("model"), &place.device, place.dtype).unwrap();
             assert_eq!(golden.variants.len(), 4, "prefix and infix, of embeddings and of keys and values");
             for (variant, of) in &golden.variants {
-                of.check(&format!("{name} {variant}"), &golden, &tensors, model.as_ref(), &place);
+                let what = format!("{name}, {variant}, on {} in {:?}", place.device, place.dtype);
+                let stored = |part: &str| reference(&tensors, &format!("{variant}.{part}"));
+                of.check(&what, &golden, stored, model.as_ref(), &place);
             }
         }
     }
