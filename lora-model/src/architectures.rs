@@ -19,11 +19,13 @@ pub struct LoadOptions {
     pub task: Option<Task>,
     /// Of a fresh head.
     pub seed: u64,
+    /// Whether an adapter will bring the head that the folder lacks, so that nothing has to be said about a fresh one.
+    pub head_follows: bool,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { dtype: DType::F32, task: None, seed: 0 }
+        LoadOptions { dtype: DType::F32, task: None, seed: 0, head_follows: false }
     }
 }
 

@@ -228,9 +228,9 @@ pub(crate) fn load<M>(
         let names: Vec<String> = unused.into_iter().collect();
         tracing::warn!("{}: of another head, and not used: {}", dir.display(), List(&names));
     }
-    if !fresh.is_empty() {
+    if !fresh.is_empty() && !options.head_follows {
         tracing::warn!(
-            "{}: not there, so they begin at random and have to be trained: {}",
+            "{}: without a head of this kind; it begins at random and has to be trained: {}",
             dir.display(),
             List(&fresh)
         );

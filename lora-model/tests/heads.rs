@@ -40,7 +40,7 @@ fn rename(tensors: &mut BTreeMap<String, Tensor>, new: impl Fn(&str) -> String) 
 }
 
 fn ask(dir: &Path, task: Task, seed: u64) -> Result<Box<dyn Model>> {
-    load_with(dir, &CPU, &LoadOptions { dtype: DType::F32, task: Some(task), seed })
+    load_with(dir, &CPU, &LoadOptions { dtype: DType::F32, task: Some(task), seed, ..LoadOptions::default() })
 }
 
 fn golden(case: &str) -> Box<dyn Model> {

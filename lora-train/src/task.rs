@@ -195,7 +195,8 @@ impl Fitted {
     /// # Errors
     /// What [`lora_model::load_with`] gives.
     pub fn load(&self, dir: &Path, device: &Device, dtype: DType, seed: u64) -> Result<Box<dyn Model>> {
-        Ok(lora_model::load_with(dir, device, &LoadOptions { dtype, task: Some(self.head()), seed })?)
+        let options = LoadOptions { dtype, task: Some(self.head()), seed, ..LoadOptions::default() };
+        Ok(lora_model::load_with(dir, device, &options)?)
     }
 
     /// Examples as a model under a method reads them: at most `max_length` tokens, and never more than the positions that

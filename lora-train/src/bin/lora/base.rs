@@ -108,7 +108,8 @@ pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place) -> anyho
 
 fn load_for(dir: PathBuf, adapter: Option<&Path>, place: &Place, head: Option<Task>) -> anyhow::Result<Loaded> {
     let device = &place.device;
-    let options = LoadOptions { dtype: place.dtype, task: head, ..LoadOptions::default() };
+    let options =
+        LoadOptions { dtype: place.dtype, task: head, head_follows: adapter.is_some(), ..LoadOptions::default() };
     let model = lora_model::load_with(&dir, device, &options)?;
     let adapted = match adapter {
         None => Adapted::none(device)?,
