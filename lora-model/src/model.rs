@@ -128,7 +128,7 @@ pub trait Model: Base + Send + Sync {
         let (w, b) = self.head().vars(t, adapted)?;
         Ok(match self.task() {
             Task::Regression => {
-                let y = ops::linear(t, &x, &w, lowrank::Layout::OutIn, b.as_ref())?;
+                let y = ops::linear_wide(t, &x, &w, lowrank::Layout::OutIn, b.as_ref())?;
                 ops::squared_error(t, &y, &batch.targets, scale)?
             }
             _ => ops::loss_head(t, &x, &w, b.as_ref(), &batch.targets, smoothing, scale)?,

@@ -53,6 +53,7 @@ mod error;
 mod evaluation;
 pub mod hub;
 mod log;
+mod method;
 pub mod metrics;
 mod output;
 mod passes;

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use lora_kernels::{Mat, add_bias, gemm, sum_rows};
+use lora_kernels::{DType, Mat, add_bias, gemm, sum_rows};
 
 use crate::{Result, Tape, Tensor, Var, lowrank::Layout};
 
@@ -14,17 +14,29 @@ pub(super) fn in_out(w: &Tensor, layout: Layout) -> Mat<'_> {
 /// Backward: dx = dy·W, dW = dyᵀ·x, db = Σᵢ dyᵢ, each only where something trainable lies. With a frozen W, x is not
 /// even kept.
 pub fn linear(t: &mut Tape, x: &Var, w: &Var, layout: Layout, bias: Option<&Var>) -> Result<Var> {
+    linear_in(t, x.value.dtype(), x, w, layout, bias)
+}
+
+/// [`linear`] with y in the [accumulator](DType::accumulator) of x's type, f32 for 16 bits: the outputs of a head, whose last
+/// digits its loss needs.
+pub fn linear_wide(t: &mut Tape, x: &Var, w: &Var, layout: Layout, bias: Option<&Var>) -> Result<Var> {
+    linear_in(t, x.value.dtype().accumulator(), x, w, layout, bias)
+}
+
+fn linear_in(t: &mut Tape, to: DType, x: &Var, w: &Var, layout: Layout, bias: Option<&Var>) -> Result<Var> {
     let (n, out) = (x.value.rows(), in_out(&w.value, layout).cols());
-    let mut y = Tensor::empty(&t.device(), x.value.dtype(), &[n, out])?;
+    let mut y = Tensor::empty(&t.device(), to, &[n, out])?;
     gemm(1.0, x.value.mat(), in_out(&w.value, layout), 0.0, y.make_mut()?)?;
     if let Some(b) = bias {
-        add_bias(b.value.mat(), y.make_mut()?)?;
+        add_bias(b.value.to_dtype(to)?.mat(), y.make_mut()?)?;
     }
+    let dtype = x.value.dtype();
     let dx = x.slot.map(|s| (s, w.value.clone()));
     let dw = w.slot.map(|s| (s, x.value.clone(), w.value.shape().to_vec()));
     let db = bias.and_then(|b| Some((b.slot?, b.value.shape().to_vec())));
     let tracked = dx.is_some() || dw.is_some() || db.is_some();
     Ok(t.record(y, tracked, move |dy, g| {
+        let dy = dy.to_dtype(dtype)?;
         if let Some((s, shape)) = db {
             g.add(s, &shape, &dy, |db| Ok(sum_rows(dy.mat(), db)?))?;
         }

@@ -18,7 +18,7 @@ pub use attention::{Qkv, attention};
 pub use disentangled::{DisentangledInputs, disentangled};
 pub use elementwise::{activation, add, dropout, dropout_by, silu_gate};
 pub use gather::gather;
-pub use linear::{linear, linear_onto};
+pub use linear::{linear, linear_onto, linear_wide};
 pub use lora::{LoraPart, lora_linear};
 pub use loss::{loss_head, squared_error};
 pub use mix::mix;

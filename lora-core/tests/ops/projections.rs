@@ -32,6 +32,12 @@ pub(crate) fn linear_cases(all: &mut Vec<Case>) {
         |m| linear(&m[0], &m[1], Layout::OutIn),
     ));
     all.push(case(
+        "linear_wide with bias",
+        &[("x", &[4, 3]), ("w", &[5, 3]), ("b", &[5])],
+        |t, v| ops::linear_wide(t, &v[0], &v[1], Layout::OutIn, Some(&v[2])),
+        |m| linear(&m[0], &m[1], Layout::OutIn) + &m[2],
+    ));
+    all.push(case(
         "linear of x with itself",
         &[("x", &[4, 3])],
         |t, v| ops::linear(t, &v[0], &v[0], Layout::OutIn, None),

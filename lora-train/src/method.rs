@@ -1,0 +1,169 @@
+//! The options of methods in a run's configuration: made into a method, and taken over from an adapter.
+
+use std::path::Path;
+
+use lora_core::peft::{self, Layers};
+use lora_model::adapter::AdapterFile;
+
+use crate::{Error, Result, TrainConfig};
+
+impl TrainConfig {
+    /// The method, with its options checked as far as they can be without a model.
+    ///
+    /// # Errors
+    /// An unknown method, an option that makes no sense for it; adapters to combine that cannot be read.
+    pub fn method_options(&self) -> Result<Box<dyn peft::Method>> {
+        Ok((self.row()?.build)(&self.options()?)?)
+    }
+
+    /// The options of methods.
+    ///
+    /// # Errors
+    /// Layers that cannot be read; adapters to combine that cannot be read.
+    pub fn options(&self) -> Result<peft::Options> {
+        let drop_layers = self.drop_layers.as_deref().map(|t| Layers::parse("drop-layers", t)).transpose()?;
+        Ok(peft::Options {
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.dropout,
+            rslora: self.rslora,
+            targets: self.targets.clone(),
+            bottleneck: self.bottleneck,
+            train_norms: self.train_norms,
+            layers: Layers::parse("layers", &self.layers)?,
+            drop_layers,
+            prefix: self.prefix,
+            infix: self.infix,
+            reparam: self.reparam,
+            fuse: if self.reads("fuse")? { self.frozen()? } else { Vec::new() },
+        })
+    }
+
+    /// Whether the method reads this option.
+    fn reads(&self, option: &str) -> Result<bool> {
+        Ok(self.row()?.options.contains(&option))
+    }
+
+    /// The adapters to combine, each by the name of its folder; of a fusion that training starts from, those that are in it.
+    fn frozen(&self) -> Result<Vec<peft::Frozen>> {
+        const OPTION: &str = "fuse";
+        if let (Some(dir), true) = (&self.init_adapter, self.fuse.is_empty()) {
+            return Ok(lora_model::adapter::load(dir)?.options.fuse);
+        }
+        let mut all: Vec<peft::Frozen> = Vec::new();
+        for dir in &self.fuse {
+            let refuse = |why: String| Err(Error::option(OPTION, dir.display(), why));
+            let adapter = lora_model::adapter::load(dir)?;
+            if !["adapter-p", "adapter-d"].contains(&adapter.method) {
+                return refuse(format!(
+                    "it was trained with {}; adapters of adapter-p can be combined",
+                    adapter.method
+                ));
+            }
+            let name = dir.file_name().map(|n| n.to_string_lossy().replace('.', "_")).unwrap_or_default();
+            if name.is_empty() || all.iter().any(|a| a.name == name) {
+                return refuse("the folders need names of their own, by which the adapters are told apart".into());
+            }
+            all.push(peft::Frozen { name, bottleneck: adapter.options.bottleneck, tensors: adapter.tensors });
+        }
+        Ok(all)
+    }
+
+    /// Takes over what the adapter in `dir` has settled, and refuses to contradict it where a key was `given`.
+    pub(crate) fn adopt(&mut self, dir: &Path, adapter: &AdapterFile, given: impl Fn(&str) -> bool) -> Result<()> {
+        let conflict = |option, ours: String, theirs: String| {
+            let why = format!("the adapter {} has {theirs}; leave the option out, or start without it", dir.display());
+            Err(Error::option(option, ours, why))
+        };
+        if given("method") && self.method != adapter.method {
+            if self.row()?.whole_model {
+                return Err(Error::option(
+                    "init-adapter",
+                    dir.display(),
+                    format!("method {} has no adapter", self.method),
+                ));
+            }
+            return conflict("method", self.method.clone(), adapter.method.into());
+        }
+        self.method = adapter.method.into();
+        let adapters = TrainConfig::default().with_options(&adapter.options);
+        for option in self.row()?.options {
+            if *option == "fuse" && given(option) && !self.fuse.is_empty() {
+                let names = |all: Vec<&str>| all.join(",");
+                let ours = names(self.fuse.iter().filter_map(|p| p.to_str()).collect());
+                return conflict(option, ours, names(adapter.options.fuse.iter().map(|f| f.name.as_str()).collect()));
+            }
+            // What a fusion combines stays in its own folder.
+            if *option == "fuse" || (*option == "dropout" && given(option)) {
+                continue;
+            }
+            let (ours, theirs) = (self.shown(option), adapters.shown(option));
+            if given(option) && ours != theirs {
+                return conflict(option, ours, theirs);
+            }
+            self.take(option, &adapters);
+        }
+        Ok(())
+    }
+
+    /// The same with these options of methods, apart from adapters to combine.
+    pub fn with_options(self, o: &peft::Options) -> TrainConfig {
+        TrainConfig {
+            rank: o.rank,
+            alpha: o.alpha,
+            dropout: o.dropout,
+            rslora: o.rslora,
+            targets: o.targets.clone(),
+            bottleneck: o.bottleneck,
+            train_norms: o.train_norms,
+            layers: o.layers.to_string(),
+            drop_layers: o.drop_layers.as_ref().map(Layers::to_string),
+            prefix: o.prefix,
+            infix: o.infix,
+            reparam: o.reparam,
+            ..self
+        }
+    }
+
+    /// An option of methods, for comparison and messages.
+    fn shown(&self, option: &str) -> String {
+        let layers = |text: &str| Layers::parse("layers", text).map_or(text.to_owned(), |l| l.to_string());
+        match option {
+            "rank" => self.rank.to_string(),
+            "alpha" => self.alpha.to_string(),
+            "dropout" => self.dropout.to_string(),
+            "rslora" => self.rslora.to_string(),
+            "targets" => {
+                let sorted: std::collections::BTreeSet<&str> = self.targets.iter().map(String::as_str).collect();
+                sorted.into_iter().collect::<Vec<_>>().join(",")
+            }
+            "bottleneck" => self.bottleneck.to_string(),
+            "train-norms" => self.train_norms.to_string(),
+            "layers" => layers(&self.layers),
+            "drop-layers" => self.drop_layers.as_deref().map_or("the default".into(), layers),
+            "prefix" => self.prefix.to_string(),
+            "infix" => self.infix.to_string(),
+            "reparam" => self.reparam.to_string(),
+            other => panic!("an option of a method that the configuration does not know: {other}"),
+        }
+    }
+
+    /// Takes an option of methods from another configuration.
+    fn take(&mut self, option: &str, from: &TrainConfig) {
+        match option {
+            "rank" => self.rank = from.rank,
+            "alpha" => self.alpha = from.alpha,
+            "dropout" => self.dropout = from.dropout,
+            "rslora" => self.rslora = from.rslora,
+            "targets" => self.targets.clone_from(&from.targets),
+            "bottleneck" => self.bottleneck = from.bottleneck,
+            "train-norms" => self.train_norms = from.train_norms,
+            "layers" => self.layers.clone_from(&from.layers),
+            "drop-layers" => self.drop_layers.clone_from(&from.drop_layers),
+            "prefix" => self.prefix = from.prefix,
+            "infix" => self.infix = from.infix,
+            "reparam" => self.reparam = from.reparam,
+            other => panic!("an option of a method that the configuration does not know: {other}"),
+        }
+    }
+}
