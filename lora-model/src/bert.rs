@@ -9,7 +9,7 @@ use lora_core::{
 use lora_kernels::{Activation, Attention, Device};
 
 use crate::{
-    Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
+    Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
     build::{self, Build},
     config::{BertConfig, RawConfig},
     heads::{self, EncoderHead},
@@ -234,14 +234,6 @@ impl Model for Bert {
     fn limits(&self) -> Limits {
         let BertConfig { vocab_size, max_position_embeddings, type_vocab_size, .. } = self.config;
         Limits { vocab_size, max_positions: max_position_embeddings, first_position: 0, segments: type_vocab_size }
-    }
-
-    fn end_of_text(&self) -> Option<u32> {
-        None
-    }
-
-    fn kv_shape(&self) -> Option<KvShape> {
-        None
     }
 
     fn set_base_dropout(&mut self, p: f64) {

@@ -9,7 +9,7 @@ use lora_core::{
 use lora_kernels::{Attention, Device, Disentangled, Error, RelativePositions};
 
 use crate::{
-    Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
+    Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
     build::{self, Build},
     config::{DebertaV2Config, RawConfig},
     heads::{self, EncoderHead},
@@ -380,14 +380,6 @@ impl Model for DebertaV2 {
     fn limits(&self) -> Limits {
         let DebertaV2Config { vocab_size, max_position_embeddings, type_vocab_size, .. } = self.config;
         Limits { vocab_size, max_positions: max_position_embeddings, first_position: 0, segments: type_vocab_size }
-    }
-
-    fn end_of_text(&self) -> Option<u32> {
-        None
-    }
-
-    fn kv_shape(&self) -> Option<KvShape> {
-        None
     }
 
     fn set_base_dropout(&mut self, p: f64) {

@@ -63,11 +63,15 @@ pub trait Model: Base + Send + Sync {
     /// What its embeddings can look up.
     fn limits(&self) -> Limits;
 
-    /// The token that ends a text, by the configuration.
-    fn end_of_text(&self) -> Option<u32>;
+    /// The token that ends a text, by the configuration; `None` for an encoder, whose texts go on nowhere.
+    fn end_of_text(&self) -> Option<u32> {
+        None
+    }
 
     /// What its keys and values look like; `None` for an encoder, which generates nothing.
-    fn kv_shape(&self) -> Option<KvShape>;
+    fn kv_shape(&self) -> Option<KvShape> {
+        None
+    }
 
     /// Sets every dropout of the base itself (not of adapters) to the given rate.
     fn set_base_dropout(&mut self, p: f64);

@@ -8,7 +8,7 @@ use lora_core::{
 use lora_kernels::{Activation, Device};
 
 use crate::{
-    Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
+    Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
     bert::Encoder,
     build::{self, Build},
     config::{RawConfig, RobertaConfig},
@@ -140,14 +140,6 @@ impl Model for Roberta {
             first_position: c.first_position(),
             segments: c.bert.type_vocab_size,
         }
-    }
-
-    fn end_of_text(&self) -> Option<u32> {
-        None
-    }
-
-    fn kv_shape(&self) -> Option<KvShape> {
-        None
     }
 
     fn set_base_dropout(&mut self, p: f64) {

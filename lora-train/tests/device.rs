@@ -2,7 +2,9 @@
 
 #![cfg(feature = "cuda")]
 
-use std::{fs, path::Path, sync::Arc};
+mod common;
+
+use std::{fs, path::Path};
 
 use lora_core::{Tensor, peft::Adapted};
 use lora_kernels::{DType, Device, cuda::Gpu};
@@ -15,20 +17,6 @@ use lora_train::{
 
 const CPU: Device = Device::Cpu;
 const VOCAB: u32 = 101;
-
-fn gpus() -> Vec<Arc<Gpu>> {
-    let gpus: Vec<Arc<Gpu>> = [
-        #[cfg(feature = "emulator")]
-        Gpu::emulated(0),
-        Gpu::open(0),
-    ]
-    .into_iter()
-    .filter_map(|gpu| gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok())
-    .collect();
-    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
-    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
-    gpus
-}
 
 /// A model of 2 layers; a folder, so that each device can load it.
 fn base(dir: &Path) {
@@ -116,7 +104,7 @@ fn training_agrees_with_the_cpu() {
         let clipped = steps.iter().filter(|s| s.grad_norm > config.clip).count();
         assert!(clipped > 0 && (method == "full" || clipped < steps.len()), "{clipped} steps are clipped");
         let of = |steps: &[Step], f: fn(&Step) -> f64| steps.iter().map(f).collect::<Vec<f64>>();
-        for device in gpus().into_iter().map(Device::Cuda) {
+        for device in common::gpus().into_iter().map(Device::Cuda) {
             for (dtype, most) in [(DType::F32, 1e-5), (DType::Bf16, 1e-2)] {
                 let label = |what: &str| format!("{what} of {method} on {device} in {dtype:?}");
                 // Base weights that train are kept in f32 and computed with in `dtype`.
@@ -145,7 +133,7 @@ fn a_step_reads_back_its_loss_and_norm_alone() {
     let dir = tempfile::tempdir().unwrap();
     base(dir.path());
     let data = varied();
-    for gpu in gpus() {
+    for gpu in common::gpus() {
         for method in ["lora", "full"] {
             let (config, device) = (config(method), Device::Cuda(gpu.clone()));
             let model = loaded(dir.path(), &device, DType::F32);
@@ -195,7 +183,7 @@ fn repeated_shapes_are_replayed() {
         ("full", DType::F32, 1e-5),
         ("full", DType::Bf16, 1e-2),
     ];
-    for gpu in gpus() {
+    for gpu in common::gpus() {
         for ((data, expected), (method, dtype, close)) in shapes.iter().flat_map(|s| cases.map(|c| (s, c))) {
             let config = TrainConfig {
                 base_dropout: Some(0.0),
@@ -274,7 +262,7 @@ fn a_diverged_step_leaves_everything_as_it_was() {
     whole.save(&nan, &[(NAME.to_owned(), broken)].into()).unwrap();
     let (short, long) = (data(&[9, 8, 7, 6]), data(&[9, 8, 35, 6]));
     let config = TrainConfig { batch_size: 4, grad_accum: 1, ..config("lora") };
-    for device in gpus().into_iter().map(Device::Cuda) {
+    for device in common::gpus().into_iter().map(Device::Cuda) {
         for dtype in [DType::F32, DType::Bf16] {
             let model = loaded(&nan, &device, dtype);
             let mut t = trainer(&*model, &config, dtype, &short);
@@ -480,7 +468,7 @@ fn a_model_from_nothing_on_a_device() {
 
 #[test]
 fn an_error_of_memory_says_how_much_where_and_what_to_lower() {
-    for device in gpus().into_iter().map(Device::Cuda) {
+    for device in common::gpus().into_iter().map(Device::Cuda) {
         let e = Tensor::empty(&device, DType::F32, &[1 << 44]).unwrap_err().to_string();
         assert!(e.contains("cuda:0") || e.contains("the emulated device"), "{e}");
         for part in ["70368744177664 bytes", "batch", "sequences"] {

@@ -4,10 +4,8 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use lora_core::peft::Adapted;
-use lora_kernels::{DType, Device, cuda::Gpu};
+use lora_kernels::{DType, Device};
 use lora_model::load;
 use lora_train::{
     TrainConfig, Trainer,
@@ -15,20 +13,6 @@ use lora_train::{
 };
 
 const STEPS: u64 = 6;
-
-fn gpus() -> Vec<Arc<Gpu>> {
-    let gpus: Vec<Arc<Gpu>> = [
-        #[cfg(feature = "emulator")]
-        Gpu::emulated(0),
-        Gpu::open(0),
-    ]
-    .into_iter()
-    .filter_map(|gpu| gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok())
-    .collect();
-    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
-    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
-    gpus
-}
 
 /// Sequences of one shape whose tokens, segments and goals all differ from step to step: what a replay reads must be what
 /// the step has.
@@ -72,7 +56,7 @@ fn labelled_passes_are_replayed() {
             (losses, t.evaluate(&data).unwrap(), t.replayed())
         };
         let (want, judged, none) = run(&Device::Cpu);
-        for gpu in gpus() {
+        for gpu in common::gpus() {
             let (got, e, replayed) = run(&Device::Cuda(gpu.clone()));
             // The first step runs as it is, the second records, four replay; two passes each.
             assert_eq!((none, replayed), (0, 8), "{golden} on {gpu}");

@@ -22,6 +22,24 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
+/// With their features the emulated device and the first CUDA device.
+#[cfg(feature = "cuda")]
+pub(crate) fn gpus() -> Vec<std::sync::Arc<lora_kernels::cuda::Gpu>> {
+    use lora_kernels::cuda::Gpu;
+
+    let gpus: Vec<std::sync::Arc<Gpu>> = [
+        #[cfg(feature = "emulator")]
+        Gpu::emulated(0),
+        Gpu::open(0),
+    ]
+    .into_iter()
+    .filter_map(|gpu| gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok())
+    .collect();
+    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
+    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
+    gpus
+}
+
 /// The folders of the models that the golden files were made with.
 pub(crate) fn golden() -> Vec<PathBuf> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-model/tests/golden");
