@@ -5,6 +5,8 @@ mod bad_input;
 #[path = "cli/commands.rs"]
 mod commands;
 mod common;
+#[path = "cli/compare.rs"]
+mod compare;
 #[path = "cli/convert.rs"]
 mod convert;
 #[path = "cli/lab.rs"]
