@@ -133,7 +133,7 @@ impl Comparison {
 
 /// The name of a row's folder.
 pub(super) fn folder(name: &str) -> String {
-    let plain = |c: char| if c.is_alphanumeric() || "-_.+=".contains(c) { c.to_ascii_lowercase() } else { '-' };
+    let plain = |c: char| if c.is_alphanumeric() || "-_.+=,".contains(c) { c.to_ascii_lowercase() } else { '-' };
     let name: String = name.chars().map(plain).collect();
     name.trim_start_matches('.').to_owned()
 }
@@ -247,12 +247,20 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
     let name = name.unwrap_or_else(|| {
         let mut name = config.method.clone();
         for (key, value) in named.iter().filter(|(k, _)| options.contains(&k.as_str())) {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            name += &format!(" {key}={value}");
+            name += &format!(" {key}={}", plain(value));
         }
         name
     });
     Ok(Row { name, config, lrs, seeds })
+}
+
+/// A value as people write it: without quotation marks and brackets.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(all) => all.iter().map(plain).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
+    }
 }
 
 fn number(value: &Value) -> Option<f64> {

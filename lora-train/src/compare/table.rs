@@ -226,3 +226,73 @@ fn bytes(n: u64) -> String {
     };
     if value < 10.0 { format!("{value:.2} {unit}") } else { format!("{value:.0} {unit}") }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows as of a finished comparison; the last has not begun.
+    fn table() -> Table {
+        let line = |name: &str, trainable: usize, scores: &[f64]| Line {
+            name: name.into(),
+            method: name.split(' ').next().unwrap_or_default().into(),
+            lr: Some(3e-4),
+            seeds: 3,
+            finished: scores.len(),
+            diverged: 0,
+            trainable: (trainable > 0).then_some(trainable),
+            scores: Spread::of(scores.to_vec()).map(|s| ("accuracy".to_owned(), s)).into_iter().collect(),
+            tokens_per_s: (trainable > 0).then_some(1234.4),
+            peak_memory: Some(412_300_000),
+            checkpoint_bytes: Some(295_936),
+        };
+        Table {
+            lines: vec![
+                line("lora rank=8 targets=q,v", 73_728, &[0.912, 0.915, 0.911]),
+                line("full", 22_713_216, &[0.914, 0.913, 0.916]),
+                line("bitfit", 38_000, &[0.9]),
+                line("adapter-p", 0, &[]),
+            ],
+        }
+    }
+
+    #[test]
+    fn the_same_numbers_in_every_form() {
+        let table = table();
+        let markdown = table.markdown();
+        let second = markdown.lines().nth(3).unwrap();
+        assert_eq!(
+            second,
+            "| full | 22,713,216 | 3e-4 | 3/3 | 91.43 ± 0.153 | 91.05 – 91.81 | 1,234 | 412 MB | 296 kB |"
+        );
+        assert!(markdown.contains("| bitfit | 38,000 | 3e-4 | 1/3 | 90.00 | – |"), "{markdown}");
+        assert!(markdown.contains("| adapter-p | – | 3e-4 | 0/3 | – | – | – |"), "{markdown}");
+        let text = table.text();
+        let widths: Vec<usize> = text.lines().map(|l| l.chars().count()).collect();
+        assert!(widths.iter().all(|w| *w == widths[0]), "{text}");
+        let csv = table.csv();
+        assert!(csv.contains("\r\n\"lora rank=8 targets=q,v\",lora,73728,"), "{csv}");
+        assert!(csv.lines().last().unwrap().starts_with("adapter-p,adapter-p,,0.0003,3,0,0,,,,"), "{csv}");
+        let json: serde_json::Value = serde_json::to_value(&table).unwrap();
+        assert_eq!(json["lines"][1]["scores"][0][1]["values"][2], 0.916);
+    }
+
+    #[test]
+    fn the_picture_names_every_row_that_has_a_score() {
+        let svg = plot::svg(&table()).unwrap();
+        for part in ["<svg", "full", "bitfit", "lora rank=8", "accuracy", "trainable parameters"] {
+            assert!(svg.contains(part), "{part}: {svg}");
+        }
+        assert!(!svg.contains("adapter-p"));
+        assert_eq!(plot::svg(&Table::default()), None);
+    }
+
+    #[test]
+    fn units() {
+        assert_eq!([count(7), count(1_234), count(1_234_567)], ["7", "1,234", "1,234,567"]);
+        assert_eq!(
+            [bytes(12), bytes(1_500), bytes(35_000_000), bytes(1_200_000_000)],
+            ["12 B", "1.50 kB", "35 MB", "1.20 GB"]
+        );
+    }
+}
