@@ -41,7 +41,9 @@ pub struct Row {
 /// Keys that belong to a comparison, not to training.
 const OWN: [&str; 6] = ["test", "seeds", "search", "eval", "keep-models", "run"];
 /// Keys of training that the comparison itself decides.
-const DECIDED: [&str; 6] = ["out", "valid", "hold-out", "log", "eval-every", "no-shuffle"];
+const DECIDED: [&str; 5] = ["out", "valid", "hold-out", "log", "eval-every"];
+/// Keys that are the same for all rows.
+const SAME: [&str; 3] = ["model", "data", "task"];
 
 impl Comparison {
     /// Reads a comparison. `flags` (`model`, `data`, `test`, `device`, `dtype`) lie over the keys of the file. Keys may be
@@ -184,6 +186,11 @@ impl Own {
             Some(Value::Integer(n)) if n >= 0 => Some(n as u64),
             Some(other) => return Err(source.wrong("seed", "a number from 0", &other)),
         };
+        if let Some(key) = DECIDED.iter().chain(&SAME).chain(&["lr", "method"]).find(|key| search.contains_key(**key)) {
+            let problem =
+                format!("key {key}: cannot be another while a learning rate is chosen; leave it out of [search]");
+            return Err(source.problem(Some(key), problem));
+        }
         source.check_keys(&search, None)?;
         if let Some((key, value)) = eval.iter().find(|(_, v)| v.is_table() || v.is_array()) {
             return Err(source.wrong(key, "the value of a flag of lora eval", value));
@@ -194,10 +201,11 @@ impl Own {
             Some(other) => return Err(source.wrong("keep-models", "true or false", &other)),
         };
         let runs: Vec<Table> = match own.remove("run") {
-            Some(Value::Array(runs)) => {
+            None => Vec::new(),
+            Some(Value::Array(runs)) if runs.iter().all(Value::is_table) => {
                 runs.into_iter().filter_map(|r| if let Value::Table(t) = r { Some(t) } else { None }).collect()
             }
-            _ => Vec::new(),
+            Some(other) => return Err(source.wrong("run", "[[run]] tables", &other)),
         };
         if runs.is_empty() {
             let problem = "no [[run]]: add one for each method, such as [[run]] method = \"lora\"";
@@ -210,7 +218,7 @@ impl Own {
 fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) -> Result<Row> {
     let mut run = run.clone();
     let problem = |key: &str, problem: String| source.run_problem(index, Some(key), format!("key {key}: {problem}"));
-    if let Some(key) = DECIDED.iter().chain(&["model", "data", "task", "seed"]).find(|key| run.contains_key(**key)) {
+    if let Some(key) = DECIDED.iter().chain(&SAME).chain(&["seed"]).find(|key| run.contains_key(**key)) {
         return Err(problem(key, "is the same for all rows of a comparison; leave it out".into()));
     }
     let name = match run.remove("name") {

@@ -23,6 +23,6 @@ mod table;
 pub use cell::{Cell, Judged, Trained};
 pub use config::{Comparison, Row};
 pub use inputs::Inputs;
-pub use run::{DIVERGED, Finished, Job, Kind, Watcher, finished, run};
+pub use run::{DIVERGED, Finished, Job, Kind, Watcher, finished, flags, run};
 pub use statistics::Spread;
 pub use table::{Line, Table};

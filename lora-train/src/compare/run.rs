@@ -314,7 +314,7 @@ impl Place<'_> {
                 if let Some(task) = &config.task {
                     eval.args(["--task", task]);
                 }
-                flags(&mut eval, &self.comparison.eval);
+                eval.args(flags(&self.comparison.eval));
                 match answer(&mut eval)? {
                     Answer::Json(json) => json,
                     Answer::Ended(status) => return Ok(Made::of("lora eval", status)),
@@ -393,14 +393,13 @@ fn answer(command: &mut Command) -> Result<Answer> {
     }
 }
 
-/// Keys as flags.
-fn flags(command: &mut Command, keys: &toml::Table) {
-    for (key, value) in keys {
-        match value {
-            toml::Value::Boolean(false) => {}
-            toml::Value::Boolean(true) => _ = command.arg(format!("--{key}")),
-            toml::Value::String(text) => _ = command.arg(format!("--{key}")).arg(text),
-            other => _ = command.arg(format!("--{key}")).arg(other.to_string()),
-        }
-    }
+/// Keys as flags of a command: `true` as the flag alone, `false` as none.
+pub fn flags(keys: &toml::Table) -> Vec<String> {
+    let flag = |(key, value): (&String, &toml::Value)| match value {
+        toml::Value::Boolean(false) => Vec::new(),
+        toml::Value::Boolean(true) => vec![format!("--{key}")],
+        toml::Value::String(text) => vec![format!("--{key}"), text.clone()],
+        other => vec![format!("--{key}"), other.to_string()],
+    };
+    keys.iter().flat_map(flag).collect()
 }

@@ -206,6 +206,13 @@ fn a_broken_file_says_what_and_where() {
         (&format!("{SHARED}[[run]]\n").replace("seeds = [0, 1]", "seeds = [-1]"), &["c.toml: line 5: key seeds"]),
         (&format!("{SHARED}[[run]]\n").replace("hold_out = 0.2", "hold_out = 2"), &["key hold-out", "between 0 and 1"]),
         (&format!("{SHARED}[[run]]\n").replace("valid.txt", "none.txt"), &["none.txt"]),
+        (&format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\nbeams = 3"), &["c.toml: [eval]: ", "--beams"]),
+        (
+            &format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\ndevice = \"cpu\""),
+            &["c.toml: [eval]: ", "--device"],
+        ),
+        (&format!("{SHARED}[[run]]\n").replace("hold_out", "lr = 1\nhold_out"), &["line 10: key lr", "[search]"]),
+        (&format!("run = [1]\n{SHARED}"), &["line 1: key run"]),
         (&format!("{SHARED}[[run]]\n").replace("batch_size = 4", "batch_size = 0"), &["batch-size = 0"]),
     ] {
         lab.write("c.toml", text);

@@ -2,8 +2,8 @@
 
 use std::{path::PathBuf, time::Instant};
 
-use anyhow::{Context, bail};
-use clap::Args;
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, Parser};
 use indicatif::HumanDuration;
 use lora_train::compare::{self, Cell, Comparison, Job, Watcher};
 use serde::Serialize;
@@ -58,6 +58,7 @@ struct Keys {
 pub(crate) fn run(args: CompareArgs) -> anyhow::Result<()> {
     let flags = toml::Table::try_from(&args.keys).context("command line")?;
     let comparison = Comparison::read(&args.file, flags)?;
+    check_eval(&comparison).with_context(|| format!("{}: [eval]", args.file.display()))?;
     if args.show {
         let table = compare::finished(&comparison, &args.out)?;
         return if args.json { ui::print_json(&table) } else { ui::print(table.text()) };
@@ -76,6 +77,16 @@ pub(crate) fn run(args: CompareArgs) -> anyhow::Result<()> {
     }
     ui::say(format_args!("table.md, table.csv, table.json and table.svg are in {}", args.out.display()));
     Ok(())
+}
+
+/// Refuses flags that `lora eval` would refuse, before anything is trained.
+fn check_eval(comparison: &Comparison) -> anyhow::Result<()> {
+    let given = "lora eval --model M --adapter A --data D --json --max-length 8 --device cpu --dtype auto";
+    let args = given.split(' ').map(str::to_owned).chain(compare::flags(&comparison.eval));
+    crate::Cli::try_parse_from(args).map(drop).map_err(|e| {
+        let text = e.to_string();
+        anyhow!("{}", text.lines().next().unwrap_or_default().trim_start_matches("error: "))
+    })
 }
 
 /// A line for each run; the runs themselves show their bars where there is a terminal.
