@@ -63,9 +63,9 @@ impl BaseArgs {
         self.dropped(loaded)
     }
 
-    /// A model that continues text.
-    pub(crate) fn load_causal(&self) -> anyhow::Result<Loaded> {
-        task::check_causal(&hub::resolve(&self.model)?)?;
+    /// A model that continues text, without a task or for one of completions.
+    pub(crate) fn load_causal(&self, task: Option<&TaskRow>) -> anyhow::Result<Loaded> {
+        task::check_causal(&hub::resolve(&self.model)?, task)?;
         self.load()
     }
 

@@ -1,6 +1,7 @@
 //! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
 
 mod base;
+mod completions;
 mod convert;
 mod demo;
 mod eval;
@@ -52,8 +53,8 @@ enum Command {
     Pretrain(pretrain::PretrainArgs),
     /// Fine-tune a model on a data file
     Train(Box<train::TrainArgs>),
-    /// Measure loss and perplexity of a model on a data file
-    Eval(eval::EvalArgs),
+    /// Measure loss and perplexity of a model on a data file, or what else a task is judged by
+    Eval(Box<eval::EvalArgs>),
     /// Continue a prompt, or the prompts of a data file
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
@@ -81,7 +82,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Demo(args) => demo::run(args),
         Command::Pretrain(args) => pretrain::run(args),
         Command::Train(args) => train::run(*args),
-        Command::Eval(args) => eval::run(args),
+        Command::Eval(args) => eval::run(*args),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Convert(args) => convert::run(args),
