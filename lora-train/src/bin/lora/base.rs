@@ -17,6 +17,8 @@ use crate::ui;
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
+// Where they are optional, they are there when the model is.
+#[group(args = ["model"])]
 pub(crate) struct BaseArgs {
     /// Folder of the model, or its id on the Hugging Face hub
     #[arg(long, value_name = "DIR|HUB_ID")]

@@ -15,7 +15,7 @@ const ORDER: usize = 5;
 /// with c the predictions' words and r those of the best references: for each n, those that share most information with
 /// the prediction (of equal ones, the longest).
 ///
-/// This is nltk's `corpus_nist(n=5)`. Where it divides by zero, because no prediction has n words, that n counts as 0.
+/// This is nltk's `corpus_nist(n=5)`; where it divides by zero, because no prediction has five words, with the n of the longest.
 pub fn nist(texts: &Completions) -> f64 {
     let references = || texts.pairs.iter().flat_map(|pair| &pair.references);
     let mut occurrences: HashMap<&[u32], u64> = HashMap::new();
@@ -32,7 +32,8 @@ pub fn nist(texts: &Completions) -> f64 {
 
     let mut precision = 0.0;
     let (mut length, mut wanted) = (0, 0);
-    for n in 1..=ORDER {
+    let longest = texts.pairs.iter().map(|pair| pair.prediction.len()).max().unwrap_or_default();
+    for n in 1..=ORDER.min(longest) {
         let (mut shared, mut all) = (0.0, 0);
         for pair in &texts.pairs {
             let own = Counts::of(&pair.prediction, n);
@@ -46,7 +47,7 @@ pub fn nist(texts: &Completions) -> f64 {
             wanted += len;
             length += pair.prediction.len();
         }
-        precision += if all == 0 { 0.0 } else { shared / all as f64 };
+        precision += shared / all as f64;
     }
     if wanted == 0 {
         return 0.0;
