@@ -27,7 +27,7 @@ pub struct TrainConfig {
     pub hold_out: f64,
     /// Layout of the data files; by their extension when absent.
     pub format: Option<Format>,
-    /// What an encoder learns, a row of [`TASKS`](crate::data::TASKS); absent for a model that continues text.
+    /// What is learned, a row of [`TASKS`](crate::data::TASKS); a model that continues text needs none.
     pub task: Option<String>,
     /// A row of [`peft::METHODS`].
     pub method: String,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::{
     Result,
     data::{Batch, Dataset, Goal},
-    metrics::{Metric, Scores},
+    metrics::Scores,
 };
 
 /// The loss on held-out data, and what else predictions are judged by.
@@ -74,22 +74,18 @@ fn sequences(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: u
         Some(labels) => {
             let predicted: Vec<u32> = rows.iter().map(|row| largest(row) as u32).collect();
             let loss = rows.iter().zip(&labels).map(|(row, &label)| cross_entropy(row, label as usize)).sum::<f64>();
-            (loss, scores(data.metrics, |m| m.of_labels(&predicted, &labels)))
+            (loss, Scores::of(data.metrics, |m| m.of_labels(&predicted, &labels)))
         }
         None => {
             let value = |goal| if let Goal::Value(v) = goal { f64::from(v) } else { panic!("{goal:?} among numbers") };
             let truth: Vec<f64> = data.sequences.iter().map(|s| value(s.goal)).collect();
             let predicted: Vec<f64> = rows.iter().map(|row| row[0]).collect();
             let loss = predicted.iter().zip(&truth).map(|(p, t)| (p - t).powi(2)).sum::<f64>();
-            (loss, scores(data.metrics, |m| m.of_values(&predicted, &truth)))
+            (loss, Scores::of(data.metrics, |m| m.of_values(&predicted, &truth)))
         }
     };
     let targets = rows.len();
     Ok(Evaluation { loss: sum / targets as f64, perplexity: None, targets, scores })
-}
-
-fn scores(metrics: &[Metric], of: impl Fn(Metric) -> Option<f64>) -> Scores {
-    Scores(metrics.iter().filter_map(|&m| Some((m, of(m)?))).collect())
 }
 
 /// Index of the largest; of equal ones the first.

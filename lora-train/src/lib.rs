@@ -2,7 +2,7 @@
 //!
 //! - [`data`] reads files and makes batches without padding.
 //! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss and, by [`metrics`], predictions.
-//! - [`task`] gives an encoder what it needs to learn a task.
+//! - [`task`] gives an encoder what it needs to learn a task; [`generation`] makes texts that are judged by their references.
 //! - [`compare`] makes the paper's table of methods and seeds.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 //!
@@ -53,6 +53,7 @@ pub mod demo_data;
 mod encoder;
 mod error;
 mod evaluation;
+pub mod generation;
 pub mod hub;
 mod log;
 mod method;

@@ -12,7 +12,7 @@ use lora_model::{Model, files, tokenizer::Tokenizer};
 use crate::{
     Encoder, Evaluation, Log, Place, Result, Step, TextJoiner, TrainConfig, Trainer,
     checkpoint::{self, Fingerprint},
-    data::{Corpus, Dataset},
+    data::{Corpus, Dataset, TaskKind},
     hub, load_data,
     output::Output,
     resources::peak_memory,
@@ -90,9 +90,10 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let base_dir = hub::resolve(&config.model)?;
     // Base weights that train begin with all their digits, and are rounded for each step anew.
     let stored = if config.row()?.whole_model { DType::F32 } else { dtype };
-    let task = match config.task_row()? {
+    let row = config.task_row()?;
+    let task = match row.filter(|row| row.kind != TaskKind::Completions) {
         None => {
-            task::check_causal(&base_dir)?;
+            task::check_causal(&base_dir, row)?;
             None
         }
         Some(task) => {
@@ -136,7 +137,13 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let (data, valid, task) = match task {
         None => {
             let encoder = Encoder::from_dir(&base_dir, model)?;
-            let read = |path: &Path| load_data(path, config.format, &encoder, (model, &adapted), config.max_length);
+            let read = |path: &Path| match row {
+                None => load_data(path, config.format, &encoder, (model, &adapted), config.max_length),
+                Some(row) => {
+                    let corpus = task::read(path, row, config.format)?;
+                    task::encode_pairs(&corpus, &encoder, (model, &adapted), config.max_length)
+                }
+            };
             (read(&config.data)?, config.valid.as_deref().map(read).transpose()?, None)
         }
         Some((fitted, corpus)) => {

@@ -1,4 +1,5 @@
-//! Tasks that whole sequences are judged by: the base with a head for one, its data, and the names of its labels.
+//! Tasks: the base with a head for whole sequences, the data, and the names of labels; and the data of models that continue
+//! text.
 //!
 //! An adapter remembers them beside its own files, in [`FILE`]; a whole model in its `config.json`, as `id2label`.
 
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    Error, Result, TextJoiner,
+    Encoder, Error, Result, TextJoiner,
     data::{self, Corpus, Dataset, Format, Labels, TaskKind, TaskRow},
 };
 
@@ -116,7 +117,7 @@ impl Fitted {
             return Ok(Fitted { task, ..earlier });
         }
         let labels = match task.kind {
-            TaskKind::Values => None,
+            TaskKind::Values | TaskKind::Completions => None,
             TaskKind::Labels(own) => {
                 let own = (!own.is_empty()).then(|| Labels::new(own.iter().map(|n| n.to_string()).collect()));
                 Some(match (of_config(&raw), own) {
@@ -244,31 +245,50 @@ impl Fitted {
 /// # Errors
 /// Those of [`data::read_task`].
 pub fn read(path: &Path, task: &'static TaskRow, format: Option<Format>) -> Result<Corpus> {
-    Ok(data::read_task(path, task, format.unwrap_or_else(|| Format::of_task_path(path)))?)
+    Ok(data::read_task(path, task, format.unwrap_or_else(|| task.format_of(path)))?)
 }
 
-/// Refuses a model that has no head for whole sequences.
+/// Encodes the pairs of a task of completions for a model under a method, as [`load_data`](crate::load_data) does.
+///
+/// # Errors
+/// Those of [`data::encode`].
+pub fn encode_pairs(
+    corpus: &Corpus,
+    encoder: &Encoder,
+    (model, adapted): (&dyn Model, &Adapted),
+    max_length: usize,
+) -> Result<Dataset> {
+    // The last token of a sequence takes no position: it is only predicted.
+    let longest = max_length.min(model.free_positions(adapted) + 1);
+    Ok(data::encode(std::slice::from_ref(corpus), encoder, longest)?)
+}
+
+/// Refuses a model that has no head for whole sequences, and a task that has none.
 fn check_encoder(raw: &RawConfig, task: &TaskRow, dir: &Path) -> Result<()> {
+    if task.kind == TaskKind::Completions {
+        return Err(Error::option("task", task.name, "is for models that continue text, and has no head of its own"));
+    }
     if is_encoder(raw)? {
         return Ok(());
     }
     let why = format!(
-        "the model in {} continues text and has no head for a task; leave --task out, or give an encoder (BERT, RoBERTa, \
-         DeBERTa)",
+        "the model in {} continues text and has no head for this task; leave --task out or give e2e, or give an encoder \
+         (BERT, RoBERTa, DeBERTa)",
         dir.display()
     );
     Err(Error::option("task", task.name, why))
 }
 
-/// Refuses an encoder where a model that continues text is wanted.
+/// Refuses an encoder where a model that continues text is wanted: without a task, or for one of completions.
 ///
 /// # Errors
 /// [`Error::Option`], which says what to give; a configuration that makes no sense.
-pub fn check_causal(dir: &Path) -> Result<()> {
+pub fn check_causal(dir: &Path, given: Option<&TaskRow>) -> Result<()> {
     if !dir.join(CONFIG_FILE).is_file() || !is_encoder(&RawConfig::from_dir(dir)?)? {
         return Ok(());
     }
-    let tasks = data::TASKS.iter().map(|t| t.name).collect::<Vec<_>>().join(", ");
+    let tasks = data::TASKS.iter().filter(|t| t.kind != TaskKind::Completions).map(|t| t.name);
+    let tasks = tasks.collect::<Vec<_>>().join(", ");
     let why = format!("the model in {} is an encoder, which learns a task: give one of {tasks}", dir.display());
-    Err(Error::option("task", "not given", why))
+    Err(Error::option("task", given.map_or("not given", |t| t.name), why))
 }

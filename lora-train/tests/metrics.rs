@@ -1,4 +1,8 @@
-//! Metrics against scikit-learn and SciPy: `metrics/make.py` writes what they give.
+//! Metrics against scikit-learn and SciPy: `metrics/make.py` writes what they give. Those of texts have authorities of their
+//! own.
+
+#[path = "metrics/text.rs"]
+mod text;
 
 use lora_train::metrics::{Metric, Scores, pearson, spearman};
 use serde_json::Value;

@@ -6,29 +6,20 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::{Spread, Table};
+use super::{Line, Spread, Table};
+use crate::metrics::Metric;
 
 const SIZE: (u32, u32) = (960, 600);
 const FONT: &str = "sans-serif";
 
-/// How a metric is called in tables and pictures.
-pub(super) fn title(metric: &str) -> String {
-    match metric {
-        "accuracy" => "accuracy".into(),
-        "f1" => "F1".into(),
-        "bleu" => "BLEU".into(),
-        "nist" => "NIST".into(),
-        "meteor_exact_stem" => "METEOR (exact, stem)".into(),
-        "rouge_l" => "ROUGE-L".into(),
-        "cider" => "CIDEr".into(),
-        other => other.into(),
-    }
+/// How a metric (or the loss) is called in tables and pictures.
+pub(super) fn title(name: &str) -> String {
+    Metric::find(name).map_or(name.to_owned(), |m| m.title().to_owned())
 }
 
-/// In the units of the paper's tables: shares in percent.
-pub(super) fn scaled(metric: &str, spread: &Spread) -> Spread {
-    const SHARES: [&str; 7] = ["accuracy", "f1", "matthews", "pearson", "spearman", "meteor_exact_stem", "rouge_l"];
-    if SHARES.contains(&metric) { spread.scaled(100.0) } else { spread.clone() }
+/// In the units of the paper's tables.
+pub(super) fn scaled(name: &str, spread: &Spread) -> Spread {
+    spread.scaled(Metric::find(name).map_or(1.0, Metric::scale))
 }
 
 /// A point of the picture.
@@ -42,7 +33,7 @@ struct Point<'a> {
 /// `None` while there are no scores.
 pub(super) fn svg(table: &Table) -> Option<String> {
     let metric = &table.lines.iter().find_map(|line| line.scores.first())?.0;
-    let point = |line: &'_ super::Line| {
+    let point = |line: &Line| {
         let (_, score) = line.scores.iter().find(|(name, _)| name == metric)?;
         Some((line.trainable? as f64, scaled(metric, score)))
     };

@@ -17,7 +17,7 @@ use super::{
     config::folder,
     inputs::{self, Inputs},
 };
-use crate::{Error, Result, TrainConfig, hub, output::lock, weight_bytes};
+use crate::{Error, Result, TrainConfig, data::TaskKind, hub, output::lock, weight_bytes};
 
 /// How the command ends when training diverged.
 pub const DIVERGED: u8 = 3;
@@ -313,6 +313,9 @@ impl Place<'_> {
                 eval.args(["--device", &config.device, "--dtype", &config.dtype]);
                 if let Some(task) = &config.task {
                     eval.args(["--task", task]);
+                }
+                if config.task_row()?.is_some_and(|task| task.kind == TaskKind::Completions) {
+                    eval.arg("--predictions").arg(runs.join(format!("{}.txt", name.to_string_lossy())));
                 }
                 eval.args(flags(&self.comparison.eval));
                 match answer(&mut eval)? {

@@ -213,6 +213,59 @@ pub enum Error {
         task: &'static str,
     },
 
+    /// A format without prompts for a task of completions.
+    #[error(
+        "{}: --format {format} has no prompts and completions, which --task {task} needs: use e2e or jsonl", path.display()
+    )]
+    NoPrompts {
+        /// The file.
+        path: PathBuf,
+        /// The format asked for.
+        format: super::Format,
+        /// The task.
+        task: &'static str,
+    },
+
+    /// A line of a JSONL file is a text without a prompt, in a task of completions.
+    #[error(
+        "{}:{line}: there is a text without a prompt; --task {task} needs the strings \"prompt\" and \"completion\"",
+        path.display()
+    )]
+    NoPrompt {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// The task.
+        task: &'static str,
+    },
+
+    /// There are not as many predictions as prompts.
+    #[error(
+        "{}: {found} predictions for the {prompts} prompts of {}: there must be one line for each, in their order (equal \
+         prompts on neighbouring lines are one)",
+        path.display(), data.display()
+    )]
+    Predictions {
+        /// The file of predictions.
+        path: PathBuf,
+        /// How many are in it.
+        found: usize,
+        /// The file of prompts.
+        data: PathBuf,
+        /// How many prompts there are.
+        prompts: usize,
+    },
+
+    /// A line of a JSONL file of predictions is none.
+    #[error("{}:{line}: no string \"text\", which a prediction is", path.display())]
+    NotAPrediction {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+    },
+
     /// A file of columns has headings and nothing below them.
     #[error("{}: there are headings, but no examples below them; give a file with at least one", path.display())]
     NoRows {

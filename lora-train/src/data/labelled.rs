@@ -7,11 +7,12 @@ use serde_json::{Map, Value};
 use super::{
     Answer, Content, Corpus, Error, Example, Format, Result, TaskKind, TaskRow,
     error::start_of,
-    read::{by_line, kind, object, text_of},
+    read::{by_line, kind, object, read, text_of},
     task::Second,
 };
 
-/// Reads a file of labelled examples: tab-separated columns, or JSON lines.
+/// Reads a file of labelled examples: tab-separated columns, or JSON lines. Of a task of completions, pairs as [`read`]
+/// has them.
 ///
 /// Columns are found by their headings where the first line has them. Nothing is quoted: a quotation mark is a character
 /// like any other, as the publishers of these files mean it. A byte-order mark and CRLF line ends are accepted, blank
@@ -22,9 +23,12 @@ use super::{
 ///
 /// # Errors
 /// A missing, non-UTF-8 or empty file; a column that is not there; a row with another number of columns than the first;
-/// an example without text or label; a number that is none.
+/// an example without text or label; a number that is none; of completions, those of [`read`], and text without a prompt.
 pub fn read_task(path: impl AsRef<Path>, task: &'static TaskRow, format: Format) -> Result<Corpus> {
     let path = path.as_ref();
+    if task.kind == TaskKind::Completions {
+        return pairs(path, task, format);
+    }
     let text = text_of(path)?;
     let body = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let examples = match format {
@@ -36,6 +40,17 @@ pub fn read_task(path: impl AsRef<Path>, task: &'static TaskRow, format: Format)
         return Err(Error::NoRows { path: path.to_owned() });
     }
     Ok(Corpus { path: path.to_owned(), format, examples })
+}
+
+fn pairs(path: &Path, task: &'static TaskRow, format: Format) -> Result<Corpus> {
+    if !matches!(format, Format::E2e | Format::Jsonl) {
+        return Err(Error::NoPrompts { path: path.to_owned(), format, task: task.name });
+    }
+    let corpus = read(path, format)?;
+    match corpus.examples.iter().find(|e| !matches!(e.content, Content::Pair { .. })) {
+        Some(Example { line, .. }) => Err(Error::NoPrompt { path: path.to_owned(), line: *line, task: task.name }),
+        None => Ok(corpus),
+    }
 }
 
 /// Where the parts of an example stand.
@@ -151,6 +166,7 @@ enum Raw<'a> {
 fn answer(path: &Path, line: usize, column: usize, task: &'static TaskRow, raw: Raw) -> Result<Answer> {
     let place = || (path.to_owned(), line, column);
     match task.kind {
+        TaskKind::Completions => unreachable!("pairs have no labels"),
         TaskKind::Values => {
             let (value, shown) = match raw {
                 Raw::Text(text) => (text.parse().unwrap_or(f64::NAN), text.to_owned()),

@@ -41,7 +41,7 @@ impl Labels {
     /// [`Error::OneLabel`].
     pub fn of(task: &TaskRow, training: &Corpus) -> Result<Option<Labels>> {
         let names = match task.kind {
-            TaskKind::Values => return Ok(None),
+            TaskKind::Values | TaskKind::Completions => return Ok(None),
             TaskKind::Labels(names) if !names.is_empty() => names.iter().map(|n| n.to_string()).collect(),
             TaskKind::Labels(_) => of_corpus(training),
         };

@@ -7,6 +7,7 @@
 //! - [`read`] parses one file in one of three [`Format`]s and knows nothing of tokens.
 //! - [`encode`] turns examples into token [`Sequence`]s with whatever implements [`Encode`], and cuts them at a length.
 //! - [`read_task`] and [`encode_task`] do so for texts with labels or numbers, by a row of [`TASKS`].
+//! - [`references()`] gathers the completions of equal prompts, [`read_predictions`] reads what a model made of them.
 //! - [`Sampler`] is a pure function from the number of an optimiser step to the sequences of that step, so a run is
 //!   resumed from its step number alone.
 //! - [`Batch`] is one flat run of tokens with boundaries: no padding anywhere.
@@ -20,6 +21,7 @@ mod hold_out;
 mod labelled;
 mod labels;
 mod read;
+mod references;
 mod sampler;
 mod task;
 
@@ -33,6 +35,7 @@ pub use error::{Error, Result};
 pub use labelled::read_task;
 pub use labels::{Join, Labels, encode_task};
 pub use read::{read, read_prompts};
+pub use references::{References, read_predictions, references};
 pub use sampler::{Position, Sampler};
 pub use task::{TASKS, TaskKind, TaskRow, task};
 

@@ -55,7 +55,7 @@ pub(super) fn text_of(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
+pub(super) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
     String::from_utf8(bytes).map_err(|e| {
         let offset = e.utf8_error().valid_up_to();
         let line = 1 + e.as_bytes()[..offset].iter().filter(|&&b| b == b'\n').count();

@@ -1,12 +1,16 @@
-//! The tasks that whole sequences are judged by, and how the files of each are laid out.
+//! The tasks that models are judged by, and how the files of each are laid out.
 
-use super::{Error, Result};
-use crate::metrics::Metric::{self, Accuracy, F1, Matthews, Pearson, Spearman};
+use std::path::Path;
+
+use super::{Error, Format, Result};
+use crate::metrics::Metric::{
+    self, Accuracy, Bleu, Cider, F1, Matthews, MeteorExactStem, Nist, Pearson, RougeL, Spearman,
+};
 
 /// A task: what its files look like, what is learned, and what it is judged by.
 ///
 /// The named ones are those of GLUE (Wang et al. 2019), in the files that its publishers give out; `labels` and `values`
-/// read files of one's own.
+/// read files of one's own; `e2e` is for models that continue text.
 #[derive(Debug)]
 pub struct TaskRow {
     /// The name on the command line.
@@ -36,6 +40,8 @@ pub enum TaskKind {
     Labels(&'static [&'static str]),
     /// A number.
     Values,
+    /// To complete prompts; all completions of a prompt are right ([`references`](super::references())).
+    Completions,
 }
 
 /// Whether there is a second text.
@@ -166,7 +172,27 @@ pub const TASKS: &[TaskRow] = &[
         answer: &["value", "score", "label"],
         ..OWN
     },
+    TaskRow {
+        name: "e2e",
+        about: "prompts to texts, for models that continue text: context||reference, or JSON lines of prompt and completion",
+        kind: TaskKind::Completions,
+        metrics: &[Bleu, Nist, MeteorExactStem, RougeL, Cider],
+        first: &[],
+        second: Second::No,
+        answer: &[],
+        ..PAIR
+    },
 ];
+
+impl TaskRow {
+    /// The format that a file of the task is read in when none is asked for.
+    pub fn format_of(&self, path: &Path) -> Format {
+        match self.kind {
+            TaskKind::Completions => Format::of_path(path),
+            TaskKind::Labels(_) | TaskKind::Values => Format::of_task_path(path),
+        }
+    }
+}
 
 /// The task of a name.
 ///

@@ -35,6 +35,32 @@ pub use record::{Price, Record};
 /// # Panics
 /// If `n` is over a million, beyond which distinct records grow rare.
 pub fn records(seed: u64, n: usize) -> Vec<(String, String)> {
+    told(seed, n).into_iter().map(|(record, sentence)| (record.to_string(), sentence)).collect()
+}
+
+/// The records of [`records`], each told in one to `most` different ways, the first of them as there: references for what a
+/// model says.
+///
+/// # Panics
+/// As [`records`], and if `most` is 0.
+pub fn retold(seed: u64, n: usize, most: usize) -> Vec<(String, Vec<String>)> {
+    assert!(most > 0, "a record is told in one way at least");
+    let mut rng = generator(seed, b"retold");
+    let mut retell = |(record, sentence): (Record, String)| {
+        let mut ways = vec![sentence];
+        for _ in 1..rng.random_range(1..=most) {
+            let way = sentence::of(&record, &mut rng);
+            if !ways.contains(&way) {
+                ways.push(way);
+            }
+        }
+        (record.to_string(), ways)
+    };
+    told(seed, n).into_iter().map(&mut retell).collect()
+}
+
+/// Records and what they say.
+fn told(seed: u64, n: usize) -> Vec<(Record, String)> {
     assert!(n <= 1_000_000, "the little world has room for a million records, not {n}");
     let mut rng = generator(seed, b"records");
     let mut seen = HashSet::new();
@@ -42,8 +68,7 @@ pub fn records(seed: u64, n: usize) -> Vec<(String, String)> {
     while records.len() < n {
         let record = Record::random(&mut rng);
         let sentence = sentence::of(&record, &mut rng);
-        let record = record.to_string();
-        if seen.insert(record.clone()) {
+        if seen.insert(record.to_string()) {
             records.push((record, sentence));
         }
     }
@@ -123,6 +148,24 @@ mod tests {
         assert!(upstream_text(1, 9000).starts_with(&upstream_text(1, 2000)));
         assert_ne!(upstream_text(1, 900), upstream_text(2, 900));
         assert!((9000..11000).contains(&upstream_text(0, 9000).len()));
+    }
+
+    #[test]
+    fn records_are_told_in_several_ways() {
+        let all = retold(3, 200, 4);
+        let first: Vec<_> = all.iter().map(|(record, ways)| (record.clone(), ways[0].clone())).collect();
+        assert_eq!(first, records(3, 200));
+        for (record, ways) in &all {
+            assert!(
+                (1..=4).contains(&ways.len()) && ways.iter().collect::<HashSet<_>>().len() == ways.len(),
+                "{ways:?}"
+            );
+            let name = record.split(" | ").next().unwrap().trim_start_matches("name : ");
+            assert!(ways.iter().all(|w| w.contains(name)), "{record}: {ways:?}");
+        }
+        let counts: HashSet<usize> = all.iter().map(|(_, ways)| ways.len()).collect();
+        assert_eq!(counts.len(), 4, "{counts:?}");
+        assert_eq!(all, retold(3, 200, 4));
     }
 
     #[test]

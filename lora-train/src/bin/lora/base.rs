@@ -17,6 +17,8 @@ use crate::ui;
 
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
+// Where they are optional, they are there when the model is.
+#[group(args = ["model"])]
 pub(crate) struct BaseArgs {
     /// Folder of the model, or its id on the Hugging Face hub
     #[arg(long, value_name = "DIR|HUB_ID")]
@@ -63,9 +65,9 @@ impl BaseArgs {
         self.dropped(loaded)
     }
 
-    /// A model that continues text.
-    pub(crate) fn load_causal(&self) -> anyhow::Result<Loaded> {
-        task::check_causal(&hub::resolve(&self.model)?)?;
+    /// A model that continues text, without a task or for one of completions.
+    pub(crate) fn load_causal(&self, task: Option<&TaskRow>) -> anyhow::Result<Loaded> {
+        task::check_causal(&hub::resolve(&self.model)?, task)?;
         self.load()
     }
 

@@ -2,64 +2,98 @@
 
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Args;
 use lora_train::{
     Encoder, Evaluation, TextJoiner,
-    data::{self, Format},
-    evaluate, load_data, task,
+    data::{self, Format, TaskKind, TaskRow},
+    evaluate, load_data,
+    metrics::Scores,
+    task,
 };
 
 use crate::{
     base::{BaseArgs, Loaded},
+    completions::CompletionArgs,
     train::{formats, tasks},
     ui,
 };
 
 #[derive(Args)]
 #[command(allow_negative_numbers = true)]
+#[command(mut_arg("model", |arg| arg.required(false).required_unless_present("score")))]
 pub(crate) struct EvalArgs {
     #[command(flatten)]
-    base: BaseArgs,
+    base: Option<BaseArgs>,
     /// Data to evaluate on
     #[arg(long, value_name = "FILE", help_heading = "Data")]
-    data: PathBuf,
-    /// What to judge an encoder by: the task that it has learned
+    pub(crate) data: PathBuf,
+    /// What to judge by: the task that an encoder has learned; or e2e, for which a model that continues text completes each
+    /// prompt, and all completions in the data of equal prompts on neighbouring lines are references
     #[arg(long, value_parser = tasks(), help_heading = "Data")]
     task: Option<String>,
-    /// Layout of the data [default: jsonl by its extension, otherwise e2e, and tsv with --task]
+    /// Layout of the data [default: jsonl by its extension, otherwise e2e, and tsv with the task of an encoder]
     #[arg(long, value_parser = formats(), help_heading = "Data")]
     format: Option<String>,
     /// Tokens at which a sequence is cut
     #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Data")]
-    max_length: usize,
-    /// Sequences computed at a time; the result does not depend on it beyond rounding
+    pub(crate) max_length: usize,
+    /// Sequences, or prompts, computed at a time; the result does not depend on it beyond rounding
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Data")]
-    batch_size: usize,
+    pub(crate) batch_size: usize,
+    #[command(flatten)]
+    completions: CompletionArgs,
     /// Print the result as JSON
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
+}
+
+impl EvalArgs {
+    pub(crate) fn format(&self) -> anyhow::Result<Option<Format>> {
+        Ok(self.format.as_deref().map(str::parse).transpose()?)
+    }
+
+    pub(crate) fn base(&self) -> anyhow::Result<&BaseArgs> {
+        self.base.as_ref().context("--model is missing: name the folder of a model, or its id on the hub")
+    }
 }
 
 pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
     ensure!(args.batch_size > 0, "batch-size = 0: must be at least 1");
-    let format = args.format.map(|f| f.parse::<Format>()).transpose()?;
     let task = args.task.as_deref().map(data::task).transpose()?;
+    if let Some(task) = task.filter(|task| task.kind == TaskKind::Completions) {
+        return args.completions.run(&args, task);
+    }
+    args.completions.refuse()?;
+    let evaluation = evaluation(&args, task)?;
+    match args.json {
+        true => ui::print_json(&evaluation),
+        false => ui::print(text(&evaluation)),
+    }
+}
+
+fn evaluation(args: &EvalArgs, task: Option<&'static TaskRow>) -> anyhow::Result<Evaluation> {
+    let (base, format) = (args.base()?, args.format()?);
     let evaluation = match task {
         None => {
-            let Loaded { dir, model, adapted } = args.base.load_causal()?;
+            let Loaded { dir, model, adapted } = base.load_causal(None)?;
             let encoder = Encoder::from_dir(&dir, &*model)?;
             let data = load_data(&args.data, format, &encoder, (&*model, &adapted), args.max_length)?;
             evaluate(&*model, &adapted, &data, args.batch_size)?
         }
         Some(task) => {
             let corpus = task::read(&args.data, task, format)?;
-            let (fitted, Loaded { dir, model, adapted }) = args.base.load_task(task)?;
+            let (fitted, Loaded { dir, model, adapted }) = base.load_task(task)?;
             let joiner = TextJoiner::from_dir(&dir, &*model)?;
             let data = fitted.encode(&corpus, &joiner, (&*model, &adapted), args.max_length)?;
             evaluate(&*model, &adapted, &data, args.batch_size)?
         }
     };
+    check_finite(args, &evaluation)?;
+    Ok(evaluation)
+}
+
+pub(crate) fn check_finite(args: &EvalArgs, evaluation: &Evaluation) -> anyhow::Result<()> {
     let loss = evaluation.loss;
     ensure!(
         loss.is_finite(),
@@ -67,13 +101,16 @@ pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
          that made them",
         args.data.display()
     );
-    match args.json {
-        true => ui::print_json(&evaluation),
-        false => {
-            let Evaluation { loss, perplexity, targets, scores } = &evaluation;
-            let perplexity = perplexity.map_or(String::new(), |p| format!("perplexity {p:.4}\n"));
-            let scores: String = scores.0.iter().map(|(metric, value)| format!("{metric} {value:.4}\n")).collect();
-            ui::print(format_args!("loss {loss:.6}\n{perplexity}{scores}targets {targets}\n"))
-        }
-    }
+    Ok(())
+}
+
+pub(crate) fn text(evaluation: &Evaluation) -> String {
+    let Evaluation { loss, perplexity, targets, scores } = evaluation;
+    let perplexity = perplexity.map_or(String::new(), |p| format!("perplexity {p:.4}\n"));
+    format!("loss {loss:.6}\n{perplexity}{}targets {targets}\n", lines(scores))
+}
+
+/// A line for each metric.
+pub(crate) fn lines(scores: &Scores) -> String {
+    scores.0.iter().map(|(metric, value)| format!("{} {value:.4}\n", metric.title())).collect()
 }

@@ -9,18 +9,19 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::Args;
 use lora_model::{
     Error, Task,
-    generate::{Generated, GenerationConfig, check, end_tokens, generate},
+    generate::{Generated, GenerationConfig, check, generate},
     tokenizer::Tokenizer,
 };
 use lora_train::{
     Encoder,
     data::{self, Content, Encode, Format},
+    generation::{batches, end_tokens, text},
 };
 use serde::Serialize;
 
 use crate::{
     base::{BaseArgs, Loaded},
-    part::PartFile,
+    part::{PartFile, check_writable},
     train::formats,
     ui,
 };
@@ -114,7 +115,7 @@ struct Prompt {
 pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     ensure!(args.batch_size > 0, "batch-size = 0: must be at least 1");
     if let Some(out) = &args.out {
-        check_writable(out)?;
+        check_writable("out", out)?;
     }
     let Loaded { dir, model, adapted } = args.base.load()?;
     if model.task() != Task::CausalLm {
@@ -122,9 +123,10 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     }
     let encoder = Encoder::from_dir(&dir, &*model)?;
     let config = config(&args, &dir, &encoder)?;
-    config.check(model.limits().vocab_size).map_err(|e| told(e, &[]))?;
+    config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
     let (prompts, tokens) = prompts(&args, &encoder)?;
-    check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, &prompts))?;
+    let place = |i: usize| prompts.get(i).map(|p| p.place.clone());
+    check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, place))?;
     let json = args.json || args.out.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "jsonl"));
 
     let streamed = args.prompt.is_some() && !json && args.out.is_none() && io::stdout().is_terminal();
@@ -139,18 +141,15 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     if out.is_some() {
         ui::catch_interrupt("stopping after this batch")?;
     }
-    let mut batches = || -> anyhow::Result<()> {
+    let mut all = || -> anyhow::Result<()> {
         let bar = ui::counter(prompts.len() as u64, "prompts");
-        let batches = prompts.chunks(args.batch_size).zip(tokens.chunks(args.batch_size));
-        for (i, (batch, tokens)) in batches.enumerate() {
+        let mut generated = batches((&*model, &adapted), &tokens, &config, args.batch_size);
+        for (batch, tokens) in prompts.chunks(args.batch_size).zip(tokens.chunks(args.batch_size)) {
             if ui::interrupted() {
                 return Err(ui::Interrupted.into());
             }
-            // Each prompt draws from its own stream, whichever batch it is in.
-            let config = GenerationConfig { first_stream: (i * args.batch_size) as u64, ..config.clone() };
-            let generated = generate(&*model, &adapted, tokens, &config, None);
             let mut lines = String::new();
-            let generated = generated.with_context(|| args.base.to_string())?;
+            let generated = generated.next().transpose().with_context(|| args.base.to_string())?.unwrap_or_default();
             for ((prompt, tokens), generated) in batch.iter().zip(tokens).zip(generated) {
                 let alone = args.prompt.is_some();
                 lines += &line((prompt, tokens), generated, encoder.tokenizer(), &config.eos_token_id, alone, json)?;
@@ -165,7 +164,7 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         bar.finish_and_clear();
         Ok(())
     };
-    match (batches(), out) {
+    match (all(), out) {
         (Ok(()), Some(out)) => out.finish(),
         (Err(e), Some(out)) => {
             out.give_up();
@@ -176,11 +175,14 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
 }
 
 /// An error in the words of the command line: options by their flags, prompts by their places.
-fn told(e: Error, prompts: &[Prompt]) -> anyhow::Error {
+pub(crate) fn told(e: Error, place: impl Fn(usize) -> Option<String>) -> anyhow::Error {
     match e {
         Error::Option { option: "do_sample", value, why } => anyhow!("sample = {value}: {why}"),
         Error::Option { option, value, why } => anyhow!("{} = {value}: {why}", option.replace('_', "-")),
-        Error::Prompt { index, problem } if index < prompts.len() => anyhow!("{}: {problem}", prompts[index].place),
+        Error::Prompt { index, problem } => match place(index) {
+            Some(place) => anyhow!("{place}: {problem}"),
+            None => Error::Prompt { index, problem }.into(),
+        },
         e => e.into(),
     }
 }
@@ -200,22 +202,13 @@ fn config(args: &GenerateArgs, dir: &Path, encoder: &Encoder) -> anyhow::Result<
         length_penalty: args.length_penalty,
         early_stopping: args.early_stopping,
         eos_token_id: match args.eos.as_deref() {
-            None => ends(dir, encoder)?,
+            None => end_tokens(dir, encoder)?,
             Some([none]) if none == "none" => Vec::new(),
             Some(tokens) => tokens.iter().map(|t| token(t, encoder)).collect::<anyhow::Result<_>>()?,
         },
         seed: args.seed,
         first_stream: 0,
     })
-}
-
-/// What training puts at the end of a text, and what the model's files say.
-fn ends(dir: &Path, encoder: &Encoder) -> anyhow::Result<Vec<u32>> {
-    let mut ends = end_tokens(dir)?;
-    if !ends.contains(&encoder.end_of_text()) {
-        ends.push(encoder.end_of_text());
-    }
-    Ok(ends)
 }
 
 /// A token by its spelling, or else by its number.
@@ -281,21 +274,14 @@ fn line(
         #[serde(skip_serializing_if = "Option::is_none")]
         score: Option<f64>,
     }
-    let Generated { tokens, score, finished } = generated;
-    let shown = tokens.strip_suffix(eos_of(&tokens, eos)).unwrap_or(&tokens);
-    let text = tokenizer.decode_after(before, shown, true)?;
+    let text = text(tokenizer, before, &generated, eos)?;
     let text = if prompt.ended { text.trim() } else { &text };
+    let Generated { tokens, score, finished } = generated;
     Ok(match (json, alone) {
         (true, _) => serde_json::to_string(&Line { prompt: &prompt.text, text, tokens: &tokens, finished, score })?,
         (false, true) => text.to_owned(),
         (false, false) => text.replace(['\r', '\n'], " "),
     })
-}
-
-/// The end token that a text ends with, if it does.
-fn eos_of<'a>(tokens: &'a [u32], eos: &[u32]) -> &'a [u32] {
-    let n = tokens.len();
-    if tokens.last().is_some_and(|t| eos.contains(t)) { &tokens[n - 1..] } else { &[] }
 }
 
 /// A text that is shown while it is made.
@@ -322,12 +308,4 @@ impl<'t> Stream<'t> {
             None => ui::print(format_args!("{}\n", self.text.finish()?)),
         }
     }
-}
-
-/// Finds out before the work, rather than after it, that its result has no place.
-fn check_writable(out: &Path) -> anyhow::Result<()> {
-    ensure!(!out.is_dir(), "{}: is a folder; --out is a file", out.display());
-    let folder = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    ensure!(folder.is_dir(), "{}: there is no folder {}; make it first", out.display(), folder.display());
-    Ok(())
 }

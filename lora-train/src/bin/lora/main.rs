@@ -2,6 +2,7 @@
 
 mod base;
 mod compare;
+mod completions;
 mod convert;
 mod demo;
 mod eval;
@@ -53,8 +54,8 @@ enum Command {
     Pretrain(pretrain::PretrainArgs),
     /// Fine-tune a model on a data file
     Train(Box<train::TrainArgs>),
-    /// Measure loss and perplexity of a model on a data file
-    Eval(eval::EvalArgs),
+    /// Measure loss and perplexity of a model on a data file, or what else a task is judged by
+    Eval(Box<eval::EvalArgs>),
     /// Train several methods with several seeds on one task, and make the table of their results
     Compare(compare::CompareArgs),
     /// Continue a prompt, or the prompts of a data file
@@ -84,7 +85,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Demo(args) => demo::run(args),
         Command::Pretrain(args) => pretrain::run(args),
         Command::Train(args) => train::run(*args),
-        Command::Eval(args) => eval::run(args),
+        Command::Eval(args) => eval::run(*args),
         Command::Compare(args) => compare::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),

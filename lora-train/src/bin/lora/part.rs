@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 
 use crate::ui;
 
@@ -62,4 +62,12 @@ impl PartFile {
     fn path(&self) -> &Path {
         self.part.as_deref().unwrap_or(&self.out)
     }
+}
+
+/// Finds out before the work, rather than after it, that the result of a flag has no place.
+pub(crate) fn check_writable(flag: &str, out: &Path) -> anyhow::Result<()> {
+    ensure!(!out.is_dir(), "{}: is a folder; --{flag} is a file", out.display());
+    let folder = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    ensure!(folder.is_dir(), "{}: there is no folder {}; make it first", out.display(), folder.display());
+    Ok(())
 }

@@ -46,7 +46,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_parser = formats(), help_heading = "Input and output")]
     format: Option<String>,
     /// What an encoder (BERT, RoBERTa, DeBERTa) learns from labelled examples: a task of GLUE, or labels or values of
-    /// one's own
+    /// one's own. Models that continue text need none; with e2e each example has to be a prompt and a completion
     #[arg(long, value_parser = tasks(), help_heading = "Input and output")]
     task: Option<String>,
     /// An adapter to start from; method, rank, targets and the like are its own

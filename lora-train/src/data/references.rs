@@ -1,0 +1,67 @@
+//! Prompts with all that may be said to them, and what a model said.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{
+    Content, Corpus, Error, Format, Result,
+    read::{object, utf8},
+};
+
+/// A prompt and the texts that are right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct References<'a> {
+    /// Line of the first of them.
+    pub line: usize,
+    /// The prompt.
+    pub prompt: &'a str,
+    /// At least one.
+    pub texts: Vec<&'a str>,
+}
+
+/// The completions of equal prompts that are neighbours, together. Examples without a prompt are passed over.
+pub fn references(corpus: &Corpus) -> Vec<References<'_>> {
+    let mut all: Vec<References> = Vec::new();
+    for example in &corpus.examples {
+        let Content::Pair { prompt, completion } = &example.content else { continue };
+        match all.last_mut().filter(|last| last.prompt == prompt) {
+            Some(last) => last.texts.push(completion),
+            None => all.push(References { line: example.line, prompt, texts: vec![completion] }),
+        }
+    }
+    all
+}
+
+/// Reads what was said to the prompts of `data`: a text a line, where an empty line is an empty text; or, from a file that is
+/// named so, JSON lines with a `text`. Line breaks in texts become spaces.
+///
+/// # Errors
+/// A missing, non-UTF-8 or empty file; in JSONL a line that is no object with a string `text`; another number of texts than
+/// of prompts.
+pub fn read_predictions(path: impl AsRef<Path>, prompts: &[References], data: &Path) -> Result<Vec<String>> {
+    let path = path.as_ref();
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    let text = utf8(path, bytes)?;
+    let body = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    if body.is_empty() {
+        return Err(Error::Empty { path: path.to_owned(), bytes: text.len() });
+    }
+    let texts: Vec<String> = match Format::of_path(path) {
+        Format::Jsonl => {
+            let array = body.trim_start().starts_with('[');
+            let lines = body.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+            let text = |(i, line)| match object(path, i + 1, line, array)?.remove("text") {
+                Some(Value::String(text)) => Ok(text.replace(['\r', '\n'], " ")),
+                _ => Err(Error::NotAPrediction { path: path.to_owned(), line: i + 1 }),
+            };
+            lines.map(text).collect::<Result<_>>()?
+        }
+        _ => body.lines().map(str::to_owned).collect(),
+    };
+    if texts.len() != prompts.len() {
+        let (path, data) = (path.to_owned(), data.to_owned());
+        return Err(Error::Predictions { path, found: texts.len(), data, prompts: prompts.len() });
+    }
+    Ok(texts)
+}

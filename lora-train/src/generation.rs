@@ -1,0 +1,83 @@
+//! Texts that a model makes of prompts: in batches, as words, ended as training ends them.
+//!
+//! ```
+//! use lora_train::{data::{self, Format}, metrics::{Metric, text::Completions}};
+//!
+//! # let folder = tempfile::tempdir()?;
+//! # let (data, said) = (folder.path().join("data.txt"), folder.path().join("said.txt"));
+//! std::fs::write(&data, "name : The Mill||The Mill is a pub .\\nname : The Mill||A pub is The Mill .\\n")?;
+//! std::fs::write(&said, "The Mill is a pub .\\n")?; // or made here: `batches`, then `completion`
+//! let corpus = data::read(&data, Format::E2e)?;
+//! let prompts = data::references(&corpus);
+//! let texts = data::read_predictions(&said, &prompts, &data)?;
+//! let references: Vec<_> = prompts.iter().map(|p| &p.texts[..]).collect();
+//! let bleu = Metric::Bleu.of_texts(&Completions::new(&texts, &references));
+//! assert!((bleu.unwrap() - 100.0).abs() < 1e-9);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::path::Path;
+
+use lora_core::peft::Adapted;
+use lora_model::{
+    Model,
+    generate::{self, Generated, GenerationConfig},
+    tokenizer::Tokenizer,
+};
+
+use crate::{Encoder, Result, data::Encode};
+
+/// The tokens that end a text of the model in a folder: what its files say, and what training puts there.
+///
+/// # Errors
+/// Those of [`generate::end_tokens`].
+pub fn end_tokens(dir: &Path, encoder: &Encoder) -> Result<Vec<u32>> {
+    let mut ends = generate::end_tokens(dir)?;
+    if !ends.contains(&encoder.end_of_text()) {
+        ends.push(encoder.end_of_text());
+    }
+    Ok(ends)
+}
+
+/// Continues prompts, `batch_size` at a time, when the next batch is asked for. Each prompt draws from a stream of its own,
+/// whichever batch it is in.
+///
+/// # Errors
+/// Each batch those of [`generate::generate`]; the index in [`lora_model::Error::Prompt`] is that within all prompts.
+pub fn batches<'a>(
+    (model, adapted): (&'a dyn Model, &'a Adapted),
+    prompts: &'a [Vec<u32>],
+    config: &'a GenerationConfig,
+    batch_size: usize,
+) -> impl Iterator<Item = lora_model::Result<Vec<Generated>>> + 'a {
+    let batch_size = batch_size.max(1);
+    prompts.chunks(batch_size).enumerate().map(move |(i, batch)| {
+        let first = i * batch_size;
+        let config = GenerationConfig { first_stream: config.first_stream + first as u64, ..config.clone() };
+        generate::generate(model, adapted, batch, &config, None).map_err(|e| match e {
+            lora_model::Error::Prompt { index, problem } => lora_model::Error::Prompt { index: first + index, problem },
+            e => e,
+        })
+    })
+}
+
+/// The text that was generated after the tokens `before`, without the token that ends it.
+///
+/// # Errors
+/// A tokenizer that fails.
+pub fn text(tokenizer: &Tokenizer, before: &[u32], generated: &Generated, ends: &[u32]) -> Result<String> {
+    let tokens = &generated.tokens;
+    let shown = match tokens.split_last() {
+        Some((last, rest)) if ends.contains(last) => rest,
+        _ => tokens,
+    };
+    Ok(tokenizer.decode_after(before, shown, true)?)
+}
+
+/// As [`text()`], of a prompt that ends as in training: trimmed, on one line.
+///
+/// # Errors
+/// A tokenizer that fails.
+pub fn completion(tokenizer: &Tokenizer, before: &[u32], generated: &Generated, ends: &[u32]) -> Result<String> {
+    Ok(text(tokenizer, before, generated, ends)?.trim().replace(['\r', '\n'], " "))
+}
