@@ -254,8 +254,10 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
     let options = config.row()?.options;
     let name = name.unwrap_or_else(|| {
         let mut name = config.method.clone();
-        for (key, value) in named.iter().filter(|(k, _)| options.contains(&k.as_str())) {
-            name += &format!(" {key}={}", plain(value));
+        for option in options {
+            if let Some((_, value)) = named.iter().find(|(key, _)| key == option) {
+                name += &format!(" {option}={}", plain(value));
+            }
         }
         name
     });
