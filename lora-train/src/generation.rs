@@ -1,12 +1,13 @@
-//! Texts that a model makes of prompts: in batches, as words, ended as training ends them.
+//! Texts that a model makes of prompts, batch by batch, ended as training ends them. What they are judged by is in
+//! [`metrics::text`](crate::metrics::text).
 //!
 //! ```
 //! use lora_train::{data::{self, Format}, metrics::{Metric, text::Completions}};
 //!
 //! # let folder = tempfile::tempdir()?;
 //! # let (data, said) = (folder.path().join("data.txt"), folder.path().join("said.txt"));
-//! std::fs::write(&data, "name : The Mill||The Mill is a pub .\\nname : The Mill||A pub is The Mill .\\n")?;
-//! std::fs::write(&said, "The Mill is a pub .\\n")?; // or made here: `batches`, then `completion`
+//! std::fs::write(&data, "name : The Mill||The Mill is a pub .\nname : The Mill||A pub is The Mill .\n")?;
+//! std::fs::write(&said, "The Mill is a pub .\n")?; // or made here: `batches`, then `completion`
 //! let corpus = data::read(&data, Format::E2e)?;
 //! let prompts = data::references(&corpus);
 //! let texts = data::read_predictions(&said, &prompts, &data)?;
@@ -80,4 +81,34 @@ pub fn text(tokenizer: &Tokenizer, before: &[u32], generated: &Generated, ends: 
 /// A tokenizer that fails.
 pub fn completion(tokenizer: &Tokenizer, before: &[u32], generated: &Generated, ends: &[u32]) -> Result<String> {
     Ok(text(tokenizer, before, generated, ends)?.trim().replace(['\r', '\n'], " "))
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_kernels::Device;
+    use lora_model::{Gpt2, config::Gpt2Config};
+
+    use super::*;
+
+    #[test]
+    fn batches_are_continued_as_one_would_be() {
+        let config =
+            Gpt2Config { vocab_size: 40, n_positions: 24, n_embd: 16, n_layer: 1, n_head: 2, ..Gpt2Config::small() };
+        let model = Gpt2::init(config, Path::new(""), 3, &Device::Cpu).unwrap();
+        let none = Adapted::none(&Device::Cpu).unwrap();
+        let mut prompts: Vec<Vec<u32>> = (0..7).map(|i| (0..=i).collect()).collect();
+        let config = GenerationConfig { max_new_tokens: 6, do_sample: true, temperature: 3.0, ..Default::default() };
+        let all = |prompts: &[Vec<u32>], size| -> lora_model::Result<Vec<Generated>> {
+            let batches: Vec<_> =
+                batches((&model, &none), prompts, &config, size).collect::<lora_model::Result<_>>()?;
+            Ok(batches.concat())
+        };
+        let together = generate::generate(&model, &none, &prompts, &config, None).unwrap();
+        for size in [0, 1, 3, 7, 9] {
+            assert_eq!(all(&prompts, size).unwrap(), together, "{size} at a time");
+        }
+        prompts[5] = vec![99];
+        let error = all(&prompts, 2).unwrap_err();
+        assert!(matches!(error, lora_model::Error::Prompt { index: 5, .. }), "{error}");
+    }
 }

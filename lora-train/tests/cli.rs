@@ -7,6 +7,8 @@ mod commands;
 mod common;
 #[path = "cli/compare.rs"]
 mod compare;
+#[path = "cli/completions.rs"]
+mod completions;
 #[path = "cli/convert.rs"]
 mod convert;
 #[path = "cli/lab.rs"]

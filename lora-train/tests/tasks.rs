@@ -169,6 +169,17 @@ fn files_of_tasks_that_are_refused() {
         ("values", Jsonl, "{\"text\": \"a\", \"value\": \"x\"}", &["data:1:", "\"x\" is no number"]),
         ("labels", Jsonl, "[{\"text\": \"a\", \"label\": 1}]", &["an array in place of an object"]),
         ("labels", Jsonl, "{\"text\": \"a\", \"label\": 1", &["data:1:", "not valid JSON"]),
+        ("e2e", Tsv, "a\tb\n", &["--format tsv has no prompts", "--task e2e"]),
+        ("e2e", Format::Text, "a", &["--format text has no prompts"]),
+        ("e2e", E2e, "a||b\n\na\n", &["data:3:", "no '||'"]),
+        ("e2e", E2e, "a||\n", &["data:1:", "the reference is empty"]),
+        ("e2e", Jsonl, "{\"prompt\": \"a\"}", &["data:1:", "\"completion\""]),
+        (
+            "e2e",
+            Jsonl,
+            "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"a\"}",
+            &["data:2:", "a text without a prompt", "--task e2e"],
+        ),
     ];
     for (name, format, file, parts) in table {
         let error = read(name, *format, file).unwrap_err().to_string();
@@ -357,7 +368,7 @@ fn an_evaluation_judges_predictions() {
                     let predicted: Vec<u32> = predicted.iter().map(|&p| p as u32).collect();
                     metric.of_labels(&predicted, &labels)
                 }
-                TaskKind::Completions => panic!("{name} has no labels"),
+                TaskKind::Completions => None,
             };
             assert!((value - expected.unwrap()).abs() < 1e-6, "{name}: {metric} {value}, not {expected:?}");
         }
@@ -414,6 +425,12 @@ fn a_result_remembers_its_labels() {
             train(&TrainConfig { data: fewer, out: out.clone(), ..more }, false, &mut ()).unwrap();
             assert_eq!(of_adapter(&out).unwrap().unwrap().labels.unwrap().names(), names, "{method}");
         }
+    }
+    // Completions need no head, and no adapter for them says what it is for.
+    let e2e = task("e2e").unwrap();
+    for error in [Fitted::trained(e2e, &base, None), Fitted::to_train(e2e, &base, None, &corpus)] {
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("task = e2e") && error.contains("no head"), "{error}");
     }
     let mut file: Value =
         serde_json::from_str(&fs::read_to_string(dir.path().join("lora").join(FILE)).unwrap()).unwrap();

@@ -65,3 +65,23 @@ pub fn read_predictions(path: impl AsRef<Path>, prompts: &[References], data: &P
     }
     Ok(texts)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Example;
+
+    #[test]
+    fn equal_neighbours_are_one_prompt() {
+        let pair = |(i, (prompt, completion)): (usize, (&str, &str))| Example {
+            line: i + 1,
+            content: Content::Pair { prompt: prompt.into(), completion: completion.into() },
+        };
+        let pairs = [("a", "x"), ("a", "y"), ("b", "z"), ("a", "x"), ("a", "x")];
+        let mut examples: Vec<Example> = pairs.into_iter().enumerate().map(pair).collect();
+        examples.insert(2, Example { line: 9, content: Content::Text("t".into()) });
+        let corpus = Corpus { path: "data".into(), format: Format::E2e, examples };
+        let found: Vec<_> = references(&corpus).into_iter().map(|r| (r.line, r.prompt, r.texts)).collect();
+        assert_eq!(found, [(1, "a", vec!["x", "y"]), (3, "b", vec!["z"]), (4, "a", vec!["x", "x"])]);
+    }
+}

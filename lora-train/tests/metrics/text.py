@@ -89,6 +89,8 @@ ODD = [
     (["ÉTOILE NAÏVE, Straße: 20-25 €", "ΟΔΟΣ ΣΟΦΙΑΣ"], [["étoile naïve , strasse : 20 - 25 €"], ["οδος σοφιας", "ὁδός"]]),
     (["It's 3.5 stars (of 5), £20-25; \"good\"!", "A.B. said: 1,000 well-known"], [["it's 3,5 stars of 5 . 20 - 25"], ["a . b . said 1,000 well known"]]),
     (["x", "y z"], [["x", "", "x x"], ["", "y"]]),
+    (["", "y"], [["", "a"], ["<skipped>", "-"]]),
+    (["a b c d e f"], [["a b c d e f g h", "a b c d"]]),
 ]
 ODD_WORDS = [
     "", " ", "\u00a0 a\u2003b\x1fc ", "a.b 1.5 a.5 5.a .5 5. ... a..b ,.,", "1,000 a,b ,a a, 5,", "20-25 a-b -5 5- 5--6",

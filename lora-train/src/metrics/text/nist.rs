@@ -80,3 +80,16 @@ fn sum(terms: impl Iterator<Item = f64>) -> f64 {
     }
     sum + lost
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_do_not_depend_on_order() {
+        let terms = [0.1, 0.2, 0.3];
+        let forwards = sum(terms.into_iter());
+        assert_eq!(forwards, sum(terms.into_iter().rev()));
+        assert_ne!(terms.iter().sum::<f64>(), terms.iter().rev().sum::<f64>(), "these do, added up plainly");
+    }
+}
