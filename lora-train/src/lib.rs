@@ -61,6 +61,7 @@ pub mod metrics;
 mod output;
 mod passes;
 mod place;
+pub mod plan;
 mod pretrain;
 mod resources;
 mod run;
