@@ -55,6 +55,7 @@ mod error;
 mod evaluation;
 pub mod generation;
 pub mod hub;
+pub mod latency;
 mod log;
 mod method;
 pub mod metrics;

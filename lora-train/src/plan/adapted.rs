@@ -23,6 +23,9 @@ pub(super) struct Adapted<'a> {
     outputs: HashMap<&'a str, u128>,
 }
 
+/// The normalisation that follows where a sublayer joins the stream, where there is one.
+pub(super) type Norm<'a> = Option<&'a dyn Fn(&mut Tape, &Var) -> Var>;
+
 /// The parameter of all virtual tokens, below the name of their site.
 pub(super) const PROMPT: &str = "prompt_embeddings";
 
@@ -79,14 +82,7 @@ impl<'a> Adapted<'a> {
     }
 
     /// The stream after a sublayer, with what is attached there; `norm` follows where there is one.
-    pub(super) fn join(
-        &self,
-        t: &mut Tape,
-        site: &str,
-        x: Var,
-        f: Var,
-        norm: Option<&dyn Fn(&mut Tape, &Var) -> Var>,
-    ) -> Var {
+    pub(super) fn join(&self, t: &mut Tape, site: &str, x: Var, f: Var, norm: Norm) -> Var {
         let joined = |t: &mut Tape, x: Var, f: Var| {
             let y = ops::add(t, x, f);
             match norm {
@@ -171,13 +167,7 @@ fn bottleneck(t: &mut Tape, x: &Var, [down, up]: [Map; 2]) -> Var {
 }
 
 /// As `lora_core`'s adapters after the MLP join the stream.
-fn after(
-    t: &mut Tape,
-    x: Var,
-    f: Var,
-    norm: Option<&dyn Fn(&mut Tape, &Var) -> Var>,
-    adapt: impl FnOnce(&mut Tape, &Var) -> Var,
-) -> Var {
+fn after(t: &mut Tape, x: Var, f: Var, norm: Norm, adapt: impl FnOnce(&mut Tape, &Var) -> Var) -> Var {
     let sum = ops::add(t, x, f);
     let Some(norm) = norm else {
         let z = adapt(t, &sum);
