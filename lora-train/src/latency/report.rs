@@ -138,10 +138,11 @@ impl LatencyReport {
         let threads = if self.device == "cpu" { format!(", {} threads", self.threads) } else { String::new() };
         let weights = if self.random_weights { ", random weights" } else { "" };
         let mut text = format!(
-            "One forward pass of {} ({} parameters{weights}) in {dtype} on {}{threads}: hidden states of all tokens, logits of \
-             each sequence's last.\nMilliseconds and ratios to the base are medians, quartiles in brackets; rounds are \
-             interleaved.\n",
-            self.model, self.parameters, self.device
+            "One forward pass of {} ({:.1}M parameters{weights}) in {dtype} on {}{threads}.\n\
+             Hidden states of all tokens, logits of each sequence's last. Medians, quartiles in brackets; ratios to the base.\n",
+            self.model,
+            self.parameters as f64 / 1e6,
+            self.device
         );
         for shape in &self.shapes {
             let plural = if shape.rounds == 1 { "" } else { "s" };

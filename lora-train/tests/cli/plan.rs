@@ -58,7 +58,11 @@ fn any_model_and_method_by_its_configuration_alone() {
     for method in ["full", "bitfit", "adapter-h", "adapter-l", "adapter-p", "pre-embed", "pre-layer", "lora+pre-layer"]
     {
         let of = plan(&format!("--method {method} --seq-len 30"));
-        assert_eq!((of["method"].as_str(), of["full"].clone()), (Some(method), plan("--seq-len 30")["full"].clone()), "{method}");
+        assert_eq!(
+            (of["method"].as_str(), of["full"].clone()),
+            (Some(method), plan("--seq-len 30")["full"].clone()),
+            "{method}"
+        );
         assert!(lab.ok(&format!("plan --model only --method {method}")).contains("trainable parameters"));
     }
     for arch in ["roberta-large", "deberta-v2-xxlarge", "llama-3-8b", "qwen3-0.6b"] {

@@ -114,7 +114,7 @@ fn text(plan: &Plan, dtype: &str) -> String {
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let name = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     let mut text = format!(
-        "{}: {} of {} layers, {} parameters\n\n",
+        "{}: architecture {}, {} layers, {} parameters\n\n",
         plan.model,
         plan.architecture,
         plan.layers,
@@ -137,19 +137,20 @@ fn assumptions(plan: &Plan, dtype: &str) -> String {
     let cast = if plan.dtype_bytes < 4 { format!(", cast to {dtype} for computing") } else { String::new() };
     let plural = if plan.batch_size == 1 { "" } else { "s" };
     let mut text = format!(
-        "Weights: frozen ones in {dtype}; what trains in f32{cast}; full fine-tuning also keeps the base it began from, in f32.\n\
+        "Weights: frozen ones in {dtype}; what trains in f32{cast}; full fine-tuning also keeps\n\
+         the base that it began from, in f32.\n\
          Gradients and AdamW's two moments: f32, of what trains alone.\n\
-         Activations: {} sequence{plural} of {} positions at a time, what this trainer's pass holds at its peak: inputs that a\n\
-         gradient needs, none below the lowest trainable parameter, logits for one chunk of rows.\n\
-         Files are safetensors in f32, LoRA in PEFT's layout, where a part of a fused projection has zeros beside it.\n",
+         Activations: {} sequence{plural} of {} positions at a time, what this trainer's pass holds at its peak:\n\
+         inputs that a gradient needs, none below the lowest trainable parameter, logits for a chunk of rows.\n\
+         Files: safetensors in f32, LoRA in PEFT's layout, with zeros beside a part of a fused projection.\n",
         plan.batch_size, plan.seq_len
     );
     if let Some(paper) = &plan.paper {
-        let each = |bytes: u64| bytes as f64 / plan.parameters as f64;
+        let each = |bytes: u64| format!("{:.1}", bytes as f64 / plan.parameters as f64);
         text += &format!(
-            "The paper's LoRA has {}. Its 1.2 TB are {:.1} bytes a parameter, its 350 GB {:.1}, the weights in 16 bits; it does\n\
-             not say what it counts. Here full fine-tuning takes {:.1} bytes a parameter, because parameters, gradients and\n\
-             moments are f32, and activations are counted on both sides.\n",
+            "The paper's LoRA has {}. Its 1.2 TB are {} bytes a parameter and its 350 GB {}, the\n\
+             weights in 16 bits; it does not say what it counts. Here it is {} bytes, because parameters that train,\n\
+             gradients and moments are f32, and activations count on both sides.\n",
             paper.setting,
             each(paper.memory[0]),
             each(paper.memory[1]),
