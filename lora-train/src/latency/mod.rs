@@ -260,7 +260,7 @@ fn measure(
 /// The order of n variants in a round.
 fn order(round: usize, n: usize) -> impl Iterator<Item = usize> {
     let backwards = round % 2 == 1;
-    (0..n).map(move |i| if backwards { (2 * n - 1 - i + round) % n } else { (i + round) % n })
+    (0..n).map(move |i| (round + if backwards { n - i } else { i }) % n)
 }
 
 #[cfg(test)]
