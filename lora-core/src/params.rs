@@ -105,6 +105,11 @@ impl ParamsBuilder {
         self.len
     }
 
+    /// Names and shapes, without taking any memory.
+    pub(crate) fn into_shapes(self) -> Vec<(String, Vec<usize>)> {
+        self.entries.into_iter().map(|e| (e.name, e.shape)).collect()
+    }
+
     /// Takes the memory and fills it in. Computations see the parameters in `dtype`; they are kept, and their gradients are
     /// summed, in its accumulator's type ([`DType::accumulator`]): f32 for bf16, so that small updates are not rounded away.
     /// Each parameter draws from a stream of its own, chosen by its name, so that it

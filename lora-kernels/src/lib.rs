@@ -68,7 +68,7 @@ pub use loss::{cross_entropy, loss_head, nll};
 pub use mat::{Acc, Mat, MatMut};
 pub use mix::{mix, mix_backward};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
-pub use pool::{PoolStats, pool_stats, release_idle_memory};
+pub use pool::{DryPool, PoolStats, pool_stats, release_idle_memory};
 pub use rope::rope;
 pub use transpose::transpose;
 pub use unfold::{unfold, unfold_backward};

@@ -213,6 +213,47 @@ impl<P: Copy> Pool<P> {
     }
 }
 
+/// The pool without memory, for planning: hands out and takes back sizes as the pools of host and devices do.
+#[derive(Default)]
+pub struct DryPool(Pool<()>);
+
+/// Has as much memory as anybody asks for.
+struct Endless;
+
+impl Source for Endless {
+    type Ptr = ();
+
+    fn allocate(&self, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
+
+    unsafe fn free(&self, (): (), _bytes: usize) {}
+
+    fn out_of_memory(&self, bytes: usize) -> Error {
+        Error::OutOfMemory { bytes, device: "none".into() }
+    }
+}
+
+impl DryPool {
+    /// The size of the block that a request of `bytes` bytes gets.
+    pub fn take(&mut self, bytes: usize) -> usize {
+        match self.0.take(&Endless, bytes) {
+            Ok(((), size)) => size,
+            Err(_) => unreachable!("what is endless never ends"),
+        }
+    }
+
+    /// A block of a size that [`DryPool::take`] gave is free again.
+    pub fn put(&mut self, size: usize) {
+        self.0.put((), size);
+    }
+
+    /// What the pool would hold.
+    pub fn stats(&self) -> PoolStats {
+        self.0.stats
+    }
+}
+
 /// Sizes are rounded up in steps of an eighth of an octave, so that nearly equal requests share blocks.
 fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(1);
@@ -251,6 +292,26 @@ mod tests {
         pool.put(small, size);
         pool.release(&Host);
         assert_eq!((pool.stats.reserved, pool.stats.idle), (0, 0));
+    }
+
+    #[test]
+    fn a_dry_pool_counts_as_one_with_memory() {
+        let (mut pool, mut dry) = (Pool::new(), DryPool::default());
+        let mut held = Vec::new();
+        for i in 0..200usize {
+            let bytes = 1 + (i * 7919) % 30_000;
+            let (ptr, size) = pool.take(&Host, bytes).unwrap();
+            assert_eq!(dry.take(bytes), size);
+            held.push((ptr, size));
+            if i % 3 > 0 {
+                let (ptr, size) = held.swap_remove(i * 31 % held.len());
+                pool.put(ptr, size);
+                dry.put(size);
+            }
+            assert_eq!(dry.stats(), pool.stats);
+        }
+        held.into_iter().for_each(|(ptr, size)| pool.put(ptr, size));
+        pool.release(&Host);
     }
 
     #[test]

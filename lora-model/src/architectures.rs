@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use lora_core::peft::Outline;
+use lora_core::{Tensor, peft::Outline};
 use lora_kernels::{DType, Device};
 
 use crate::{
@@ -32,6 +32,12 @@ impl Default for LoadOptions {
 /// How an architecture loads the model in a folder whose configuration was read.
 pub type Load = fn(&Path, RawConfig, &Device, &LoadOptions) -> Result<Box<dyn Model>>;
 
+/// Gives a weight by its Hugging Face name and shape, in the order of the model.
+pub type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Tensor> + 'a;
+
+/// How an architecture makes a model of a configuration and the weights that are given.
+pub type Assemble = fn(RawConfig, &Device, &LoadOptions, &mut Fetch) -> Result<Box<dyn Model>>;
+
 /// One row of the table of architectures.
 pub struct ArchitectureRow {
     /// `model_type` in a configuration.
@@ -44,6 +50,8 @@ pub struct ArchitectureRow {
     pub outline: fn(&RawConfig, &LoadOptions) -> Result<Outline>,
     /// The model in a folder whose configuration was read.
     pub load: Load,
+    /// The model of a configuration, with weights from anywhere.
+    pub assemble: Assemble,
 }
 
 /// All architectures.
@@ -54,6 +62,7 @@ pub const ARCHITECTURES: &[ArchitectureRow] = &[
         task: |_| Ok(Some(Task::CausalLm)),
         outline: |raw, _| Ok(Gpt2Config::from_raw(raw)?.outline()),
         load: |dir, raw, device, options| Ok(Box::new(Gpt2::load(dir, raw, device, options)?)),
+        assemble: |raw, device, options, fetch| Ok(Box::new(Gpt2::assemble(raw, device, options, fetch)?)),
     },
     ArchitectureRow {
         model_type: "bert",
@@ -61,6 +70,7 @@ pub const ARCHITECTURES: &[ArchitectureRow] = &[
         task: heads::own_task,
         outline: |raw, options| Ok(BertConfig::from_raw(raw)?.outline(heads::task(raw, options)?)),
         load: |dir, raw, device, options| Ok(Box::new(Bert::load(dir, raw, device, options)?)),
+        assemble: |raw, device, options, fetch| Ok(Box::new(Bert::assemble(raw, device, options, fetch)?)),
     },
     ArchitectureRow {
         model_type: "roberta",
@@ -68,6 +78,7 @@ pub const ARCHITECTURES: &[ArchitectureRow] = &[
         task: heads::own_task,
         outline: |raw, options| Ok(RobertaConfig::from_raw(raw)?.outline(heads::task(raw, options)?)),
         load: |dir, raw, device, options| Ok(Box::new(Roberta::load(dir, raw, device, options)?)),
+        assemble: |raw, device, options, fetch| Ok(Box::new(Roberta::assemble(raw, device, options, fetch)?)),
     },
     ArchitectureRow {
         model_type: "deberta-v2",
@@ -75,6 +86,7 @@ pub const ARCHITECTURES: &[ArchitectureRow] = &[
         task: heads::own_task,
         outline: |raw, options| Ok(DebertaV2Config::from_raw(raw)?.outline(heads::task(raw, options)?)),
         load: |dir, raw, device, options| Ok(Box::new(DebertaV2::load(dir, raw, device, options)?)),
+        assemble: |raw, device, options, fetch| Ok(Box::new(DebertaV2::assemble(raw, device, options, fetch)?)),
     },
     llama("llama", "Llama 2 and 3 (Touvron et al. 2023), TinyLlama, SmolLM"),
     llama("mistral", "Mistral (Jiang et al. 2023)"),
@@ -89,6 +101,7 @@ const fn llama(model_type: &'static str, about: &'static str) -> ArchitectureRow
         task: |_| Ok(Some(Task::CausalLm)),
         outline: |raw, _| Ok(LlamaConfig::from_raw(raw)?.outline()),
         load: |dir, raw, device, options| Ok(Box::new(Llama::load(dir, raw, device, options)?)),
+        assemble: |raw, device, options, fetch| Ok(Box::new(Llama::assemble(raw, device, options, fetch)?)),
     }
 }
 
@@ -116,6 +129,23 @@ pub fn load_as(dir: &Path, device: &Device, dtype: DType) -> Result<Box<dyn Mode
 pub fn load_with(dir: &Path, device: &Device, options: &LoadOptions) -> Result<Box<dyn Model>> {
     let raw = RawConfig::from_dir(dir)?;
     (raw.architecture()?.load)(dir, raw, device, options)
+}
+
+/// The model of a configuration, with weights that `fetch` gives: random ones, or those of another model of the same shape.
+/// `options.dtype` is not read: the weights have their type.
+///
+/// # Errors
+/// An unknown architecture, a configuration that makes no sense, what `fetch` gives; no memory on the device.
+///
+/// # Panics
+/// When a weight has another shape than was asked for.
+pub fn assemble(raw: RawConfig, device: &Device, options: &LoadOptions, fetch: &mut Fetch) -> Result<Box<dyn Model>> {
+    let mut checked = |name: &str, shape: &[usize]| {
+        let t = fetch(name, shape)?;
+        assert_eq!(t.shape(), shape, "the weight {name}");
+        Ok(t)
+    };
+    (raw.architecture()?.assemble)(raw, device, options, &mut checked)
 }
 
 /// What the model of a configuration looks like, without its weights: enough to count what a method trains.

@@ -9,8 +9,9 @@ use lora_core::{
 use lora_kernels::{Activation, Attention, Device};
 
 use crate::{
-    Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
+    Fetch, Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
     build::{self, Build},
+    checkpoint::Layout,
     config::{BertConfig, RawConfig},
     heads::{self, EncoderHead},
     layers::{LayerNorm, Projection, Sublayer, Weight},
@@ -198,6 +199,20 @@ impl Bert {
         };
         let describe = |b: &mut Build| describe(&config, task, b);
         let ((encoder, head), parts) = heads::load(dir, raw, device, options, &files, describe)?;
+        Ok(Bert { config, parts, encoder, head })
+    }
+
+    /// The model of a configuration with the weights that `fetch` gives; see [`assemble`](crate::assemble()).
+    ///
+    /// # Errors
+    /// A configuration that makes no sense, or names no head when none is asked for; what `fetch` gives.
+    pub fn assemble(mut raw: RawConfig, _device: &Device, options: &LoadOptions, fetch: &mut Fetch) -> Result<Bert> {
+        let config = BertConfig::from_raw(&raw)?;
+        let task = heads::task(&raw, options)?;
+        heads::check_tied(&raw, task, config.tie_word_embeddings)?;
+        heads::set_asked(&mut raw, "Bert", options);
+        let describe = |b: &mut Build| describe(&config, task, b);
+        let ((encoder, head), parts) = build::make(raw, Layout::single(), fetch, describe)?;
         Ok(Bert { config, parts, encoder, head })
     }
 

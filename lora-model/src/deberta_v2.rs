@@ -9,8 +9,9 @@ use lora_core::{
 use lora_kernels::{Attention, Device, Disentangled, Error, RelativePositions};
 
 use crate::{
-    Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
+    Fetch, Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
     build::{self, Build},
+    checkpoint::Layout,
     config::{DebertaV2Config, RawConfig},
     heads::{self, EncoderHead},
     layers::{LayerNorm, Projection, Sublayer, Weight},
@@ -80,6 +81,15 @@ struct Conv {
 }
 
 impl DebertaV2Config {
+    /// # Errors
+    /// [`Error::NoCuda`] for a device that has no kernel for it.
+    fn check_device(&self, device: &Device) -> Result<()> {
+        match !device.is_cpu() && (self.is_disentangled() || self.conv_kernel_size.is_some()) {
+            true => Err(Error::NoCuda { kernel: "disentangled attention" }.into()),
+            false => Ok(()),
+        }
+    }
+
     /// What a model for this task looks like, without weights.
     ///
     /// # Panics
@@ -198,9 +208,7 @@ impl DebertaV2 {
         // The other kind of head reads the embeddings whatever this says.
         let tied = !config.legacy || raw.bool("tie_word_embeddings")?.unwrap_or(true);
         heads::check_tied(&raw, task, tied)?;
-        if !device.is_cpu() && (config.is_disentangled() || config.conv_kernel_size.is_some()) {
-            return Err(Error::NoCuda { kernel: "disentangled attention" }.into());
-        }
+        config.check_device(device)?;
         let files = heads::EncoderFiles {
             family: "DebertaV2",
             rename: &|name| own_name(name, &config),
@@ -209,6 +217,28 @@ impl DebertaV2 {
         };
         let describe = |b: &mut Build| describe(&config, task, b);
         let ((encoder, head), parts) = heads::load(dir, raw, device, options, &files, describe)?;
+        Ok(DebertaV2 { config, parts, encoder, head })
+    }
+
+    /// The model of a configuration with the weights that `fetch` gives; see [`assemble`](crate::assemble()).
+    ///
+    /// # Errors
+    /// A configuration that makes no sense, or names no head when none is asked for; what `fetch` gives; a device that the
+    /// model does not run on.
+    pub fn assemble(
+        mut raw: RawConfig,
+        device: &Device,
+        options: &LoadOptions,
+        fetch: &mut Fetch,
+    ) -> Result<DebertaV2> {
+        let config = DebertaV2Config::from_raw(&raw)?;
+        let task = heads::task(&raw, options)?;
+        let tied = !config.legacy || raw.bool("tie_word_embeddings")?.unwrap_or(true);
+        heads::check_tied(&raw, task, tied)?;
+        config.check_device(device)?;
+        heads::set_asked(&mut raw, "DebertaV2", options);
+        let describe = |b: &mut Build| describe(&config, task, b);
+        let ((encoder, head), parts) = build::make(raw, Layout::single(), fetch, describe)?;
         Ok(DebertaV2 { config, parts, encoder, head })
     }
 

@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
 
 use crate::{
-    Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
+    Fetch, Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
     architectures::only,
     build::{self, Build},
     checkpoint::Layout,
@@ -106,6 +106,17 @@ impl Gpt2 {
         let own = |name: &str| own_name(name, &config);
         let (weights, parts) =
             build::load(dir, raw, (device, options.dtype), own, |b: &mut Build| describe(&config, b))?;
+        Ok(Gpt2 { config, parts, weights })
+    }
+
+    /// The model of a configuration with the weights that `fetch` gives; see [`assemble`](crate::assemble()).
+    ///
+    /// # Errors
+    /// A configuration that makes no sense, what `fetch` gives.
+    pub fn assemble(raw: RawConfig, _device: &Device, options: &LoadOptions, fetch: &mut Fetch) -> Result<Gpt2> {
+        let config = Gpt2Config::from_raw(&raw)?;
+        only(Task::CausalLm, &raw, options)?;
+        let (weights, parts) = build::make(raw, Layout::single(), fetch, |b: &mut Build| describe(&config, b))?;
         Ok(Gpt2 { config, parts, weights })
     }
 

@@ -183,6 +183,15 @@ fn set_task(raw: &mut RawConfig, family: &str, task: Task) {
     raw.set("problem_type", problem);
 }
 
+/// Makes the configuration say what a head that was asked for gives, where it says something else.
+pub(crate) fn set_asked(raw: &mut RawConfig, family: &str, options: &LoadOptions) {
+    if let Some(task) = options.task
+        && own_task(raw).ok().flatten() != Some(task)
+    {
+        set_task(raw, family, task);
+    }
+}
+
 /// How an architecture with exchangeable heads reads a folder.
 pub(crate) struct EncoderFiles<'a> {
     /// What stands before `ForMaskedLM` in the name of Transformers' class: `Bert`.
@@ -235,11 +244,7 @@ pub(crate) fn load<M>(
             List(&fresh)
         );
     }
-    if let Some(task) = options.task
-        && own_task(&raw).ok().flatten() != Some(task)
-    {
-        set_task(&mut raw, files.family, task);
-    }
+    set_asked(&mut raw, files.family, options);
     let mut stream = 0;
     let mut tensor = |name: &str, shape: &[usize]| {
         stream += 1;

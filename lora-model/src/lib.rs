@@ -68,7 +68,9 @@ pub mod rope;
 pub mod tokenizer;
 mod virtual_rows;
 
-pub use architectures::{ARCHITECTURES, ArchitectureRow, Load, LoadOptions, load, load_as, load_with, outline};
+pub use architectures::{
+    ARCHITECTURES, ArchitectureRow, Assemble, Fetch, Load, LoadOptions, assemble, load, load_as, load_with, outline,
+};
 pub use batch::{Batch, Limits, Targets, Texts};
 pub use bert::Bert;
 pub use build::Parts;

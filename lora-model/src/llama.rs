@@ -9,9 +9,10 @@ use lora_core::{
 use lora_kernels::{Attention, Device};
 
 use crate::{
-    Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
+    Fetch, Head, Input, KvShape, Limits, LoadOptions, Model, Parts, Result, Task,
     architectures::only,
     build::{self, Build},
+    checkpoint::Layout,
     config::{LlamaConfig, RawConfig},
     layers::{Projection, RmsNorm, Sublayer, Weight},
     rope,
@@ -135,8 +136,24 @@ impl Llama {
         let own = |name: &str| own_name(name, &config);
         let (weights, parts) =
             build::load(dir, raw, (device, options.dtype), own, |b: &mut Build| describe(&config, b))?;
-        let (positions, sums) = (config.max_positions(), options.dtype.accumulator());
-        let turns = rope::tables(&config.rope, positions, config.head_dim, device, sums)?;
+        Llama::of(config, parts, weights, device)
+    }
+
+    /// The model of a configuration with the weights that `fetch` gives; see [`assemble`](crate::assemble()).
+    ///
+    /// # Errors
+    /// A configuration that makes no sense, what `fetch` gives.
+    pub fn assemble(raw: RawConfig, device: &Device, options: &LoadOptions, fetch: &mut Fetch) -> Result<Llama> {
+        let config = LlamaConfig::from_raw(&raw)?;
+        only(Task::CausalLm, &raw, options)?;
+        let (weights, parts) = build::make(raw, Layout::single(), fetch, |b: &mut Build| describe(&config, b))?;
+        Llama::of(config, parts, weights, device)
+    }
+
+    /// With the tables of its rotary positions.
+    fn of(config: LlamaConfig, parts: Parts, weights: Weights, device: &Device) -> Result<Llama> {
+        let sums = weights.embed_tokens.tensor.dtype().accumulator();
+        let turns = rope::tables(&config.rope, config.max_positions(), config.head_dim, device, sums)?;
         Ok(Llama { config, parts, weights, turns })
     }
 

@@ -8,9 +8,10 @@ use lora_core::{
 use lora_kernels::{Activation, Device};
 
 use crate::{
-    Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
+    Fetch, Head, Input, Limits, LoadOptions, Model, Parts, Result, Task,
     bert::Encoder,
     build::{self, Build},
+    checkpoint::Layout,
     config::{RawConfig, RobertaConfig},
     heads::{self, EncoderHead},
     layers::Projection,
@@ -99,6 +100,20 @@ impl Roberta {
         };
         let describe = |b: &mut Build| describe(&config, task, b);
         let ((encoder, head), parts) = heads::load(dir, raw, device, options, &files, describe)?;
+        Ok(Roberta { config, parts, encoder, head })
+    }
+
+    /// The model of a configuration with the weights that `fetch` gives; see [`assemble`](crate::assemble()).
+    ///
+    /// # Errors
+    /// A configuration that makes no sense, or names no head when none is asked for; what `fetch` gives.
+    pub fn assemble(mut raw: RawConfig, _device: &Device, options: &LoadOptions, fetch: &mut Fetch) -> Result<Roberta> {
+        let config = RobertaConfig::from_raw(&raw)?;
+        let task = heads::task(&raw, options)?;
+        heads::check_tied(&raw, task, config.bert.tie_word_embeddings)?;
+        heads::set_asked(&mut raw, "Roberta", options);
+        let describe = |b: &mut Build| describe(&config, task, b);
+        let ((encoder, head), parts) = build::make(raw, Layout::single(), fetch, describe)?;
         Ok(Roberta { config, parts, encoder, head })
     }
 

@@ -16,7 +16,9 @@ use lora_core::{
     peft::{Adapted, Full},
 };
 use lora_kernels::{DType, Error as KernelError};
-use lora_model::{Batch, Error, Model, Targets, Texts, adapter, checkpoint::TensorFile, load_as};
+use lora_model::{
+    Batch, Error, LoadOptions, Model, Targets, Texts, adapter, assemble, checkpoint::TensorFile, load_as,
+};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -217,6 +219,25 @@ fn logits_losses_and_every_gradient() {
             case.logits("adapter");
             case.gradients("full", "");
             case.gradients("adapter", "base_model.model.");
+        }
+    }
+}
+
+#[test]
+fn a_model_of_given_weights_is_the_model_they_were_taken_from() {
+    for place in places() {
+        for (folder, golden) in folders() {
+            let Some(mut case) = Case::new(folder, golden, &place) else { continue };
+            let (model, raw) = (&case.model, case.model.config().clone());
+            let options = LoadOptions { task: Some(model.task()), ..LoadOptions::default() };
+            let mut fetch = |name: &str, _: &[usize]| Ok(model.tensor(name).unwrap().clone());
+            let same = assemble(raw, &place.device, &options, &mut fetch).unwrap();
+            assert_eq!(same.outline(), case.model.outline(), "{}", case.name);
+            case.model = same;
+            case.logits("base");
+            let mut missing = |name: &str, _: &[usize]| Err(lora_core::Error::Missing { name: name.into() }.into());
+            let raw = case.model.config().clone();
+            assert!(assemble(raw, &place.device, &options, &mut missing).is_err(), "{}", case.name);
         }
     }
 }

@@ -7,7 +7,9 @@ use lora_core::Tensor;
 use lora_kernels::Device;
 use lora_model::{
     Error,
-    checkpoint::{Checkpoint, Dtype, INDEX_FILE, Layout, SINGLE_FILE, TensorFile, TensorSpec, save, write_tensors},
+    checkpoint::{
+        Checkpoint, Dtype, INDEX_FILE, Layout, SINGLE_FILE, TensorFile, TensorSpec, file_bytes, save, write_tensors,
+    },
 };
 use serde_json::{Value, json};
 
@@ -224,6 +226,7 @@ fn a_written_file_is_what_others_read_and_the_same_every_time() {
     write_tensors(&path, &[("format", "pt"), ("by", "test")], &specs, fetch).unwrap();
     assert_eq!(asked.get(), 3);
     let bytes = fs::read(&path).unwrap();
+    assert_eq!(bytes.len() as u64, file_bytes(&[("format", "pt"), ("by", "test")], &specs));
     let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(read.tensor("a").unwrap().shape(), [2, 3]);
     assert_eq!(read.tensor("z").unwrap().data()[4 * (n - 1)..], (0.25 + (n - 1) as f32).to_le_bytes());

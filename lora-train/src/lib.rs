@@ -4,6 +4,7 @@
 //! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss and, by [`metrics`], predictions.
 //! - [`task`] gives an encoder what it needs to learn a task; [`generation`] makes texts that are judged by their references.
 //! - [`compare`] makes the paper's table of methods and seeds.
+//! - [`plan`] tells what training takes, from a configuration alone; [`latency`] measures what methods cost at inference.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 //!
 //! ```
@@ -55,12 +56,14 @@ mod error;
 mod evaluation;
 pub mod generation;
 pub mod hub;
+pub mod latency;
 mod log;
 mod method;
 pub mod metrics;
 mod output;
 mod passes;
 mod place;
+pub mod plan;
 mod pretrain;
 mod resources;
 mod run;

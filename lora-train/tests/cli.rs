@@ -13,10 +13,14 @@ mod completions;
 mod convert;
 #[path = "cli/lab.rs"]
 mod lab;
+#[path = "cli/latency.rs"]
+mod latency;
 #[path = "cli/methods.rs"]
 mod methods;
 #[path = "cli/misfits.rs"]
 mod misfits;
+#[path = "cli/plan.rs"]
+mod plan;
 #[path = "cli/resume.rs"]
 mod resume;
 #[path = "cli/tasks.rs"]

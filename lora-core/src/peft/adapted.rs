@@ -64,6 +64,15 @@ fn plan(
     Ok((plan.params, trained, places))
 }
 
+/// The names and shapes of all that `method` trains on a base that looks like this, its head included. Takes no memory for
+/// weights.
+///
+/// # Errors
+/// Those of [`Adapted::new`].
+pub fn parameters(method: &dyn Method, outline: &Outline) -> Result<Vec<(String, Vec<usize>)>> {
+    Ok(plan(method, outline, None)?.0.into_shapes())
+}
+
 /// How many scalars `method` trains on a base that looks like this, its head included. Takes no memory for weights.
 ///
 /// # Errors

@@ -23,7 +23,7 @@ mod top;
 
 use std::{collections::BTreeMap, fmt::Debug};
 
-pub use adapted::{Adapted, trainable};
+pub use adapted::{Adapted, parameters, trainable};
 pub use adapter_drop::AdapterDrop;
 pub use bitfit::BitFit;
 pub use combined::Combined;

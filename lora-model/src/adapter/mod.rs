@@ -52,7 +52,7 @@ pub const PARTS_KEY: &str = "lora_parts";
 pub const ARCHITECTURE_KEY: &str = "architecture";
 
 /// What PEFT puts before the name of every module.
-const PREFIX: &str = "base_model.model.";
+pub const PREFIX: &str = "base_model.model.";
 /// The same tensors in a format that is not read.
 const PICKLED_FILE: &str = "adapter_model.bin";
 

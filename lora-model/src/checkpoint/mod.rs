@@ -19,7 +19,7 @@ use crate::{Error, Result};
 pub use file::{TensorFile, TensorInfo};
 pub use layout::Layout;
 pub use safetensors::Dtype;
-pub use save::{save, write_tensors};
+pub use save::{file_bytes, save, write_tensors};
 
 /// The weights of a model in one file.
 pub const SINGLE_FILE: &str = "model.safetensors";

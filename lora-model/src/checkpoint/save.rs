@@ -62,6 +62,13 @@ pub fn save(
     }
 }
 
+/// The bytes of the file that [`write_tensors`] writes.
+pub fn file_bytes(metadata: &[(&str, &str)], tensors: &[TensorSpec]) -> u64 {
+    let mut sorted: Vec<&TensorSpec> = tensors.iter().collect();
+    sorted.sort_by(|a, b| a.name.cmp(&b.name));
+    (8 + header(metadata, &sorted).len() + sorted.iter().map(|t| bytes(t)).sum::<usize>()) as u64
+}
+
 /// Writes one safetensors file atomically: `tensors` in f32, sorted by name, each asked of `fetch` when its bytes are
 /// due, with `metadata` in the header. The same tensors give the same bytes.
 ///

@@ -1,6 +1,7 @@
 //! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
 
 mod base;
+mod bench_latency;
 mod compare;
 mod completions;
 mod convert;
@@ -9,8 +10,10 @@ mod eval;
 mod generate;
 mod info;
 mod merge;
+mod method;
 mod new_folder;
 mod part;
+mod plan;
 mod pretrain;
 mod train;
 mod ui;
@@ -62,6 +65,10 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
     Merge(merge::MergeArgs),
+    /// Tell what fine-tuning a model takes, from its configuration alone: parameters, checkpoints, training memory
+    Plan(Box<plan::PlanArgs>),
+    /// Measure a forward pass of the base, of merged and unmerged LoRA, of adapters and of a prefix: the paper's table 1
+    BenchLatency(bench_latency::BenchLatencyArgs),
     /// Make a Hugging Face folder of a model in another format
     Convert(convert::ConvertArgs),
     /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is, or which devices there are
@@ -89,6 +96,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Compare(args) => compare::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Plan(args) => plan::run(*args),
+        Command::BenchLatency(args) => bench_latency::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Info(args) => info::run(args),
     }

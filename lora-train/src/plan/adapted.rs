@@ -1,0 +1,186 @@
+//! What a method trains and attaches, told by the names and shapes of its parameters.
+
+use std::collections::HashMap;
+
+use lora_core::peft::{Method, Options, Outline, SiteKind, parameters};
+
+use super::{
+    ops::{self, Map},
+    tape::{Tape, Var},
+};
+use crate::Result;
+
+/// A method applied to a base of which there is only the outline.
+pub(super) struct Adapted<'a> {
+    outline: &'a Outline,
+    method: &'static str,
+    options: &'a Options,
+    /// Everything that trains.
+    pub(super) parameters: Vec<(String, Vec<usize>)>,
+    shapes: HashMap<String, Vec<usize>>,
+    /// All ranks of the low-rank updates of a site.
+    ranks: HashMap<String, u128>,
+    outputs: HashMap<&'a str, u128>,
+}
+
+/// The normalisation that follows where a sublayer joins the stream, where there is one.
+pub(super) type Norm<'a> = Option<&'a dyn Fn(&mut Tape, &Var) -> Var>;
+
+/// The parameter of all virtual tokens, below the name of their site.
+pub(super) const PROMPT: &str = "prompt_embeddings";
+
+impl<'a> Adapted<'a> {
+    /// # Errors
+    /// A method that does not fit the base.
+    pub(super) fn new(method: &dyn Method, options: &'a Options, outline: &'a Outline) -> Result<Adapted<'a>> {
+        let parameters = parameters(method, outline)?;
+        let shapes: HashMap<_, _> = parameters.iter().cloned().collect();
+        let (mut ranks, mut outputs) = (HashMap::new(), HashMap::new());
+        for (site, linear) in outline.linear_sites() {
+            let places =
+                linear.parts.iter().map(|(part, _)| format!("{}.{part}", site.name)).chain([site.name.clone()]);
+            let rank: usize =
+                places.filter_map(|place| shapes.get(&format!("{place}.lora_A.weight"))).map(|shape| shape[0]).sum();
+            if rank > 0 {
+                ranks.insert(site.name.clone(), rank as u128);
+            }
+            outputs.insert(site.name.as_str(), linear.outputs as u128);
+        }
+        Ok(Adapted { outline, method: method.name(), options, parameters, shapes, ranks, outputs })
+    }
+
+    /// How many scalars train.
+    pub(super) fn trainable(&self) -> u128 {
+        self.parameters.iter().map(|(_, shape)| scalars(shape)).sum()
+    }
+
+    /// Whether a weight of the base trains.
+    pub(super) fn trains(&self, name: &str) -> bool {
+        self.shapes.contains_key(name)
+    }
+
+    /// The map of a module of the base.
+    pub(super) fn map(&self, module: &str, outputs: u128) -> Map {
+        Map { outputs, w: self.trains(&format!("{module}.weight")), b: self.trains(&format!("{module}.bias")) }
+    }
+
+    /// A site's linear map, with what is attached to it.
+    pub(super) fn project(&self, t: &mut Tape, site: &str, x: &Var) -> Var {
+        let map = self.map(site, self.outputs[site]);
+        let Some(&ranks) = self.ranks.get(site) else { return ops::linear(t, x, map) };
+        if self.options.dropout == 0.0 {
+            return ops::lora_linear(t, x, map, ranks);
+        }
+        let mut y = ops::linear(t, x, map);
+        let x = ops::dropout(t, x.share(), self.options.dropout);
+        let rank = self.options.rank as u128;
+        for _ in 0..ranks / rank {
+            let u = ops::linear(t, &x, Map { outputs: rank, w: true, b: false });
+            y = ops::linear_onto(t, y, &u);
+        }
+        y
+    }
+
+    /// The stream after a sublayer, with what is attached there; `norm` follows where there is one.
+    pub(super) fn join(&self, t: &mut Tape, site: &str, x: Var, f: Var, norm: Norm) -> Var {
+        let joined = |t: &mut Tape, x: Var, f: Var| {
+            let y = ops::add(t, x, f);
+            match norm {
+                Some(norm) => norm(t, &y),
+                None => y,
+            }
+        };
+        let d = x.value.cols;
+        let trained = |outputs| Map { outputs, w: true, b: true };
+        if let Some(&[rank, _]) = self.shapes.get(&format!("{site}.adapter_down.weight")).map(Vec::as_slice) {
+            let bottleneck = |t: &mut Tape, x: &Var| bottleneck(t, x, [trained(rank as u128), trained(d)]);
+            return match self.method {
+                "adapter-h" => {
+                    let z = bottleneck(t, &f);
+                    let f = ops::add(t, f, z);
+                    joined(t, x, f)
+                }
+                "adapter-l" => {
+                    let h = joined(t, x, f);
+                    let u = ops::norm(t, &h, [true, true], 2);
+                    let z = bottleneck(t, &u);
+                    drop(u);
+                    ops::add(t, h, z)
+                }
+                _ => after(t, x, f, norm, bottleneck),
+            };
+        }
+        if !self.trains(&format!("{site}.fusion_query.weight")) {
+            return joined(t, x, f);
+        }
+        after(t, x, f, norm, |t, h| {
+            let frozen = |outputs| Map { outputs, w: false, b: false };
+            let mut all: Option<Var> = None;
+            for member in &self.options.fuse {
+                let z = bottleneck(t, h, [frozen(member.bottleneck as u128), frozen(d)]);
+                all = Some(match all {
+                    Some(all) => ops::concat_rows(t, &all, &z),
+                    None => z,
+                });
+            }
+            let z = all.unwrap_or_else(|| h.share());
+            let q = ops::linear(t, h, trained(d));
+            let alone = Map { outputs: d, w: true, b: false };
+            let q = ops::linear(t, &q, alone);
+            let o = ops::mix(t, &q, &z);
+            ops::linear(t, &o, alone)
+        })
+    }
+
+    /// Virtual tokens among the tokens, and those in attention alone.
+    pub(super) fn virtual_tokens(&self) -> [usize; 2] {
+        let count = self.options.prefix + self.options.infix;
+        let below = |site: &str| self.shapes.keys().any(|k| k.strip_prefix(site).is_some_and(|k| k.starts_with('.')));
+        let (mut stream, mut attention) = (false, false);
+        for site in &self.outline.sites {
+            match site.kind {
+                SiteKind::Tokens { .. } => stream |= self.trains(&format!("{}.{PROMPT}", site.name)),
+                SiteKind::KeysValues { .. } => attention |= below(&site.name),
+                _ => {}
+            }
+        }
+        [stream, attention].map(|there| if there { count } else { 0 })
+    }
+
+    /// Keys and values [l, columns] of virtual tokens.
+    pub(super) fn keys_values(&self, t: &mut Tape, cols: u128) -> Var {
+        let l = self.virtual_tokens()[1] as u128;
+        if self.options.reparam == 0 {
+            return t.weight(l, cols, true);
+        }
+        let e = t.weight(l, cols, true);
+        let x = ops::linear(t, &e, Map { outputs: self.options.reparam as u128, w: true, b: true });
+        let x = ops::activation(t, &x);
+        ops::linear(t, &x, Map { outputs: cols, w: true, b: true })
+    }
+}
+
+fn bottleneck(t: &mut Tape, x: &Var, [down, up]: [Map; 2]) -> Var {
+    let h = ops::linear(t, x, down);
+    let h = ops::activation(t, &h);
+    ops::linear(t, &h, up)
+}
+
+/// As `lora_core`'s adapters after the MLP join the stream.
+fn after(t: &mut Tape, x: Var, f: Var, norm: Norm, adapt: impl FnOnce(&mut Tape, &Var) -> Var) -> Var {
+    let sum = ops::add(t, x, f);
+    let Some(norm) = norm else {
+        let z = adapt(t, &sum);
+        return ops::add(t, sum, z);
+    };
+    let h = norm(t, &sum);
+    let z = adapt(t, &h);
+    drop(h);
+    let sum = ops::add(t, sum, z);
+    norm(t, &sum)
+}
+
+/// Number of elements.
+pub(super) fn scalars(shape: &[usize]) -> u128 {
+    shape.iter().map(|&n| n as u128).product()
+}
