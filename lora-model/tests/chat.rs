@@ -74,7 +74,7 @@ fn messages(maps: &[Map<String, Value>]) -> Vec<Message> {
 #[test]
 fn conversations_are_those_of_transformers() {
     let Golden { templates, cases } = golden();
-    assert_eq!(templates.len(), 8);
+    assert_eq!(templates.len(), 9);
     for Template { name, tokenizer, tokens, plain, marked } in templates {
         // Each of the places where a template may be, and of those where tokens are named.
         let list = json!([{"name": "tools", "template": "no"}, {"name": "default", "template": marked}]);
@@ -146,6 +146,7 @@ fn the_end_of_a_turn_is_the_templates() {
         ("mistral", Some("</s>")),
         ("thinking", Some("<|im_end|>")),
         ("opened", Some("</s>")),
+        ("closed", Some("<|eot|>")),
         ("plain", None),
     ];
     let Golden { templates, .. } = golden();

@@ -175,6 +175,13 @@ OPENED = """\
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}
 """
 
+# All of a conversation is closed by a token that is no turn's.
+CLOSED = """\
+{% for message in messages %}{{ '<|' + message.role + '|>\n' }}{% if message.role == 'assistant' -%}
+⟦{{ message.content + '<|eot|>' }}⟧{{ '\n' }}{% else %}{{ message.content + '<|eot|>\n' }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}
+"""
+
 # No token of its own ends a turn.
 PLAIN = """\
 {% for message in messages %}
@@ -202,7 +209,7 @@ MUCH = """\
     {%- set stop.seen = stop.seen + 1 %}
     {%- set stop.parts = stop.parts + [message.role | first] %}
     {%- if message.role == 'assistant' -%}
-        {{ '<|im_start|>' + names[message.role] + ' ' ~ loop.index ~ loop.cycle('a', 'b') ~ '\\n' }}⟦{% set said = message.content %}{{ said | trim }}{% if loop.last %}{{ ' ' }}{% endif %}<|im_end|>⟧{{ '\\n' }}
+        {{ '<|im_start|>' + names[message.role] + ' ' ~ loop.index ~ loop.cycle('a', 'b') ~ '\\n' }}⟦{% set said = message.content %}{% set stop.said = said | length %}{{ said | trim }}{% if loop.last %}{{ ' ' }}{% endif %}<|im_end|>⟧{{ '\\n' }}
     {%- else %}
         {%- call turn(names.get(message.role, message.role | upper)) %}
             {{- message.content.replace('a', 'A', 1).split() | join(' ') }}
@@ -220,6 +227,8 @@ nothing
 {{- stop.parts | join }}{{ undefined_name }}{{ 'no' if undefined_name else 'yes' }}{{ 7 // 2 }}{{ 2 ** 3 }}{{ true }}{{ none }}
 {{- "a.b.c".rsplit('.', 1)[0] }}{{ "x-y".partition('-')[2] }}{{ "prefix".removeprefix('pre') }}{{ "tItle case".title() }}
 {%- filter upper %} shout {% endfilter %}
+{{- stop.said }}{{ said is defined }}{{ tools is iterable }}{{ tools is none }}{{ 'x' is iterable }}{{ messages is iterable }}
+{{- 3 is iterable }}{{ 'x' is sequence }}{{ {} is sequence }}{{ none is sequence }}{{ [1] is sequence }}
 {%- if add_generation_prompt %}<|im_start|>Helper
 {% endif %}
 """
@@ -232,6 +241,7 @@ TEMPLATES = {
     "zephyr": (ZEPHYR, "spaces", "<s>", "</s>"),
     "thinking": (THINKING, "bytes", None, "<|im_end|>"),
     "opened": (OPENED, "bytes", "<s>", "</s>"),
+    "closed": (CLOSED, "spaces", "<s>", "</s>"),
     "plain": (PLAIN, "bytes", None, "</s>"),
     "much": (MUCH, "spaces", "<s>", "</s>"),
 }

@@ -3,7 +3,7 @@
 use minijinja::{
     AutoEscape, Environment, Error, ErrorKind, State, Value, context,
     syntax::SyntaxConfig,
-    value::{Kwargs, Serde, from_args},
+    value::{Kwargs, Serde, ValueKind, from_args},
 };
 use minijinja_contrib::pycompat;
 
@@ -16,7 +16,8 @@ pub(super) const NAME: &str = "chat";
 /// program's own use, so no text holds them.
 pub(super) const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 
-/// The function that `{% generation %}` becomes a call of.
+/// The filter that `{% generation %}` becomes. (A call of a macro, Transformers' own way, does not see every variable in
+/// minijinja.)
 const GENERATION: &str = "__generation__";
 
 /// An environment with a chat template in it, and whether the template has `{% generation %}` blocks.
@@ -29,11 +30,16 @@ pub(super) fn environment(source: &str) -> Result<(Environment<'static>, bool), 
     env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_unknown_method_callback(method);
+    // In Python nothing can be gone through in `none`, which is what `tools` are here, and texts have an order.
+    env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    env.add_test("sequence", |value: &Value| {
+        matches!(value.kind(), ValueKind::Seq | ValueKind::String | ValueKind::Map)
+    });
     env.add_filter("tojson", tojson);
     env.add_function("raise_exception", raise_exception);
     env.add_function("strftime_now", strftime_now);
-    env.add_function(GENERATION, generation);
-    let (source, marks) = with_calls(&source.replace("\r\n", "\n"));
+    env.add_filter(GENERATION, |said: String| format!("{}{said}{}", MARKS[0], MARKS[1]));
+    let (source, marks) = with_filters(&source.replace("\r\n", "\n"));
     env.add_template_owned(NAME, source)?;
     Ok((env, marks))
 }
@@ -113,16 +119,9 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
     })
 }
 
-/// What a `{% generation %}` block says, between marks.
-fn generation(state: &mut State, options: Kwargs) -> Result<String, Error> {
-    let caller: Value = options.get("caller")?;
-    let said = caller.call(state, &[])?;
-    Ok(format!("{}{said}{}", MARKS[0], MARKS[1]))
-}
-
-/// The template with `{% generation %}` blocks, Transformers' extension of Jinja, as calls of a function: lines, and the
-/// signs that strip white space, stay. And whether there is such a block.
-fn with_calls(source: &str) -> (String, bool) {
+/// The template with `{% generation %}` blocks, Transformers' extension of Jinja, as a filter in which variables are set for
+/// the block alone: lines, and the signs that strip white space, stay. And whether there is such a block.
+fn with_filters(source: &str) -> (String, bool) {
     let (mut out, mut rest, mut found) = (String::with_capacity(source.len()), source, false);
     while let Some(at) = ["{%", "{#"].into_iter().filter_map(|open| rest.find(open)).min() {
         let (before, tag) = rest.split_at(at);
@@ -136,14 +135,14 @@ fn with_calls(source: &str) -> (String, bool) {
         let inside = &tag[2..tag.find("%}").unwrap_or(tag.len()).max(2)];
         let is_sign = |c: char| c == '-' || c == '+';
         let word = inside.trim_start_matches(is_sign).trim_end_matches(is_sign).trim();
-        let call = match word {
-            "generation" => format!("call {GENERATION}()"),
-            "endgeneration" => "endcall".to_owned(),
+        let words = match word {
+            "generation" => format!("filter {GENERATION} %}}{{% with"),
+            "endgeneration" => "endwith %}{% endfilter".to_owned(),
             other => other.to_owned(),
         };
         found |= word == "generation";
         let at = inside.find(word).expect("a part of it");
-        out.extend(["{%", &inside[..at], &call, &inside[at + word.len()..]]);
+        out.extend(["{%", &inside[..at], &words, &inside[at + word.len()..]]);
         rest = &tag[2 + inside.len()..];
     }
     out.push_str(rest);
@@ -170,18 +169,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn generation_blocks_become_calls() {
+    fn generation_blocks_become_filters() {
+        let filtered = "{% filter __generation__ %}{% with %}x{% endwith %}{% endfilter %}";
+        let signs = "a{%- filter __generation__ %}{% with -%}\nx{%+endwith %}{% endfilter-%}b";
         let table = [
-            ("{% generation %}x{% endgeneration %}", "{% call __generation__() %}x{% endcall %}", true),
-            ("a{%- generation -%}\nx{%+endgeneration-%}b", "a{%- call __generation__() -%}\nx{%+endcall-%}b", true),
+            ("{% generation %}x{% endgeneration %}", filtered, true),
+            ("a{%- generation -%}\nx{%+endgeneration-%}b", signs, true),
             ("{% if generation %}{% set x = 1 %}{% endif %}{{ '{%' }}", "", false),
             ("{# {% generation %} #}{% if x %}{#", "", false),
             ("{%", "", false),
             ("{%%}{%-%}", "", false),
         ];
-        for (source, calls, found) in table {
-            let calls = if calls.is_empty() { source } else { calls };
-            assert_eq!(with_calls(source), (calls.to_owned(), found), "{source}");
+        for (source, other, found) in table {
+            let other = if other.is_empty() { source } else { other };
+            assert_eq!(with_filters(source), (other.to_owned(), found), "{source}");
         }
     }
 }

@@ -45,7 +45,7 @@ pub struct ChatTemplate {
 pub struct Conversation {
     /// All of it: the tokens of Transformers' `apply_chat_template`.
     pub tokens: Vec<u32>,
-    /// Which of them the assistant is to say; ascending, apart, and none empty.
+    /// Which of them the assistant is to say; ascending, apart, none empty, and as long as they can be.
     pub turns: Vec<Range<usize>>,
 }
 
@@ -101,7 +101,8 @@ impl ChatTemplate {
     /// blocks (the mask of `return_assistant_tokens_mask`), or else what follows each generation prompt up to the end of the
     /// turn, with the token that ends it. White space after that token is not the assistant's, which has stopped there.
     ///
-    /// A token belongs to a turn when any character of it does. Special tokens are recognised wherever they stand, in the
+    /// A token belongs to a turn when any character of it does. (Of a character that several tokens make up at the end of a
+    /// block, such as 🙂, Transformers' mask has the first token alone.) Special tokens are recognised wherever they stand, in the
     /// template as in what a message says, as in Transformers: who trains on texts of strangers removes them first.
     ///
     /// # Errors
@@ -116,16 +117,17 @@ impl ChatTemplate {
         let mut runs: Vec<Range<usize>> = Vec::with_capacity(turns.len());
         for turn in turns {
             let within = |place: &Range<usize>| place.start < turn.end && turn.start < place.end;
-            // Where turns touch, a token may hold a part of both.
-            let from = runs.last().map_or(0, |last| last.end);
-            let Some(start) = places[from..].iter().position(within).map(|at| from + at) else { continue };
+            let Some(start) = places.iter().position(within) else { continue };
             let mut end = 1 + places.iter().rposition(within).expect("at least the first");
             if !self.marks {
                 let blank = |i: &usize| text[places[*i].clone()].trim().is_empty() && !tokenizer.is_added(tokens[*i]);
                 let last = (start..end).rev().find(|i| !blank(i));
                 end = last.filter(|i| tokenizer.is_added(tokens[*i])).map_or(end, |i| i + 1);
             }
-            runs.push(start..end);
+            match runs.last_mut() {
+                Some(last) if start <= last.end => last.end = end,
+                _ => runs.push(start..end),
+            }
         }
         Ok(Conversation { tokens, turns: runs })
     }

@@ -47,11 +47,14 @@ impl ChatTemplate {
     /// start = |render(messages[..i], with the generation prompt)|     what the model is given
     /// end   = |render(messages[..=i])|                                what it is to add
     /// ```
-    /// where both texts are beginnings of the whole conversation. Two things may differ: the prompt may open thoughts that
-    /// the turn in the conversation does not have, and a turn that is not the last may lose its beginning, its thoughts.
+    /// where both texts are beginnings of the whole conversation. Three things may differ: the prompt may open thoughts that
+    /// the turn in the conversation does not have, a turn that is not the last may lose its beginning, its thoughts, and
+    /// a template may close all of a conversation with `eos_token`, which is then nobody's.
     pub(super) fn found_turns(&self, messages: &[Message]) -> Result<Rendered> {
         let whole = self.render(messages, false)?;
         let mut turns: Vec<Range<usize>> = Vec::new();
+        let closing = self.closing(messages)?;
+        let open = |text: &str| text.len() - if text.ends_with(closing) { closing.len() } else { 0 };
         for (i, message) in messages.iter().enumerate().filter(|(_, m)| m.is_assistant()) {
             let differs = |what: &str| {
                 let turn = turns.len() + 1;
@@ -76,6 +79,7 @@ impl ChatTemplate {
                 false => self.render(&messages[..=i], false)?,
             };
             let said = message.content.as_deref().unwrap_or_default();
+            let alone = &alone[..open(&alone)];
             let added = alone.strip_prefix(&whole[..start]).and_then(|alone| kept(alone, &whole[start..], said));
             let Some(added) = added else {
                 return Err(differs("the template writes another text when the conversation goes on after it"));
@@ -86,6 +90,18 @@ impl ChatTemplate {
             turns.push(start..start + added);
         }
         Ok(Rendered { text: whole, turns })
+    }
+}
+
+impl ChatTemplate {
+    /// What the template writes after the last message, whoever has it: nothing, or `eos_token`.
+    fn closing(&self, messages: &[Message]) -> Result<&str> {
+        let eos = self.special.get("eos_token").and_then(|token| token.as_str()).unwrap_or_default();
+        // Before a turn, where the generation prompt shows how the text would go on.
+        let Some(i) = messages.iter().position(Message::is_assistant).filter(|i| *i > 0) else { return Ok("") };
+        let (before, prompt) = (self.render(&messages[..i], false)?, self.render(&messages[..i], true)?);
+        let closed = before.strip_suffix(eos).is_some_and(|open| prompt.starts_with(open));
+        Ok(if closed && !prompt.starts_with(&before) { eos } else { "" })
     }
 }
 
