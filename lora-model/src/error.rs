@@ -117,6 +117,16 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A chat template is missing or damaged, or refuses a conversation.
+    #[error("{}{}: {problem}", path.display(), line.map_or(String::new(), |n| format!(": chat template, line {n}")))]
+    ChatTemplate {
+        /// The file or folder of the template.
+        path: PathBuf,
+        /// The template's line, from 1, where it is known.
+        line: Option<usize>,
+        /// What is wrong and what to do.
+        problem: String,
+    },
     /// A token id that the model's embedding does not have.
     #[error("token {token} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another model")]
     Token {

@@ -72,12 +72,14 @@ impl Fingerprint {
     pub(crate) fn of(data: &Dataset, base: &dyn Model) -> Result<Fingerprint> {
         let tokens = data.sequences.iter().map(|s| s.tokens.len()).sum();
         let words = data.sequences.iter().flat_map(|s| {
-            let (goal, second) = match s.goal {
-                Goal::After(from) => (from as u32, None),
-                Goal::Label(label) => (label, Some(s.second_from as u32)),
-                Goal::Value(value) => (value.to_bits(), Some(s.second_from as u32)),
+            let (goal, second, runs) = match &s.goal {
+                Goal::After(from) => (*from as u32, None, &[][..]),
+                Goal::Within(runs) => (runs.len() as u32, None, &runs[..]),
+                Goal::Label(label) => (*label, Some(s.second_from as u32), &[][..]),
+                Goal::Value(value) => (value.to_bits(), Some(s.second_from as u32), &[][..]),
             };
-            s.tokens.iter().copied().chain([goal]).chain(second)
+            let runs = runs.iter().flat_map(|run| [run.start as u32, run.end as u32]);
+            s.tokens.iter().copied().chain([goal]).chain(second).chain(runs)
         });
         let hash = fnv1a(words.flat_map(u32::to_le_bytes));
         // Some elements of every tensor: reading all would touch every page of a mapped file.

@@ -1,11 +1,17 @@
 //! Data files as a model reads them.
 
-use std::path::Path;
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use lora_core::peft::Adapted;
 use lora_model::{
     Model,
-    tokenizer::{Joined, Joiner, Tokenizer},
+    tokenizer::{
+        Joined, Joiner, Tokenizer,
+        chat::{ChatPrompt, ChatTemplate, Conversation, Message},
+    },
 };
 
 use crate::{
@@ -18,6 +24,9 @@ pub struct Encoder {
     tokenizer: Tokenizer,
     end_of_text: u32,
     vocab_size: usize,
+    /// Where the model is, if it is somewhere, and its chat template once it was asked for.
+    dir: Option<PathBuf>,
+    chat: OnceLock<ChatTemplate>,
 }
 
 impl Encoder {
@@ -26,7 +35,7 @@ impl Encoder {
     /// # Errors
     /// No tokenizer, a damaged one, or one without an end-of-text token.
     pub fn from_dir(dir: &Path, model: &dyn Model) -> Result<Encoder> {
-        Encoder::new(Tokenizer::from_dir(dir)?, model)
+        Ok(Encoder { dir: Some(dir.to_owned()), ..Encoder::new(Tokenizer::from_dir(dir)?, model)? })
     }
 
     /// A tokenizer for a model.
@@ -35,7 +44,8 @@ impl Encoder {
     /// A tokenizer without an end-of-text token.
     pub fn new(tokenizer: Tokenizer, model: &dyn Model) -> Result<Encoder> {
         let end_of_text = tokenizer.end_of_text()?;
-        Ok(Encoder { tokenizer, end_of_text, vocab_size: model.limits().vocab_size })
+        let vocab_size = model.limits().vocab_size;
+        Ok(Encoder { tokenizer, end_of_text, vocab_size, dir: None, chat: OnceLock::new() })
     }
 
     /// The tokenizer.
@@ -51,11 +61,33 @@ impl Encoder {
         let tokens = self.tokenizer.encode(text)?;
         Ok(self.tokenizer.begin_of_text().into_iter().chain(tokens).collect())
     }
+
+    /// What the model is given for the assistant's next turn in a conversation.
+    ///
+    /// # Errors
+    /// No chat template in the model's folder, or one that refuses the conversation.
+    pub fn chat_prompt(&self, messages: &[Message]) -> Result<ChatPrompt> {
+        Ok(self.chat()?.prompt(&self.tokenizer, messages)?)
+    }
+
+    fn chat(&self) -> lora_model::Result<&ChatTemplate> {
+        match self.chat.get() {
+            Some(template) => Ok(template),
+            None => {
+                let template = ChatTemplate::from_dir(self.dir.as_deref().unwrap_or(Path::new("")))?;
+                Ok(self.chat.get_or_init(|| template))
+            }
+        }
+    }
 }
 
 impl Encode for Encoder {
     fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError> {
         Ok(self.tokenizer.encode(text)?)
+    }
+
+    fn encode_chat(&self, messages: &[Message]) -> std::result::Result<Conversation, EncodeError> {
+        Ok(self.chat()?.encode(&self.tokenizer, messages)?)
     }
 
     fn begin_of_text(&self) -> Option<u32> {

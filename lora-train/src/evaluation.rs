@@ -35,8 +35,8 @@ pub struct Evaluation {
 /// # Panics
 /// When the goals of the data are not of the model's kind.
 pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {
-    match data.sequences.first().map(|s| s.goal) {
-        None | Some(Goal::After(_)) => tokens(model, adapted, data, batch_size),
+    match data.sequences.first().map(|s| &s.goal) {
+        None | Some(Goal::After(_) | Goal::Within(_)) => tokens(model, adapted, data, batch_size),
         Some(_) => sequences(model, adapted, data, batch_size),
     }
 }
@@ -77,8 +77,9 @@ fn sequences(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: u
             (loss, Scores::of(data.metrics, |m| m.of_labels(&predicted, &labels)))
         }
         None => {
-            let value = |goal| if let Goal::Value(v) = goal { f64::from(v) } else { panic!("{goal:?} among numbers") };
-            let truth: Vec<f64> = data.sequences.iter().map(|s| value(s.goal)).collect();
+            let value =
+                |goal: &Goal| if let Goal::Value(v) = goal { f64::from(*v) } else { panic!("{goal:?} among numbers") };
+            let truth: Vec<f64> = data.sequences.iter().map(|s| value(&s.goal)).collect();
             let predicted: Vec<f64> = rows.iter().map(|row| row[0]).collect();
             let loss = predicted.iter().zip(&truth).map(|(p, t)| (p - t).powi(2)).sum::<f64>();
             (loss, Scores::of(data.metrics, |m| m.of_values(&predicted, &truth)))

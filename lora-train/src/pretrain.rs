@@ -122,6 +122,13 @@ pub fn pretrain(config: &PretrainConfig, resume: bool, observer: &mut dyn Observ
         _ => data::read(path, Format::Text),
     };
     let corpora: Vec<Corpus> = config.text.iter().map(read).collect::<data::Result<_>>()?;
+    for corpus in &corpora {
+        if let Some(chat) = corpus.examples.iter().find(|e| matches!(e.content, Content::Chat(_))) {
+            let problem =
+                "a model that is new has no chat template to write \"messages\" with; give \"text\"".to_owned();
+            return Err(data::Error::Chat { path: corpus.path.clone(), line: chat.line, problem }.into());
+        }
+    }
 
     let tokenizer = Tokenizer::train_bpe(corpora.iter().flat_map(texts), config.vocab)?;
     let (Place { device, dtype, .. }, run) = Place::of_run(&run, output.earlier.as_ref(), &mut output.notes)?;
@@ -147,6 +154,7 @@ fn texts(corpus: &Corpus) -> impl Iterator<Item = &str> + Send {
     let texts = corpus.examples.iter().flat_map(|e| match &e.content {
         Content::Text(text) => [text.as_str(), ""],
         Content::Pair { prompt, completion } => [prompt.as_str(), completion.as_str()],
+        Content::Chat(_) => ["", ""],
         Content::Labelled { text, second, .. } => [text.as_str(), second.as_deref().unwrap_or_default()],
     });
     texts.filter(|text| !text.is_empty())

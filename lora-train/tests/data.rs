@@ -1,13 +1,15 @@
 //! Data files to batches: what is read, what is refused, and what order it comes in.
 
-use std::{collections::HashSet, path::PathBuf};
+use std::{collections::HashSet, ops::Range, path::PathBuf};
 
+use lora_model::tokenizer::chat::{Conversation, Message};
 use lora_train::data::{
     self, Batch, Content, Corpus, Dataset, Encode, EncodeError, Error, Example, Format, Goal, Sampler, Sequence,
     Targets,
 };
 
-/// One token a byte, and 256 for the end of a text.
+/// One token a byte, and 256 for the end of a text; conversations as `user>text#assistant>text#`, in which the assistant's
+/// texts and their ends are to be said.
 struct Bytes {
     begin: Option<u32>,
     vocab_size: usize,
@@ -22,6 +24,18 @@ impl Encode for Bytes {
             return Err("a NUL".into());
         }
         Ok(text.bytes().map(u32::from).collect())
+    }
+
+    fn encode_chat(&self, messages: &[Message]) -> Result<Conversation, EncodeError> {
+        let mut chat = Conversation { tokens: Vec::new(), turns: Vec::new() };
+        for message in messages {
+            let text = message.content.as_deref().ok_or("a message without text")?;
+            chat.tokens.extend(self.encode(&format!("{}>", message.role))?);
+            let start = chat.tokens.len();
+            chat.tokens.extend(self.encode(text)?.into_iter().chain([END]));
+            chat.turns.extend(message.is_assistant().then_some(start..chat.tokens.len()));
+        }
+        Ok(chat)
     }
 
     fn begin_of_text(&self) -> Option<u32> {
@@ -60,6 +74,13 @@ fn text(line: usize, text: &str) -> Example {
     Example { line, content: Content::Text(text.into()) }
 }
 
+/// A conversation whose turns alternate, beginning with the user's.
+fn chat(line: usize, contents: &[&str]) -> Example {
+    let roles = ["user", "assistant"].into_iter().cycle();
+    let messages = roles.zip(contents).map(|(role, text)| Message::new(role, *text)).collect();
+    Example { line, content: Content::Chat(messages) }
+}
+
 fn corpus(format: Format, examples: Vec<Example>) -> Corpus {
     Corpus { path: "file".into(), format, examples }
 }
@@ -92,6 +113,17 @@ fn files_that_are_read() {
             vec![pair(1, "p", "c"), text(3, " t ")],
         ),
         (Jsonl, "{\"prompt\":\"\",\"completion\":\"\\u00e9\"}", vec![pair(1, "", "é")]),
+        (
+            Jsonl,
+            r#"{"messages": [{"role": "user", "content": " Hi "}, {"content": "Ho", "role": "assistant"}], "id": 3}"#,
+            vec![chat(1, &[" Hi ", "Ho"])],
+        ),
+        (
+            Jsonl,
+            "{\"text\": \"t\"}\n{\"tools\": [], \"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \
+             \"a\"}, {\"type\": \"text\", \"text\": \"b\"}]}, {\"role\": \"assistant\", \"content\": \"c\", \"tool_calls\": null}]}",
+            vec![text(1, "t"), chat(2, &["ab", "c"])],
+        ),
         (Text, "\u{feff}a\r\n\r\n b||\u{feff}\n", vec![text(1, "a\n\n b||\u{feff}\n")]),
     ];
     for (format, file, examples) in table {
@@ -148,6 +180,120 @@ fn files_that_are_refused() {
         assert!(matches!(&error, Error::Io { path: p, .. } if *p == path), "{error}");
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }
+}
+
+#[test]
+fn conversations_that_are_refused() {
+    let user = r#"{"role": "user", "content": "Hi"}"#;
+    let ends = |last: &str| format!(r#"{{"messages": [{user}, {last}]}}"#);
+    let call = r#"{"role": "assistant", "content": null, "tool_calls": [{"type": "function"}]}"#;
+    let table: &[(String, &[&str])] = &[
+        (r#"{"messages": []}"#.into(), &["\"messages\" is empty"]),
+        (r#"{"messages": "Hi"}"#.into(), &["\"messages\" is a string in place of a list"]),
+        (format!(r#"{{"messages": [{user}], "text": "Hi"}}"#), &["both \"messages\" and \"text\"", "which is meant"]),
+        (format!(r#"{{"prompt": "Hi", "messages": [{user}]}}"#), &["both \"messages\" and \"prompt\""]),
+        (format!(r#"{{"messages": [{user}], "tools": [{{}}]}}"#), &["\"tools\"", "remove"]),
+        (format!(r#"{{"messages": [{user}]}}"#), &["no message has the role \"assistant\"", "delete the line"]),
+        (ends(r#"{"role": "assistant", "content": " \n"}"#), &["message 2: the assistant says nothing"]),
+        (ends(r#""Ho""#), &["message 2: it is a string in place of an object"]),
+        (ends(r#"{"from": "gpt", "value": "Ho"}"#), &["message 2: no \"role\"", "\"from\", \"value\"", "rename"]),
+        (ends(r#"{"role": 1, "content": "Ho"}"#), &["message 2: \"role\" is a number"]),
+        (ends(r#"{"role": "gpt", "content": "Ho"}"#), &["message 2: the role \"gpt\" is none of", "assistant, tool"]),
+        (ends(r#"{"role": "assistant"}"#), &["message 2: no \"content\""]),
+        (ends(r#"{"role": "assistant", "content": null}"#), &["message 2: \"content\" is null"]),
+        (ends(r#"{"role": "assistant", "content": 3}"#), &["message 2: \"content\" is a number"]),
+        (ends(r#"{"role": "assistant", "content": ["Ho"]}"#), &["message 2: \"content\" has a part that is not"]),
+        (
+            ends(r#"{"role": "assistant", "content": [{"type": "image", "url": "x"}]}"#),
+            &["message 2: \"content\" has a part of type \"image\""],
+        ),
+    ];
+    for (line, parts) in table {
+        let error = read(format!("{{\"text\": \"a\"}}\n\n{line}\n").as_bytes(), Format::Jsonl).unwrap_err();
+        assert!(matches!(error, Error::Chat { line: 3, .. }), "{error:?}");
+        let error = error.to_string();
+        assert!(error.contains("data:3: "), "{error}");
+        parts.iter().for_each(|part| assert!(error.contains(part), "{line}: no {part:?} in: {error}"));
+    }
+    // A call of tools is a turn, and says no text.
+    let Content::Chat(messages) = &read(ends(call).as_bytes(), Format::Jsonl).unwrap()[0].content else { panic!() };
+    assert!(messages[1].content.is_none() && messages[1].more.keys().eq(["tool_calls"]), "{messages:?}");
+}
+
+#[test]
+fn prompts_of_conversations_need_no_answer() {
+    let prompts = |file: &str| with_file(file.as_bytes(), |path| data::read_prompts(path, Format::Jsonl));
+    let line = |roles: &[&str]| {
+        let messages: Vec<String> = roles.iter().map(|r| format!(r#"{{"role": "{r}", "content": ""}}"#)).collect();
+        format!("{{\"messages\": [{}]}}", messages.join(", "))
+    };
+    for (roles, kept) in [
+        (&["user"][..], 1),
+        (&["system", "user"], 2),
+        (&["user", "assistant"], 1),
+        (&["user", "assistant", "user", "assistant"], 3),
+    ] {
+        let corpus = prompts(&line(roles)).unwrap();
+        let Content::Chat(messages) = &corpus.examples[0].content else { panic!("{corpus:?}") };
+        assert_eq!(data::unanswered(messages), &messages[..kept], "{roles:?}");
+    }
+    let error = prompts(&line(&["assistant"])).unwrap_err().to_string();
+    assert!(error.contains("data:1") && error.contains("nothing to answer"), "{error}");
+}
+
+#[test]
+fn conversations_are_learned_turn_by_turn() {
+    let file = [corpus(
+        Format::Jsonl,
+        vec![chat(1, &["a", "bc", "d", "e"]), pair(2, "p", "c"), chat(3, &["long question", "x"])],
+    )];
+    let whole = "user>a#assistant>bc#user>d#assistant>e#";
+    let within = |text: &str, runs: &[Range<usize>]| {
+        let tokens = tokens(text);
+        Sequence { second_from: tokens.len(), tokens, goal: Goal::Within(runs.to_vec()) }
+    };
+    let last = |to: usize| within(&"user>long question#assistant>x#"[..to], &[29..to]);
+    for (max_length, first, third, counts) in [
+        (99, within(whole, &[17..20, 37..39]), Some(last(31)), (0, 0)),
+        (38, within(&whole[..38], &[17..20, 37..38]), Some(last(31)), (1, 0)),
+        (37, within(&whole[..37], &[17..20]), Some(last(31)), (1, 0)),
+        (30, within(&whole[..30], &[17..20]), Some(last(30)), (2, 0)),
+        (29, within(&whole[..29], &[17..20]), None, (2, 1)),
+        (18, within(&whole[..18], &[17..18]), None, (2, 1)),
+    ] {
+        let data = data::encode(&file, &BYTES, max_length).unwrap();
+        let expected: Vec<Sequence> = [first, Sequence::after(tokens("p# c#"), 2)].into_iter().chain(third).collect();
+        assert_eq!((data.sequences, (data.cut, data.dropped)), (expected, counts), "{max_length}");
+    }
+    // What is predicted is what the assistant says, each token by the one before it.
+    let data = data::encode(&file, &BYTES, 99).unwrap();
+    assert_eq!(data.targets(), 5 + 3 + 2);
+    let batch = Batch::new(&data.sequences, 0, 0);
+    let (rows, ids) = tokens_of(&batch);
+    assert_eq!(ids, tokens("bc#e# c#x#"));
+    let before: Vec<u32> = rows.iter().map(|&r| batch.tokens[r as usize]).collect();
+    assert_eq!(before, tokens(">bc>e# c>x"));
+    assert_eq!((batch.lengths.clone(), batch.sequence_tokens()), (vec![38, 4, 30], 75));
+
+    // The first token of all is predicted by none.
+    struct Greedy;
+    impl Encode for Greedy {
+        fn encode(&self, _: &str) -> Result<Vec<u32>, EncodeError> {
+            Ok(vec![1])
+        }
+        fn encode_chat(&self, messages: &[Message]) -> Result<Conversation, EncodeError> {
+            Ok(Conversation { tokens: vec![1, 2, 3], turns: vec![0..messages.len()] })
+        }
+        fn end_of_text(&self) -> u32 {
+            0
+        }
+        fn vocab_size(&self) -> usize {
+            4
+        }
+    }
+    let greedy = |contents: &[&str]| data::encode(&[corpus(Format::Jsonl, vec![chat(1, contents)])], &Greedy, 9);
+    assert_eq!(greedy(&["a", "b"]).unwrap().sequences[0].goal, Goal::Within(vec![1..2]));
+    assert!(matches!(greedy(&["a"]), Err(Error::NothingLeft { .. })));
 }
 
 #[test]
@@ -228,6 +374,13 @@ fn encoding_that_is_refused() {
         (E2e, vec![pair(1, "a", "b"), pair(7, "a", "\u{0}")], BYTES, 9, "file:7: the tokenizer failed: a NUL"),
         (E2e, vec![pair(1, "abc", "b"), pair(4, "ab", "d")], BYTES, 3, "none of the 2 examples"),
         (Text, vec![text(1, &book)], BYTES, 9, "file:303: the tokenizer failed"),
+        (
+            Jsonl,
+            vec![chat(4, &["a", "\u{0}"])],
+            BYTES,
+            9,
+            "file:4: the messages cannot be written as this model reads them: a NUL",
+        ),
     ];
     for (format, examples, encoder, max_length, part) in table {
         let error = data::encode(&[corpus(*format, examples.clone())], encoder, *max_length).unwrap_err().to_string();
@@ -249,6 +402,8 @@ fn encoding_that_is_refused() {
             98
         }
     }
+    let error = data::encode(&[corpus(Jsonl, vec![chat(2, &["a", "b"])])], &Low, 9).unwrap_err().to_string();
+    assert!(error.contains("file:2: ") && error.contains("no chat template"), "{error}");
     for (format, example, line) in
         [(E2e, pair(3, "A B", "A b"), 3), (Jsonl, text(5, "b"), 5), (Text, text(1, "A\nB\n\nb"), 4)]
     {

@@ -1,11 +1,15 @@
 //! Text to token ids and back, with the tokenizer files of Hugging Face folders.
 
+pub mod chat;
 mod join;
 mod load;
 mod stream;
 mod train;
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Value, json};
 use tokenizers::PreTokenizerWrapper;
@@ -22,9 +26,10 @@ const TOKENIZER_FILE: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// Every file of a model's folder that belongs to its tokenizer or to generation, by its name.
-pub const FILES: [&str; 7] = [
+pub const FILES: [&str; 8] = [
     TOKENIZER_FILE,
     TOKENIZER_CONFIG,
+    chat::TEMPLATE_FILE,
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -122,6 +127,18 @@ impl Tokenizer {
     pub fn encode_all(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
         let encodings = self.inner.encode_batch_fast(texts.to_vec(), false).map_err(|e| self.error(e.to_string()))?;
         Ok(encodings.iter().map(|e| e.get_ids().to_vec()).collect())
+    }
+
+    /// [`encode`](Tokenizer::encode), with the bytes of `text` that each token stands for.
+    fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let encoding = self.inner.encode(text, false).map_err(|e| self.error(e.to_string()))?;
+        let places = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok((encoding.get_ids().to_vec(), places))
+    }
+
+    /// Whether a token was added to the vocabulary as a whole, as special tokens are, rather than learned from text.
+    fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
     }
 
     /// The text of `ids`, with or without special tokens. Bytes that form no character become U+FFFD.

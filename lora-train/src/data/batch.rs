@@ -54,9 +54,9 @@ impl Default for Targets {
 
 impl Targets {
     /// None yet, of the kind of a goal.
-    fn of_kind(goal: Goal) -> Targets {
+    fn of_kind(goal: &Goal) -> Targets {
         match goal {
-            Goal::After(_) => Targets::default(),
+            Goal::After(_) | Goal::Within(_) => Targets::default(),
             Goal::Label(_) => Targets::Labels(Vec::new()),
             Goal::Value(_) => Targets::Values(Vec::new()),
         }
@@ -95,20 +95,22 @@ impl Batch {
         for (i, sequence) in sequences.into_iter().enumerate() {
             let Sequence { tokens, second_from, goal } = sequence;
             if i == 0 {
-                batch.targets = Targets::of_kind(*goal);
+                batch.targets = Targets::of_kind(goal);
             }
             let first = batch.tokens.len();
             let rows = sequence.rows();
             batch.tokens.extend_from_slice(&tokens[..rows]);
             batch.segments.extend((0..rows).map(|i| u32::from(i >= *second_from)));
             batch.lengths.push(rows);
-            match (&mut batch.targets, *goal) {
-                (Targets::Tokens { rows: at, ids }, Goal::After(from)) => {
-                    at.extend((from - 1..rows).map(|i| (first + i) as u32));
-                    ids.extend_from_slice(&tokens[from..]);
+            match (&mut batch.targets, goal) {
+                (Targets::Tokens { rows: at, ids }, Goal::After(_) | Goal::Within(_)) => {
+                    for run in sequence.predicted() {
+                        at.extend((run.start - 1..run.end - 1).map(|i| (first + i) as u32));
+                        ids.extend_from_slice(&tokens[run]);
+                    }
                 }
-                (Targets::Labels(labels), Goal::Label(label)) => labels.push(label),
-                (Targets::Values(values), Goal::Value(value)) => values.push(value),
+                (Targets::Labels(labels), Goal::Label(label)) => labels.push(*label),
+                (Targets::Values(values), Goal::Value(value)) => values.push(*value),
                 (targets, goal) => panic!("{goal:?} among {targets:?}: the goals of one data set are of one kind"),
             }
         }

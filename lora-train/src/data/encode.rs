@@ -1,5 +1,8 @@
 //! Examples to token sequences.
 
+use std::ops::Range;
+
+use lora_model::tokenizer::chat::{Conversation, Message};
 use rayon::prelude::*;
 
 use super::error::start_of;
@@ -16,6 +19,14 @@ pub trait Encode: Sync {
     /// # Errors
     /// Whatever the tokenizer reports.
     fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, EncodeError>;
+
+    /// The tokens of a conversation, and which of them the assistant is to say: what the model's chat template makes of it.
+    ///
+    /// # Errors
+    /// No template, which is the default; a template that refuses the conversation.
+    fn encode_chat(&self, _messages: &[Message]) -> std::result::Result<Conversation, EncodeError> {
+        Err("there is no chat template; train on prompts and completions".into())
+    }
 
     /// The token that begins a text, in models that know one.
     fn begin_of_text(&self) -> Option<u32> {
@@ -41,11 +52,13 @@ pub struct Sequence {
 }
 
 /// What is learned from a [`Sequence`].
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Goal {
     /// To predict tokens: position `i` predicts `tokens[i + 1]` where `i + 1` is at least this number, which is at least 1
     /// and less than the number of tokens.
     After(usize),
+    /// To predict the tokens of these runs: at least one, none empty, ascending and apart, from index 1 on.
+    Within(Vec<Range<usize>>),
     /// This label for the whole sequence, counted from 0.
     Label(u32),
     /// This number for the whole sequence.
@@ -61,16 +74,37 @@ impl Sequence {
     /// Rows that it takes in a [`Batch`](super::Batch).
     pub(super) fn rows(&self) -> usize {
         match self.goal {
-            Goal::After(_) => self.tokens.len() - 1,
+            Goal::After(_) | Goal::Within(_) => self.tokens.len() - 1,
             Goal::Label(_) | Goal::Value(_) => self.tokens.len(),
         }
+    }
+
+    /// The runs of its tokens that are predicted.
+    pub(super) fn predicted(&self) -> impl Iterator<Item = Range<usize>> {
+        let (suffix, runs) = match &self.goal {
+            Goal::After(from) => (Some(*from..self.tokens.len()), &[][..]),
+            Goal::Within(runs) => (None, &runs[..]),
+            Goal::Label(_) | Goal::Value(_) => (None, &[][..]),
+        };
+        suffix.into_iter().chain(runs.iter().cloned())
     }
 
     /// How many targets it has.
     fn targets(&self) -> usize {
         match self.goal {
-            Goal::After(from) => self.tokens.len() - from,
+            Goal::After(_) | Goal::Within(_) => self.predicted().map(|run| run.len()).sum(),
             Goal::Label(_) | Goal::Value(_) => 1,
+        }
+    }
+
+    /// Leaves out what comes after `length` tokens.
+    fn cut(&mut self, length: usize) {
+        self.tokens.truncate(length);
+        self.tokens.shrink_to_fit();
+        self.second_from = self.second_from.min(length);
+        if let Goal::Within(runs) = &mut self.goal {
+            runs.iter_mut().for_each(|run| run.end = run.end.min(length));
+            runs.retain(|run| !run.is_empty());
         }
     }
 }
@@ -106,20 +140,22 @@ impl Dataset {
 ///   both sides trimmed, with the loss on the completion and its end token only. This is the form of the LoRA paper's
 ///   E2E experiments.
 /// - JSONL `text` becomes `BPE(text) ⧺ [end]`, with the loss on every token from the second on.
+/// - A conversation becomes what the model's chat template writes ([`Encode::encode_chat`]), with nothing added, and with
+///   the loss on the assistant's turns: all that it says up to the token that ends its turn.
 /// - [`Format::Text`] files make one stream, `BPE(file) ⧺ [end]` for each, which is cut into sequences of `max_length`
 ///   tokens. Neighbours share one token, the last of one being the first of the next, so every token of the stream but
 ///   the first is predicted exactly once; nothing is lost, and nothing counts as cut. These sequences come after those
 ///   of files in other formats.
 ///
-/// Each of them begins with the [begin of text](Encode::begin_of_text) where the model knows one. A model for which it is
+/// Each of them but conversations begins with the [begin of text](Encode::begin_of_text) where the model knows one. A model for which it is
 /// the end of text as well gets one of them between two files.
 ///
-/// Pairs and JSONL texts longer than `max_length` tokens lose their end; what then has no target left is dropped. Both
+/// Pairs, JSONL texts and conversations longer than `max_length` tokens lose their end; what then has no target left is dropped. Both
 /// are counted in the result and named in one warning.
 ///
 /// # Errors
-/// A `max_length` under 2, no corpus, a tokenizer that fails or that gives tokens outside the vocabulary, and data of
-/// which nothing is left.
+/// A `max_length` under 2, no corpus, a tokenizer that fails or that gives tokens outside the vocabulary, conversations for
+/// a model without a chat template or that its template refuses, and data of which nothing is left.
 pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Result<Dataset> {
     if max_length < 2 {
         return Err(Error::MaxLength { max_length });
@@ -158,7 +194,8 @@ pub fn encode(corpora: &[Corpus], encoder: &dyn Encode, max_length: usize) -> Re
             data.cut,
             match data.dropped {
                 0 => String::new(),
-                n => format!("; {n} of them were dropped, because the prompt alone is that long"),
+                n =>
+                    format!("; {n} of them were dropped, because what comes before the first target alone is that long"),
             }
         );
     }
@@ -179,14 +216,13 @@ pub fn encode_prompt(prompt: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {
 }
 
 impl Dataset {
-    fn push_cut(&mut self, (mut tokens, targets_from): (Vec<u32>, usize), max_length: usize) {
-        if tokens.len() > max_length {
+    fn push_cut(&mut self, mut sequence: Sequence, max_length: usize) {
+        if sequence.tokens.len() > max_length {
             self.cut += 1;
-            tokens.truncate(max_length);
-            tokens.shrink_to_fit();
+            sequence.cut(max_length);
         }
-        if targets_from < tokens.len() {
-            self.sequences.push(Sequence::after(tokens, targets_from));
+        if sequence.targets() > 0 {
+            self.sequences.push(sequence);
         } else {
             self.dropped += 1;
         }
@@ -206,8 +242,8 @@ pub(super) fn in_order<T: Sync, U: Send>(items: &[T], f: impl Fn(&T) -> Result<U
     results.into_iter().collect()
 }
 
-/// The tokens of an example, and the index of the first that is predicted.
-fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<(Vec<u32>, usize)> {
+/// The sequence of an example, as long as it is.
+fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Sequence> {
     let end = encoder.end_of_text();
     let encode = |text: &str| tokens(corpus, example.line, text, encoder);
     Ok(match &example.content {
@@ -217,13 +253,23 @@ fn sequence(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<
             let targets_from = tokens.len();
             tokens.extend(encode(&format!(" {}", completion.trim()))?);
             tokens.push(end);
-            (tokens, targets_from)
+            Sequence::after(tokens, targets_from)
         }
         Content::Labelled { .. } => return Err(Error::NeedsTask { path: corpus.path.clone() }),
         Content::Text(text) => {
             let mut tokens = begun(encoder, encode(text)?);
             tokens.push(end);
-            (tokens, 1)
+            Sequence::after(tokens, 1)
+        }
+        Content::Chat(messages) => {
+            let (path, line) = (|| corpus.path.clone(), example.line);
+            let encoded = encoder.encode_chat(messages);
+            let Conversation { tokens, turns } =
+                encoded.map_err(|source| Error::Template { path: path(), line, source })?;
+            check(corpus, line, &tokens, encoder)?;
+            // Nothing comes before the first token that could predict it.
+            let turns = turns.into_iter().map(|turn| turn.start.max(1)..turn.end).filter(|turn| !turn.is_empty());
+            Sequence { second_from: tokens.len(), tokens, goal: Goal::Within(turns.collect()) }
         }
     })
 }
@@ -234,18 +280,24 @@ fn begun(encoder: &dyn Encode, tokens: Vec<u32>) -> Vec<u32> {
 }
 
 fn tokens(corpus: &Corpus, line: usize, text: &str, encoder: &dyn Encode) -> Result<Vec<u32>> {
-    let path = || corpus.path.clone();
-    let tokens = encoder.encode(text).map_err(|source| Error::Tokenizer { path: path(), line, source })?;
+    let tokens = encoder.encode(text);
+    let tokens = tokens.map_err(|source| Error::Tokenizer { path: corpus.path.clone(), line, source })?;
+    check(corpus, line, &tokens, encoder)?;
+    Ok(tokens)
+}
+
+/// Refuses tokens that the model does not know.
+fn check(corpus: &Corpus, line: usize, tokens: &[u32], encoder: &dyn Encode) -> Result<()> {
     let vocab_size = encoder.vocab_size();
     match tokens.iter().find(|&&t| t as usize >= vocab_size) {
-        Some(&token) => Err(Error::OutsideVocabulary { path: path(), line, token, vocab_size }),
-        None => Ok(tokens),
+        Some(&token) => Err(Error::OutsideVocabulary { path: corpus.path.clone(), line, token, vocab_size }),
+        None => Ok(()),
     }
 }
 
 /// The tokens of a whole file. A fault is narrowed down to the first line that shows it alone.
 fn document(corpus: &Corpus, example: &Example, encoder: &dyn Encode) -> Result<Vec<u32>> {
-    let Content::Text(text) = &example.content else { return Ok(sequence(corpus, example, encoder)?.0) };
+    let Content::Text(text) = &example.content else { return Ok(sequence(corpus, example, encoder)?.tokens) };
     tokens(corpus, example.line, text, encoder).map_err(|error| {
         let mut lines = text.split('\n').enumerate();
         let first = lines.find_map(|(i, line)| tokens(corpus, example.line + i, line, encoder).err());

@@ -101,8 +101,8 @@ pub enum Error {
 
     /// A line of a JSONL file is JSON, but not an example.
     #[error(
-        "{}:{line}: {found}; each line must be an object with the strings \"prompt\" and \"completion\", or with the string \
-         \"text\"",
+        "{}:{line}: {found}; each line must be an object with the strings \"prompt\" and \"completion\", with the string \
+         \"text\", or with the list \"messages\"",
         path.display()
     )]
     NotAnExample {
@@ -112,6 +112,28 @@ pub enum Error {
         line: usize,
         /// What stands there instead.
         found: String,
+    },
+
+    /// A line of a JSONL file has messages that are no conversation to learn from.
+    #[error("{}:{line}: {problem}", path.display())]
+    Chat {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// What is wrong, with the message's number from 1, and what to do.
+        problem: String,
+    },
+
+    /// The model has no chat template, or its template refuses a conversation.
+    #[error("{}:{line}: the messages cannot be written as this model reads them: {source}", path.display())]
+    Template {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// What the template says.
+        source: EncodeError,
     },
 
     /// The tokenizer refused a text.

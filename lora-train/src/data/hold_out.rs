@@ -56,8 +56,10 @@ impl Dataset {
 
 /// What comes before the first token that is predicted, where that is a prompt.
 fn prompt(sequence: &Sequence) -> Option<&[u32]> {
-    match sequence.goal {
-        Goal::After(from) if from > 1 => Some(&sequence.tokens[..from]),
-        _ => None,
-    }
+    let from = match &sequence.goal {
+        Goal::After(from) => *from,
+        Goal::Within(runs) => runs.first()?.start,
+        Goal::Label(_) | Goal::Value(_) => return None,
+    };
+    (from > 1).then(|| &sequence.tokens[..from])
 }

@@ -15,6 +15,7 @@
 //! Every step is deterministic: the same files, settings and seed give the same batches for any number of threads.
 
 mod batch;
+mod chat;
 mod encode;
 mod error;
 mod hold_out;
@@ -27,9 +28,11 @@ mod task;
 
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
+use lora_model::tokenizer::chat::Message;
 use serde::{Deserialize, Serialize};
 
 pub use batch::{Batch, Targets};
+pub use chat::unanswered;
 pub use encode::{Dataset, Encode, EncodeError, Goal, Sequence, encode, encode_prompt};
 pub use error::{Error, Result};
 pub use labelled::read_task;
@@ -45,8 +48,8 @@ pub use task::{TASKS, TaskKind, TaskRow, task};
 pub enum Format {
     /// One example a line: `context||reference`, split at the first `||`, both sides trimmed.
     E2e,
-    /// One JSON object a line with `prompt` and `completion`, or with `text`; a file may hold both kinds. Other keys
-    /// are ignored.
+    /// One JSON object a line with `prompt` and `completion`, with `text`, or with `messages`, a list of objects with
+    /// `role` and `content`; a file may hold all kinds. Other keys are ignored.
     Jsonl,
     /// The whole file is one document for pretraining.
     Text,
@@ -133,6 +136,9 @@ pub enum Content {
     },
     /// Text that is learned from its first token to its last.
     Text(String),
+    /// A conversation: the loss is on what the assistant says. At least one message; of the assistant's one that says
+    /// something, but in a file of prompts, where one of another comes first.
+    Chat(Vec<Message>),
     /// A text, or two, and what is to be said of them ([`read_task`]).
     Labelled {
         /// The text.

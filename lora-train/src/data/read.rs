@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::chat::{MESSAGES, conversation};
 use super::error::start_of;
 use super::{Content, Corpus, Error, Example, Format, Result};
 
@@ -14,13 +15,15 @@ use super::{Content, Corpus, Error, Example, Format, Result};
 ///
 /// # Errors
 /// A missing, non-UTF-8 or empty file; in E2E a line without `||` or without a reference; in JSONL a line that is not
-/// JSON, or not an object with the strings `prompt` and `completion` or the string `text` (both at once are an error
-/// too, since only one could be meant), or with a blank completion or text.
+/// JSON, or not an object with the strings `prompt` and `completion`, the string `text` or the list `messages` (two at once
+/// are an error too, since only one could be meant), with a blank completion or text, or with messages that are none or
+/// among which the assistant says nothing.
 pub fn read(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
     parse(path.as_ref(), format, true)
 }
 
-/// Reads a file of prompts to continue: as [`read`], but a reference or completion may be empty, and in JSONL absent.
+/// Reads a file of prompts to continue: as [`read`], but a reference or completion may be empty, and in JSONL absent, and a
+/// conversation need not have been answered.
 ///
 /// # Errors
 /// As of [`read`] otherwise.
@@ -107,6 +110,9 @@ pub(super) fn object(path: &Path, line: usize, text: &str, array: bool) -> Resul
 
 fn jsonl(path: &Path, line: usize, text: &str, array: bool, whole: bool) -> Result<Content> {
     let object = object(path, line, text, array)?;
+    if object.contains_key(MESSAGES) {
+        return conversation(path, line, &object, whole);
+    }
     let not = |found: String| Error::NotAnExample { path: path.to_owned(), line, found };
     let string = |key: &str| match object.get(key) {
         None => Ok(None),

@@ -10,7 +10,10 @@ use clap::Args;
 use lora_model::{
     Error, Task,
     generate::{Generated, GenerationConfig, check, generate},
-    tokenizer::Tokenizer,
+    tokenizer::{
+        Tokenizer,
+        chat::{ChatPrompt, Message},
+    },
 };
 use lora_train::{
     Encoder,
@@ -44,8 +47,15 @@ pub(crate) struct GenerateArgs {
     /// End the prompt as training ends it before a completion: trimmed, then the end-of-text token
     #[arg(long, requires = "prompt", help_heading = "Prompts")]
     append_end_of_text: bool,
-    /// File of prompts: contexts of e2e lines and prompts of JSON lines, ended as in training; texts as they are.
-    /// References and completions need not be there. Equal contexts on neighbouring e2e lines are continued once
+    /// The prompt is what a user says: write it as the model's chat template does, and generate the answer
+    #[arg(long, requires = "prompt", conflicts_with_all = ["append_end_of_text", "data"], help_heading = "Prompts")]
+    chat: bool,
+    /// What the system says before the user
+    #[arg(long, value_name = "TEXT", requires = "chat", help_heading = "Prompts")]
+    system: Option<String>,
+    /// File of prompts: contexts of e2e lines and prompts of JSON lines, ended as in training; messages of JSON lines, by
+    /// the model's chat template, without a last one of the assistant; texts as they are. References and completions need
+    /// not be there. Equal contexts on neighbouring e2e lines are continued once
     #[arg(long, value_name = "FILE", help_heading = "Prompts")]
     data: Option<PathBuf>,
     /// Layout of --data [default: jsonl by its extension, otherwise e2e]
@@ -91,8 +101,8 @@ pub(crate) struct GenerateArgs {
     /// Stop a beam search as soon as it has as many finished texts as beams
     #[arg(long, help_heading = "Generation")]
     early_stopping: bool,
-    /// Tokens that end a text, by id or as the vocabulary spells them; `none` for none [default: the end of text, and
-    /// eos_token_id of generation_config.json, or else of config.json]
+    /// Tokens that end a text, by id or as the vocabulary spells them; `none` for none [default: the end of text,
+    /// eos_token_id of generation_config.json, or else of config.json, and in conversations the end of a turn]
     #[arg(long, value_name = "TOKEN,...", value_delimiter = ',', help_heading = "Generation")]
     eos: Option<Vec<String>>,
     /// Seed of the drawing; each prompt draws for itself, by its number
@@ -122,9 +132,14 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
         bail!("{} is for {}, and continues no text", args.base, model.task().name());
     }
     let encoder = Encoder::from_dir(&dir, &*model)?;
-    let config = config(&args, &dir, &encoder)?;
+    let mut config = config(&args, &dir, &encoder)?;
     config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
-    let (prompts, tokens) = prompts(&args, &encoder)?;
+    let Prompts { prompts, tokens, ends } = prompts(&args, &encoder)?;
+    for end in ends.into_iter().filter(|_| args.eos.is_none()) {
+        if !config.eos_token_id.contains(&end) {
+            config.eos_token_id.push(end);
+        }
+    }
     let place = |i: usize| prompts.get(i).map(|p| p.place.clone());
     check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, place))?;
     let json = args.json || args.out.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "jsonl"));
@@ -219,20 +234,43 @@ fn token(name: &str, encoder: &Encoder) -> anyhow::Result<u32> {
     found.with_context(|| format!("eos = {name}: is no token of the vocabulary and no id below {size}"))
 }
 
-/// The prompts and, apart from them, their tokens.
-fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt>, Vec<Vec<u32>>)> {
-    let (mut prompts, mut tokens): (Vec<Prompt>, _) = (Vec::new(), Vec::new());
-    let mut add = |place: String, text: String, ended: bool| -> anyhow::Result<()> {
+/// The prompts, apart from them their tokens, and the tokens that end the assistant's turn after a conversation.
+#[derive(Default)]
+struct Prompts {
+    prompts: Vec<Prompt>,
+    tokens: Vec<Vec<u32>>,
+    ends: Vec<u32>,
+}
+
+impl Prompts {
+    fn add(&mut self, encoder: &Encoder, place: String, text: String, ended: bool) -> anyhow::Result<()> {
         let encoded = match ended {
             true => data::encode_prompt(&text, encoder).map_err(anyhow::Error::new),
             false => encoder.encode_start(&text).map_err(anyhow::Error::new),
         };
-        tokens.push(encoded.with_context(|| place.clone())?);
-        prompts.push(Prompt { place, text, ended });
+        self.tokens.push(encoded.with_context(|| place.clone())?);
+        self.prompts.push(Prompt { place, text, ended });
         Ok(())
-    };
+    }
+
+    fn add_chat(&mut self, encoder: &Encoder, place: String, messages: &[Message]) -> anyhow::Result<()> {
+        let ChatPrompt { text, tokens, end_of_turn } = encoder.chat_prompt(messages).with_context(|| place.clone())?;
+        self.tokens.push(tokens);
+        self.prompts.push(Prompt { place, text, ended: true });
+        self.ends.extend(end_of_turn.filter(|end| !self.ends.contains(end)));
+        Ok(())
+    }
+}
+
+fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<Prompts> {
+    let mut all = Prompts::default();
     match (&args.prompt, &args.data) {
-        (Some(text), _) => add("--prompt".to_owned(), text.clone(), args.append_end_of_text)?,
+        (Some(text), _) if args.chat => {
+            let system = args.system.as_ref().map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.into_iter().chain([Message::new("user", text)]).collect();
+            all.add_chat(encoder, "--prompt".to_owned(), &messages)?;
+        }
+        (Some(text), _) => all.add(encoder, "--prompt".to_owned(), text.clone(), args.append_end_of_text)?,
         (None, Some(path)) => {
             let format = args.format.as_ref().map(|f| f.parse()).transpose()?;
             let format = format.unwrap_or_else(|| Format::of_path(path));
@@ -240,11 +278,12 @@ fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt
             for example in data::read_prompts(path, format)?.examples {
                 let place = format!("{}:{}", path.display(), example.line);
                 match example.content {
-                    Content::Text(text) | Content::Labelled { text, .. } => add(place, text, false)?,
+                    Content::Text(text) | Content::Labelled { text, .. } => all.add(encoder, place, text, false)?,
+                    Content::Chat(messages) => all.add_chat(encoder, place, data::unanswered(&messages))?,
                     Content::Pair { prompt, .. } => {
                         let again = format == Format::E2e && last.as_ref() == Some(&prompt);
                         if !again {
-                            add(place, prompt.clone(), true)?;
+                            all.add(encoder, place, prompt.clone(), true)?;
                         }
                         last = Some(prompt);
                     }
@@ -253,7 +292,7 @@ fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<(Vec<Prompt
         }
         (None, None) => bail!("give --prompt or --data"),
     }
-    Ok((prompts, tokens))
+    Ok(all)
 }
 
 /// One prompt's result as a line of the output.
