@@ -78,12 +78,9 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// Peak resident memory of this process in MiB, mapped files that were touched included; `None` where the system does not
-/// tell.
+/// [`peak_memory`](lora_train::peak_memory) in MiB.
 pub fn peak_memory_mib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok()? / 1024.0)
+    Some(lora_train::peak_memory()? as f64 / (1 << 20) as f64)
 }
 
 /// The JSON object that a program prints as its last line.

@@ -22,6 +22,9 @@ pub struct TrainConfig {
     pub out: PathBuf,
     /// Validation data.
     pub valid: Option<PathBuf>,
+    /// Share of the training data that is kept from training and evaluated on, in place of `valid`: see
+    /// [`Dataset::hold_out`](crate::data::Dataset::hold_out).
+    pub hold_out: f64,
     /// Layout of the data files; by their extension when absent.
     pub format: Option<Format>,
     /// What is learned, a row of [`TASKS`](crate::data::TASKS); a model that continues text needs none.
@@ -116,6 +119,7 @@ impl Default for TrainConfig {
             data: PathBuf::new(),
             out: PathBuf::new(),
             valid: None,
+            hold_out: 0.0,
             format: None,
             task: None,
             method: "lora".into(),
@@ -183,6 +187,10 @@ impl TrainConfig {
         }
         if self.max_length < 2 {
             return Err(Error::option("max-length", self.max_length, "a sequence needs two tokens to predict one"));
+        }
+        within("hold-out", self.hold_out, 0.0, 1.0, "a share of the data is in [0, 1)")?;
+        if self.hold_out > 0.0 && self.valid.is_some() {
+            return Err(Error::option("hold-out", self.hold_out, "give either --valid or --hold-out, not both"));
         }
         within("lr", self.lr, f64::MIN_POSITIVE, 1e3, "a learning rate is a positive number, usually below 0.1")?;
         within("weight-decay", self.weight_decay, 0.0, 1e3, "weight decay is a number ≥ 0, usually below 1")?;

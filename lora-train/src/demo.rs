@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Encoder, Evaluation, Observer, PretrainConfig, Result, Summary, TrainConfig, data::Format, demo_data,
-    demo_data::Downstream, evaluate, load_data, train,
+    demo_data::Downstream, evaluate, load_data, train, weight_bytes,
 };
 
 /// What a run of the demo depends on.
@@ -289,7 +289,7 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
             name: row.name,
             trainable,
             trainable_share: trainable as f64 / pretrained.parameters as f64,
-            checkpoint_bytes: measure::weight_bytes(&out)?,
+            checkpoint_bytes: weight_bytes(&out)?,
             loss_before: before.loss,
             loss_after: after.loss,
             facts_before: before.facts,
@@ -328,7 +328,7 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
             name: row.name,
             trainable,
             trainable_share: trainable as f64 / pretrained.parameters as f64,
-            checkpoint_bytes: measure::weight_bytes(&out)?,
+            checkpoint_bytes: weight_bytes(&out)?,
             loss,
             seconds,
         });

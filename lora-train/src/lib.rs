@@ -3,6 +3,7 @@
 //! - [`data`] reads files and makes batches without padding.
 //! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss and, by [`metrics`], predictions.
 //! - [`task`] gives an encoder what it needs to learn a task; [`generation`] makes texts that are judged by their references.
+//! - [`compare`] makes the paper's table of methods and seeds.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 //!
 //! ```
@@ -44,6 +45,7 @@
 //! ```
 
 pub mod checkpoint;
+pub mod compare;
 mod config;
 pub mod data;
 pub mod demo;
@@ -60,6 +62,7 @@ mod output;
 mod passes;
 mod place;
 mod pretrain;
+mod resources;
 mod run;
 pub mod schedule;
 pub mod task;
@@ -73,6 +76,7 @@ pub use log::Log;
 pub use output::RUN_FILE;
 pub use place::Place;
 pub use pretrain::{PretrainConfig, pretrain};
+pub use resources::{peak_memory, weight_bytes};
 pub use run::{Observer, RunInfo, Summary, save_result, train};
 pub use trainer::{Step, Trainer};
 

@@ -95,12 +95,12 @@ impl Output {
 }
 
 /// Locks a folder for this process; `None` where the system has no such locks.
-fn lock(dir: &Path) -> Result<Option<File>> {
+pub(crate) fn lock(dir: &Path) -> Result<Option<File>> {
     let Ok(file) = File::open(dir) else { return Ok(None) };
     match file.try_lock() {
         Ok(()) => Ok(Some(file)),
         Err(TryLockError::WouldBlock) => {
-            let problem = "another process is training into it; wait for it, or choose another --out".into();
+            let problem = "another process is working in it; wait for it, or choose another --out".into();
             Err(Error::Output { dir: dir.into(), problem })
         }
         Err(TryLockError::Error(_)) => Ok(None),

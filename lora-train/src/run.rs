@@ -15,6 +15,7 @@ use crate::{
     data::{Corpus, Dataset, TaskKind},
     hub, load_data,
     output::Output,
+    resources::peak_memory,
     task::{self, Fitted},
 };
 
@@ -46,6 +47,10 @@ pub struct Summary {
     pub evaluation: Option<Evaluation>,
     /// Seconds of this life's steps.
     pub seconds: f64,
+    /// Tokens of this life's steps.
+    pub tokens: u64,
+    /// Most resident memory of the process so far, in bytes; `None` where the system does not tell.
+    pub peak_memory: Option<u64>,
     /// Where the result lies; the checkpoint when the run was interrupted.
     pub out: PathBuf,
     /// Whether the run was interrupted before its last step.
@@ -148,6 +153,13 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             (encode(&corpus)?, config.valid.as_deref().map(read).transpose()?, Some(fitted))
         }
     };
+    let (data, valid) = match config.hold_out {
+        0.0 => (data, valid),
+        share => {
+            let (rest, held_out) = data.hold_out(share)?;
+            (rest, Some(held_out))
+        }
+    };
     let save = |dir: &Path, adapted: &Adapted| save_result(dir, model, &base_dir, adapted, config, task.as_ref());
     let run = Run { model, adapted, data: &data, valid: valid.as_ref(), output, save: &save };
     run.run(config, resume, observer)
@@ -196,6 +208,8 @@ impl Run<'_> {
             loss: None,
             evaluation: None,
             seconds: 0.0,
+            tokens: 0,
+            peak_memory: None,
             out: config.out.clone(),
             interrupted: false,
         };
@@ -242,6 +256,7 @@ impl Run<'_> {
             observer.step(&step, tokens_per_s);
             (summary.loss, summary.steps) = (Some(step.loss), step.step);
             summary.seconds += seconds;
+            summary.tokens += step.tokens as u64;
             let last = step.step == trainer.total_steps();
             let every = if config.eval_every > 0 { config.eval_every } else { trainer.steps_per_epoch() };
             if let Some(valid) = valid.filter(|_| last || step.step % every == 0) {
@@ -257,6 +272,8 @@ impl Run<'_> {
             }
         }
         trainer.check_finite()?;
+        // Before the result is written: what the training took.
+        summary.peak_memory = peak_memory();
         save_result(&config.out, &trainer.adapted)?;
         Ok(summary)
     }

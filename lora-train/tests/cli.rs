@@ -5,6 +5,8 @@ mod bad_input;
 #[path = "cli/commands.rs"]
 mod commands;
 mod common;
+#[path = "cli/compare.rs"]
+mod compare;
 #[path = "cli/completions.rs"]
 mod completions;
 #[path = "cli/convert.rs"]

@@ -414,3 +414,26 @@ fn impossible_batches() {
         assert!(error.contains(part), "no {part:?} in: {error}");
     }
 }
+
+#[test]
+fn a_held_out_share_shares_no_prompt_with_the_rest() {
+    let sequence = |prompt: u32, n: u32| Sequence::after(vec![prompt, prompt, 7, n], 2);
+    let sequences: Vec<Sequence> = (0..60).map(|i| sequence(i % 20, i)).collect();
+    let all = Dataset::new(sequences.clone());
+    let (rest, held_out) = all.clone().hold_out(0.1).unwrap();
+    assert_eq!((rest.sequences.len(), held_out.sequences.len()), (54, 6));
+    let prompts = |d: &Dataset| -> HashSet<u32> { d.sequences.iter().map(|s| s.tokens[0]).collect() };
+    assert!(prompts(&rest).is_disjoint(&prompts(&held_out)), "{rest:?} {held_out:?}");
+    let number = |s: &Sequence| s.tokens[3];
+    for side in [&rest, &held_out] {
+        assert!(side.sequences.is_sorted_by_key(number), "in the order of the file");
+    }
+    assert_eq!(all.hold_out(0.1).unwrap(), (rest, held_out), "the same every time");
+
+    // Without prompts every sequence is for itself; a tiny share is one of them.
+    let texts = Dataset::new((0..9).map(|i| Sequence::after(vec![1, 2, i], 1)).collect());
+    assert_eq!(texts.clone().hold_out(1e-6).unwrap().1.sequences.len(), 1);
+    assert!(matches!(texts.hold_out(0.99), Err(Error::HoldOut { sequences: 9, .. })));
+    let same = Dataset::new(vec![sequence(1, 1), sequence(1, 2)]);
+    assert!(matches!(same.hold_out(0.5), Err(Error::HoldOut { sequences: 2, .. })));
+}

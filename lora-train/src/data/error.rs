@@ -391,6 +391,18 @@ pub enum Error {
     #[error("there is no data: give at least one file")]
     NoData,
 
+    /// A share of the data that leaves nothing to train on, or nothing to evaluate on.
+    #[error(
+        "hold-out = {share}: of {sequences} sequences that leaves none on one of the sides (completions of one prompt stay \
+         together); give a smaller share, or more data"
+    )]
+    HoldOut {
+        /// What was asked for.
+        share: f64,
+        /// The sequences there are.
+        sequences: usize,
+    },
+
     /// A batch size or a number of micro-batches is zero.
     #[error("a batch size of {batch_size} and {grad_accum} micro-batches make no step: both must be at least 1")]
     BatchSize {

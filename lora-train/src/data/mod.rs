@@ -17,6 +17,7 @@
 mod batch;
 mod encode;
 mod error;
+mod hold_out;
 mod labelled;
 mod labels;
 mod read;

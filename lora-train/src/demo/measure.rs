@@ -1,7 +1,5 @@
 //! What the demo counts.
 
-use std::{fs, path::Path};
-
 use lora_core::peft::Adapted;
 use lora_model::{
     Model, Texts,
@@ -66,19 +64,6 @@ pub(super) fn max_logit_diff(a: (&dyn Model, &Adapted), b: &dyn Model, data: &Da
         }
     }
     Ok(most)
-}
-
-/// Bytes of the safetensors files in a folder.
-pub(super) fn weight_bytes(dir: &Path) -> Result<u64> {
-    let read = |reason| lora_model::Error::Io { action: "read", path: dir.into(), reason };
-    let mut bytes = 0;
-    for entry in fs::read_dir(dir).map_err(read)? {
-        let path = entry.map_err(read)?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            bytes += fs::metadata(&path).map_err(read)?.len();
-        }
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

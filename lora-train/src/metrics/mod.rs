@@ -43,6 +43,33 @@ pub enum Metric {
 }
 
 impl Metric {
+    /// All of them.
+    pub const ALL: [Metric; 10] = [
+        Metric::Accuracy,
+        Metric::F1,
+        Metric::Matthews,
+        Metric::Pearson,
+        Metric::Spearman,
+        Metric::Bleu,
+        Metric::Nist,
+        Metric::MeteorExactStem,
+        Metric::RougeL,
+        Metric::Cider,
+    ];
+
+    /// The metric of a name in results.
+    pub fn find(name: &str) -> Option<Metric> {
+        Metric::ALL.into_iter().find(|m| m.name() == name)
+    }
+
+    /// What the paper's tables multiply it by: shares and correlations stand there in percent.
+    pub fn scale(self) -> f64 {
+        match self {
+            Metric::Bleu | Metric::Nist | Metric::Cider => 1.0,
+            _ => 100.0,
+        }
+    }
+
     /// The name in results.
     pub fn name(self) -> &'static str {
         match self {
@@ -62,6 +89,7 @@ impl Metric {
     /// The name in tables for people.
     pub fn title(self) -> &'static str {
         match self {
+            Metric::F1 => "F1",
             Metric::Bleu => "BLEU",
             Metric::Nist => "NIST",
             Metric::MeteorExactStem => "METEOR (exact, stem)",

@@ -1,6 +1,7 @@
 //! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
 
 mod base;
+mod compare;
 mod completions;
 mod convert;
 mod demo;
@@ -21,8 +22,8 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 /// Fine-tunes transformers with low-rank adapters (LoRA).
 ///
 /// A model is a folder as Hugging Face writes it (config.json, safetensors, tokenizer); an adapter is a folder as PEFT
-/// writes it. Results go to standard output, all else to standard error. The exit code is 0 only on success; 130 after
-/// Ctrl-C.
+/// writes it. Results go to standard output, all else to standard error. The exit code is 0 only on success; 3 when
+/// training diverged; 130 after Ctrl-C.
 #[derive(Parser)]
 #[command(name = "lora", version, max_term_width = 110, arg_required_else_help = true)]
 struct Cli {
@@ -55,6 +56,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     /// Measure loss and perplexity of a model on a data file, or what else a task is judged by
     Eval(Box<eval::EvalArgs>),
+    /// Train several methods with several seeds on one task, and make the table of their results
+    Compare(compare::CompareArgs),
     /// Continue a prompt, or the prompts of a data file
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
@@ -83,6 +86,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(*args),
+        Command::Compare(args) => compare::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Convert(args) => convert::run(args),

@@ -38,6 +38,9 @@ pub(crate) struct TrainArgs {
     /// Data to evaluate on
     #[arg(long, value_name = "FILE", help_heading = "Input and output")]
     valid: Option<PathBuf>,
+    /// Share of the data to keep from training and evaluate on, in place of --valid [default: 0]
+    #[arg(long, value_name = "SHARE", help_heading = "Input and output")]
+    hold_out: Option<f64>,
     /// Layout of the data: context||reference lines, JSON lines of prompt and completion (or text), plain text, or, with
     /// --task, columns between tabs [default: jsonl by its extension, otherwise e2e, and tsv with --task]
     #[arg(long, value_parser = formats(), help_heading = "Input and output")]

@@ -1,0 +1,120 @@
+//! `lora compare`.
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, Parser};
+use indicatif::HumanDuration;
+use lora_train::compare::{self, Cell, Comparison, Job, Watcher};
+use serde::Serialize;
+
+use crate::ui;
+
+#[derive(Args)]
+#[command(
+    after_help = "The file holds keys of lora train that all rows share, `test`, `seeds`, and a [[run]] for each row with \
+                        its method, its options, and one `lr` or a list to choose from on held-out data; [search] has \
+                        `hold-out`, `seed` and keys that are others while choosing, [eval] flags of lora eval. Finished cells \
+                        are kept below --out and never run again; table.md, .csv, .json and .svg stand there after each."
+)]
+pub(crate) struct CompareArgs {
+    /// The comparison
+    #[arg(value_name = "FILE.toml")]
+    file: PathBuf,
+    /// Folder for cells, adapters and tables; an interrupted comparison goes on in it
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    keys: Keys,
+    /// Run nothing: make the table of what is finished
+    #[arg(long)]
+    show: bool,
+    /// Print the table as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Keys of the file that may be given here instead.
+#[derive(Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Keys {
+    /// Folder of the base model, or its id on the Hugging Face hub [default: the file's]
+    #[arg(long, value_name = "DIR|HUB_ID", help_heading = "In place of keys of the file")]
+    model: Option<PathBuf>,
+    /// Training data [default: the file's]
+    #[arg(long, value_name = "FILE", help_heading = "In place of keys of the file")]
+    data: Option<PathBuf>,
+    /// Data that finished runs are judged on [default: the file's]
+    #[arg(long, value_name = "FILE", help_heading = "In place of keys of the file")]
+    test: Option<PathBuf>,
+    /// Where to compute [default: the file's, or cpu]
+    #[arg(long, help_heading = "In place of keys of the file")]
+    device: Option<String>,
+    /// Type of the base's weights and of activations [default: the file's, or auto]
+    #[arg(long, help_heading = "In place of keys of the file")]
+    dtype: Option<String>,
+}
+
+pub(crate) fn run(args: CompareArgs) -> anyhow::Result<()> {
+    let flags = toml::Table::try_from(&args.keys).context("command line")?;
+    let comparison = Comparison::read(&args.file, flags)?;
+    check_eval(&comparison).with_context(|| format!("{}: [eval]", args.file.display()))?;
+    if args.show {
+        let table = compare::finished(&comparison, &args.out)?;
+        return if args.json { ui::print_json(&table) } else { ui::print(table.text()) };
+    }
+    let program =
+        std::env::current_exe().context("could not find the program itself, which each run is a process of")?;
+    ui::catch_interrupt("stopping; what is finished is kept")?;
+    let finished = compare::run(&comparison, &args.out, &program, &mut Progress { began: Instant::now() })?;
+    if args.json { ui::print_json(&finished.table) } else { ui::print(finished.table.text()) }?;
+    if finished.interrupted {
+        ui::say("interrupted: the same command goes on from here");
+        return Err(ui::Interrupted.into());
+    }
+    if !finished.failed.is_empty() {
+        bail!("{} of the runs failed: {}", finished.failed.len(), finished.failed.join("; "));
+    }
+    ui::say(format_args!("table.md, table.csv, table.json and table.svg are in {}", args.out.display()));
+    Ok(())
+}
+
+/// Refuses flags that `lora eval` would refuse, before anything is trained.
+fn check_eval(comparison: &Comparison) -> anyhow::Result<()> {
+    let given = "lora eval --model M --adapter A --data D --json --max-length 8 --device cpu --dtype auto";
+    let args = given.split(' ').map(str::to_owned).chain(compare::flags(&comparison.eval));
+    crate::Cli::try_parse_from(args).map(drop).map_err(|e| {
+        let text = e.to_string();
+        anyhow!("{}", text.lines().next().unwrap_or_default().trim_start_matches("error: "))
+    })
+}
+
+/// A line for each run; the runs themselves show their bars where there is a terminal.
+struct Progress {
+    began: Instant,
+}
+
+impl Watcher for Progress {
+    fn start(&mut self, job: &Job, left: usize) {
+        self.began = Instant::now();
+        ui::say(format_args!("{left} left: {job} ..."));
+    }
+
+    fn done(&mut self, job: &Job, cell: &Cell) {
+        let time = HumanDuration(self.began.elapsed());
+        let Some(trained) = &cell.trained else { return ui::say(format_args!("{job}: diverged, after {time}")) };
+        let mut judged: String = trained.judged.scores().map(|(name, score)| format!(", {name} {score:.4}")).collect();
+        if let Some(loss) = trained.judged.loss() {
+            judged += &format!(", loss {loss:.4}");
+        }
+        ui::say(format_args!("{job}{judged}, after {time}"));
+    }
+
+    fn failed(&mut self, job: &Job, why: &str) {
+        ui::say(format_args!("{job}: failed: {why}; going on with the others"));
+    }
+
+    fn stop(&mut self) -> bool {
+        ui::interrupted()
+    }
+}

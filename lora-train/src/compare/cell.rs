@@ -1,0 +1,134 @@
+//! One run of a comparison, as it is kept.
+
+use std::path::Path;
+
+use lora_model::files;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::inputs::Inputs;
+use crate::{Error, Result, TrainConfig};
+
+/// A finished run: what it was made from and what came of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// How it was trained, without the places of files.
+    pub settings: TrainConfig,
+    /// The flags it was judged with.
+    #[serde(default, skip_serializing_if = "toml::Table::is_empty")]
+    pub eval: toml::Table,
+    /// What it was made from.
+    pub inputs: Inputs,
+    /// What came of it; `None` when training diverged.
+    pub trained: Option<Trained>,
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Trained {
+    /// Trainable scalars.
+    pub trainable: usize,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Seconds of those that were done in one go at the end.
+    pub seconds: f64,
+    /// Tokens per second of the same; `None` when the process that finished the run did no step.
+    pub tokens_per_s: Option<f64>,
+    /// Most resident memory while training, in bytes.
+    pub peak_memory: Option<u64>,
+    /// Bytes of the trained weights on the disk; `None` for a run that only tried a learning rate.
+    pub checkpoint_bytes: Option<u64>,
+    /// Loss and metrics on the test data (on the held-out data, of a run that tried a learning rate).
+    pub judged: Judged,
+}
+
+/// What an evaluation printed as JSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Judged(pub Map<String, Value>);
+
+impl Judged {
+    /// The mean loss.
+    pub fn loss(&self) -> Option<f64> {
+        self.0.get("loss")?.as_f64()
+    }
+
+    /// The metrics, the main one first.
+    pub fn scores(&self) -> impl Iterator<Item = (&str, f64)> {
+        const OTHERS: [&str; 4] = ["loss", "perplexity", "targets", "prompts"];
+        self.0
+            .iter()
+            .filter(|(k, _)| !OTHERS.contains(&k.as_str()))
+            .filter_map(|(k, v)| Some((k.as_str(), v.as_f64()?)))
+    }
+
+    /// What to choose by, the larger the better: the main metric, or without one the negative loss; of equal ones that of
+    /// the lower loss.
+    pub fn rank(&self) -> (f64, f64) {
+        let loss = -self.loss().unwrap_or(f64::INFINITY);
+        (self.scores().next().map_or(loss, |(_, score)| score), loss)
+    }
+}
+
+/// Settings without what does not make a result: where files lie, and how often checkpoints are written.
+pub(super) fn settings(config: &TrainConfig) -> TrainConfig {
+    let TrainConfig { save_every, keep, eval_every, .. } = TrainConfig::default();
+    TrainConfig {
+        model: "".into(),
+        data: "".into(),
+        out: "".into(),
+        log: None,
+        save_every,
+        keep,
+        eval_every,
+        ..config.clone()
+    }
+}
+
+impl Cell {
+    /// The cell in a file, which has to be of these settings and inputs; `None` where there is none yet.
+    ///
+    /// # Errors
+    /// A file that is damaged, or of something else.
+    pub(super) fn read(path: &Path, config: &TrainConfig, eval: &toml::Table, inputs: &Inputs) -> Result<Option<Cell>> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = files::read_to_string(path)?;
+        let refuse = |problem: String| Err(Error::Config { path: path.into(), problem });
+        let cell: Cell = match serde_json::from_str(&text) {
+            Ok(cell) => cell,
+            Err(e) => return refuse(format!("is no finished cell ({e}); remove it, and it is run again")),
+        };
+        const ADVICE: &str = "choose another --out, or remove the file, and it is run again";
+        if let Some((key, old, new)) = settings(config).difference(&cell.settings) {
+            return refuse(format!("was made with {key} = {old}, and is now to have {new}; {ADVICE}"));
+        }
+        let keys = cell.eval.keys().chain(eval.keys());
+        if let Some(key) = keys.into_iter().find(|k| cell.eval.get(*k) != eval.get(*k)) {
+            let shown = |t: &toml::Table| t.get(key).map_or("not set".to_owned(), |v| v.to_string());
+            let (old, new) = (shown(&cell.eval), shown(eval));
+            return refuse(format!("was judged with {key} = {old}, and is now to have {new}; {ADVICE}"));
+        }
+        let Inputs { base, data, test } = &cell.inputs;
+        for (what, same) in [
+            ("base", *base == inputs.base),
+            ("training data", *data == inputs.data),
+            ("test data", *test == inputs.test),
+        ] {
+            if !same {
+                return refuse(format!("was made with another {what}; {ADVICE}"));
+            }
+        }
+        Ok(Some(cell))
+    }
+
+    /// Writes it whole.
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        if let Some(folder) = path.parent() {
+            files::create_folder(folder)?;
+        }
+        let text = serde_json::to_string_pretty(self).expect("settings and numbers");
+        Ok(files::write_bytes(path, format!("{text}\n").as_bytes())?)
+    }
+}

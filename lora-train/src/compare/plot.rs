@@ -1,0 +1,113 @@
+//! The scores over trainable parameters, as a picture.
+
+use plotters::{
+    coord::Shift,
+    prelude::*,
+    style::text_anchor::{HPos, Pos, VPos},
+};
+
+use super::{Line, Spread, Table};
+use crate::metrics::Metric;
+
+const SIZE: (u32, u32) = (960, 600);
+const FONT: &str = "sans-serif";
+
+/// How a metric (or the loss) is called in tables and pictures.
+pub(super) fn title(name: &str) -> String {
+    Metric::find(name).map_or(name.to_owned(), |m| m.title().to_owned())
+}
+
+/// In the units of the paper's tables.
+pub(super) fn scaled(name: &str, spread: &Spread) -> Spread {
+    spread.scaled(Metric::find(name).map_or(1.0, Metric::scale))
+}
+
+/// A point of the picture.
+struct Point<'a> {
+    name: &'a str,
+    trainable: f64,
+    score: Spread,
+}
+
+/// The main score over the trainable parameters, which are on a logarithmic scale, with bars of one standard deviation;
+/// `None` while there are no scores.
+pub(super) fn svg(table: &Table) -> Option<String> {
+    let metric = &table.lines.iter().find_map(|line| line.scores.first())?.0;
+    let point = |line: &Line| {
+        let (_, score) = line.scores.iter().find(|(name, _)| name == metric)?;
+        Some((line.trainable? as f64, scaled(metric, score)))
+    };
+    let points: Vec<Point> = table
+        .lines
+        .iter()
+        .filter_map(|line| point(line).map(|(trainable, score)| Point { name: &line.name, trainable, score }))
+        .filter(|p| p.trainable > 0.0 && p.score.mean.is_finite())
+        .collect();
+    let mut text = String::new();
+    {
+        let root = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
+        // Drawing into a string fails for nothing but coordinates that are no numbers, which are left out above.
+        draw(&root, &title(metric), &points)?;
+        root.present().ok()?;
+    }
+    Some(text)
+}
+
+fn draw(root: &DrawingArea<SVGBackend<'_>, Shift>, metric: &str, points: &[Point]) -> Option<()> {
+    root.fill(&WHITE).ok()?;
+    let (mut left, mut right) = (f64::INFINITY, 0.0f64);
+    let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
+    for p in points {
+        let sd = p.score.sd.unwrap_or(0.0);
+        (left, right) = (left.min(p.trainable), right.max(p.trainable));
+        (low, high) = (low.min(p.score.mean - sd), high.max(p.score.mean + sd));
+    }
+    let room = ((high - low) * 0.12).max(1e-3 * high.abs()).max(1e-6);
+    let mut chart = ChartBuilder::on(root)
+        .margin(24)
+        .x_label_area_size(56)
+        .y_label_area_size(72)
+        .build_cartesian_2d((left / 2.5..right * 6.0).log_scale(), low - room..high + room)
+        .ok()?;
+    chart
+        .configure_mesh()
+        .x_desc("trainable parameters")
+        .y_desc(metric)
+        .x_label_formatter(&|x| short(*x))
+        .y_label_formatter(&|y| if high.abs() >= 10.0 { format!("{y:.1}") } else { format!("{y:.3}") })
+        .label_style((FONT, 16))
+        .axis_desc_style((FONT, 18))
+        .bold_line_style(BLACK.mix(0.12))
+        .light_line_style(TRANSPARENT)
+        .draw()
+        .ok()?;
+    let mut taken: Vec<(i32, i32, i32)> = Vec::new();
+    for (i, p) in points.iter().enumerate() {
+        let color = Palette99::pick(i).mix(1.0);
+        let sd = p.score.sd.unwrap_or(0.0);
+        let line = [(p.trainable, p.score.mean - sd), (p.trainable, p.score.mean + sd)];
+        chart.draw_series([PathElement::new(line, color.stroke_width(2))]).ok()?;
+        chart.draw_series([Circle::new((p.trainable, p.score.mean), 5, color.filled())]).ok()?;
+        // The name stands beside its point, moved down where another stands there already.
+        let (x, mut y) = chart.backend_coord(&(p.trainable, p.score.mean));
+        let width = 8 * p.name.chars().count() as i32 + 16;
+        while taken.iter().any(|&(tx, ty, tw)| (ty - y).abs() < 16 && x < tx + tw && tx < x + width) {
+            y += 4;
+        }
+        taken.push((x, y, width));
+        let style = (FONT, 15).into_font().color(&BLACK).pos(Pos::new(HPos::Left, VPos::Center));
+        root.draw(&Text::new(p.name.to_owned(), (x + 9, y), style)).ok()?;
+    }
+    Some(())
+}
+
+/// 1.2K, 35M, 175B.
+fn short(n: f64) -> String {
+    let (value, unit) = match n {
+        n if n >= 1e9 => (n / 1e9, "B"),
+        n if n >= 1e6 => (n / 1e6, "M"),
+        n if n >= 1e3 => (n / 1e3, "K"),
+        n => (n, ""),
+    };
+    format!("{value}{unit}")
+}

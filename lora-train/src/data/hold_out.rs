@@ -1,0 +1,63 @@
+//! A share of the data kept from training.
+
+use std::collections::HashMap;
+
+use rand::{SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Dataset, Error, Goal, Result, Sequence};
+
+impl Dataset {
+    /// Splits off about `share` of the sequences, at least one: what is left, and what is held out, each in its order.
+    ///
+    /// Completions of the same prompt stay together, so that nothing held out is seen in training. Which they are depends
+    /// on the data alone, not on a run's seed: runs that are to be compared hold out the same.
+    ///
+    /// # Errors
+    /// [`Error::HoldOut`] when nothing would be left on one of the sides.
+    pub fn hold_out(self, share: f64) -> Result<(Dataset, Dataset)> {
+        let count = self.sequences.len();
+        let wanted = ((share * count as f64).round() as usize).max(1);
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        let mut of_prompt: HashMap<&[u32], usize> = HashMap::new();
+        for (i, sequence) in self.sequences.iter().enumerate() {
+            let group = match prompt(sequence) {
+                Some(prompt) => *of_prompt.entry(prompt).or_insert(groups.len()),
+                None => groups.len(),
+            };
+            match groups.get_mut(group) {
+                Some(members) => members.push(i),
+                None => groups.push(vec![i]),
+            }
+        }
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(b"hold out");
+        groups.shuffle(&mut ChaCha8Rng::from_seed(key));
+        let (mut held, mut taken) = (vec![false; count], 0);
+        for group in groups {
+            if taken >= wanted {
+                break;
+            }
+            taken += group.len();
+            group.into_iter().for_each(|i| held[i] = true);
+        }
+        let of = |side: bool| -> Vec<Sequence> {
+            let kept = self.sequences.iter().zip(&held).filter(|(_, h)| **h == side);
+            kept.map(|(sequence, _)| sequence.clone()).collect()
+        };
+        let (rest, held_out) = (of(false), of(true));
+        if rest.is_empty() || held_out.is_empty() {
+            return Err(Error::HoldOut { share, sequences: count });
+        }
+        let metrics = self.metrics;
+        Ok((Dataset { sequences: rest, ..self }, Dataset { metrics, ..Dataset::new(held_out) }))
+    }
+}
+
+/// What comes before the first token that is predicted, where that is a prompt.
+fn prompt(sequence: &Sequence) -> Option<&[u32]> {
+    match sequence.goal {
+        Goal::After(from) if from > 1 => Some(&sequence.tokens[..from]),
+        _ => None,
+    }
+}

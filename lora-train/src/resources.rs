@@ -1,0 +1,29 @@
+//! What a run takes: memory of the process, bytes on the disk.
+
+use std::{fs, path::Path};
+
+use crate::Result;
+
+/// The most resident memory that this process has had, in bytes, mapped files that were touched included; `None` where the
+/// system does not tell.
+pub fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Bytes of the safetensors files in a folder: what a trained result takes without its tokenizer.
+///
+/// # Errors
+/// A folder that cannot be read.
+pub fn weight_bytes(dir: &Path) -> Result<u64> {
+    let read = |reason| lora_model::Error::Io { action: "read", path: dir.into(), reason };
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).map_err(read)? {
+        let path = entry.map_err(read)?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            bytes += fs::metadata(&path).map_err(read)?.len();
+        }
+    }
+    Ok(bytes)
+}
