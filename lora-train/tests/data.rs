@@ -1,6 +1,6 @@
 //! Data files to batches: what is read, what is refused, and what order it comes in.
 
-use std::{collections::HashSet, ops::Range, path::PathBuf};
+use std::{collections::HashSet, path::PathBuf};
 
 use lora_model::tokenizer::chat::{Conversation, Message};
 use lora_train::data::{
@@ -248,18 +248,22 @@ fn conversations_are_learned_turn_by_turn() {
         vec![chat(1, &["a", "bc", "d", "e"]), pair(2, "p", "c"), chat(3, &["long question", "x"])],
     )];
     let whole = "user>a#assistant>bc#user>d#assistant>e#";
-    let within = |text: &str, runs: &[Range<usize>]| {
+    let within = |text: &str, runs: &[(usize, usize)]| {
         let tokens = tokens(text);
-        Sequence { second_from: tokens.len(), tokens, goal: Goal::Within(runs.to_vec()) }
+        Sequence {
+            second_from: tokens.len(),
+            tokens,
+            goal: Goal::Within(runs.iter().map(|&(from, to)| from..to).collect()),
+        }
     };
-    let last = |to: usize| within(&"user>long question#assistant>x#"[..to], &[29..to]);
+    let last = |to: usize| within(&"user>long question#assistant>x#"[..to], &[(29, to)]);
     for (max_length, first, third, counts) in [
-        (99, within(whole, &[17..20, 37..39]), Some(last(31)), (0, 0)),
-        (38, within(&whole[..38], &[17..20, 37..38]), Some(last(31)), (1, 0)),
-        (37, within(&whole[..37], &[17..20]), Some(last(31)), (1, 0)),
-        (30, within(&whole[..30], &[17..20]), Some(last(30)), (2, 0)),
-        (29, within(&whole[..29], &[17..20]), None, (2, 1)),
-        (18, within(&whole[..18], &[17..18]), None, (2, 1)),
+        (99, within(whole, &[(17, 20), (37, 39)]), Some(last(31)), (0, 0)),
+        (38, within(&whole[..38], &[(17, 20), (37, 38)]), Some(last(31)), (1, 0)),
+        (37, within(&whole[..37], &[(17, 20)]), Some(last(31)), (1, 0)),
+        (30, within(&whole[..30], &[(17, 20)]), Some(last(30)), (2, 0)),
+        (29, within(&whole[..29], &[(17, 20)]), None, (2, 1)),
+        (18, within(&whole[..18], &[(17, 18)]), None, (2, 1)),
     ] {
         let data = data::encode(&file, &BYTES, max_length).unwrap();
         let expected: Vec<Sequence> = [first, Sequence::after(tokens("p# c#"), 2)].into_iter().chain(third).collect();
@@ -282,7 +286,7 @@ fn conversations_are_learned_turn_by_turn() {
             Ok(vec![1])
         }
         fn encode_chat(&self, messages: &[Message]) -> Result<Conversation, EncodeError> {
-            Ok(Conversation { tokens: vec![1, 2, 3], turns: vec![0..messages.len()] })
+            Ok(Conversation { tokens: vec![1, 2, 3], turns: Vec::from_iter(Some(0..messages.len())) })
         }
         fn end_of_text(&self) -> u32 {
             0
@@ -292,7 +296,7 @@ fn conversations_are_learned_turn_by_turn() {
         }
     }
     let greedy = |contents: &[&str]| data::encode(&[corpus(Format::Jsonl, vec![chat(1, contents)])], &Greedy, 9);
-    assert_eq!(greedy(&["a", "b"]).unwrap().sequences[0].goal, Goal::Within(vec![1..2]));
+    assert_eq!(greedy(&["a", "b"]).unwrap().sequences[0].goal, Goal::Within(Vec::from_iter(Some(1..2))));
     assert!(matches!(greedy(&["a"]), Err(Error::NothingLeft { .. })));
 }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Dataset, Error, Goal, Result, Sequence};
+use super::{Dataset, Error, Result, Sequence};
 
 impl Dataset {
     /// Splits off about `share` of the sequences, at least one: what is left, and what is held out, each in its order.
@@ -56,10 +56,6 @@ impl Dataset {
 
 /// What comes before the first token that is predicted, where that is a prompt.
 fn prompt(sequence: &Sequence) -> Option<&[u32]> {
-    let from = match &sequence.goal {
-        Goal::After(from) => *from,
-        Goal::Within(runs) => runs.first()?.start,
-        Goal::Label(_) | Goal::Value(_) => return None,
-    };
-    (from > 1).then(|| &sequence.tokens[..from])
+    let first = sequence.predicted().next()?.start;
+    (first > 1).then(|| &sequence.tokens[..first])
 }
