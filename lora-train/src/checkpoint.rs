@@ -51,6 +51,20 @@ pub struct State {
     pub inputs: Fingerprint,
     /// The run's configuration.
     pub config: TrainConfig,
+    /// What the run took so far.
+    #[serde(default)]
+    pub spent: Spent,
+}
+
+/// What the steps of a run took, in all its lives; steps that were done again count once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Spent {
+    /// Seconds.
+    pub seconds: f64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Most resident memory of a process of the run, in bytes; `None` where the system does not tell.
+    pub peak_memory: Option<u64>,
 }
 
 /// What tells whether a run's inputs are still the same.
@@ -132,6 +146,7 @@ pub(crate) fn save(
     trainer: &Trainer,
     inputs: &Fingerprint,
     config: &TrainConfig,
+    spent: Spent,
     export: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     trainer.check_finite()?;
@@ -150,6 +165,7 @@ pub(crate) fn save(
             seed: config.seed,
             inputs: inputs.clone(),
             config: config.clone(),
+            spent,
         };
         let text = serde_json::to_string_pretty(&state).expect("a configuration is plain data");
         files::write_bytes(&partial.join(STATE), text.as_bytes())?;
@@ -260,11 +276,11 @@ pub fn state(checkpoint: &Path) -> Result<State> {
     Ok(state)
 }
 
-/// Puts `trainer` into the state of a checkpoint of the same configuration.
+/// Puts `trainer` into the state of a checkpoint of the same configuration. Gives what the run took so far.
 ///
 /// # Errors
 /// Data or a base other than the run's, a damaged file.
-pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> Result<()> {
+pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> Result<Spent> {
     let problem = |problem: String| Err(Error::Checkpoint { path: checkpoint.into(), problem });
     let state = state(checkpoint)?;
     let (now, then) = (inputs, &state.inputs);
@@ -296,7 +312,7 @@ pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprin
         }
     }
     trainer.done = state.step;
-    Ok(())
+    Ok(state.spent)
 }
 
 fn remove(folder: &Path) -> Result<()> {

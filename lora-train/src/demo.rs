@@ -20,8 +20,8 @@ use lora_model::{Model, adapter, files};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Encoder, Evaluation, Observer, PretrainConfig, Result, Summary, TrainConfig, data::Format, demo_data,
-    demo_data::Downstream, evaluate, load_data, train, weight_bytes,
+    Encoder, Evaluation, Observer, PretrainConfig, Result, Summary, TrainConfig, checkpoint::Spent, data::Format,
+    demo_data, demo_data::Downstream, evaluate, load_data, train, weight_bytes,
 };
 
 /// What a run of the demo depends on.
@@ -271,7 +271,7 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
         watcher.stage(Stage::Adapt(row.name));
         let out = work.join(row.name);
         let run = run_of(row, &out);
-        let Summary { trainable, seconds, interrupted, .. } = train(&run, false, watcher)?;
+        let Summary { trainable, spent: Spent { seconds, .. }, interrupted, .. } = train(&run, false, watcher)?;
         if interrupted {
             return Ok(None);
         }
@@ -309,7 +309,7 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
         let out = table_dir.join(row.name);
         let short = TrainConfig { steps: Some(config.table_steps), ..run_of(row, &out) };
         let run = if row.options.contains(&"fuse") { TrainConfig { fuse: fuse.to_vec(), ..short } } else { short };
-        let Summary { trainable, seconds, interrupted, .. } = train(&run, false, watcher)?;
+        let Summary { trainable, spent: Spent { seconds, .. }, interrupted, .. } = train(&run, false, watcher)?;
         let stopped = interrupted
             || row.name == "adapter-p"
                 && train(&TrainConfig { out: fuse[1].clone(), seed: run.seed + 1, ..run }, false, watcher)?.interrupted;

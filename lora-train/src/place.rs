@@ -108,7 +108,8 @@ fn parse(dtype: &str) -> Result<Option<DType>> {
     }
 }
 
-fn name(dtype: DType) -> &'static str {
+/// The name of a type.
+pub(crate) fn name(dtype: DType) -> &'static str {
     match dtype {
         DType::Bf16 => "bf16",
         DType::F16 => "f16",

@@ -11,7 +11,7 @@ use lora_model::{Model, files, tokenizer::Tokenizer};
 
 use crate::{
     Encoder, Evaluation, Log, Place, Result, Step, TextJoiner, TrainConfig, Trainer,
-    checkpoint::{self, Fingerprint},
+    checkpoint::{self, Fingerprint, Spent},
     data::{Corpus, Dataset, TaskKind},
     hub, load_data,
     output::Output,
@@ -45,12 +45,9 @@ pub struct Summary {
     pub loss: Option<f64>,
     /// The last evaluation, if there was one.
     pub evaluation: Option<Evaluation>,
-    /// Seconds of this life's steps.
-    pub seconds: f64,
-    /// Tokens of this life's steps.
-    pub tokens: u64,
-    /// Most resident memory of the process so far, in bytes; `None` where the system does not tell.
-    pub peak_memory: Option<u64>,
+    /// What the steps took, those of earlier lives included.
+    #[serde(flatten)]
+    pub spent: Spent,
     /// Where the result lies; the checkpoint when the run was interrupted.
     pub out: PathBuf,
     /// Whether the run was interrupted before its last step.
@@ -183,8 +180,9 @@ impl Run<'_> {
         let inputs = Fingerprint::of(data, model)?;
         let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
         output.notes.iter().for_each(|note| observer.note(note));
+        let mut spent = Spent::default();
         if let Some(path) = &output.checkpoint {
-            checkpoint::load(path, &mut trainer, &inputs)?;
+            spent = checkpoint::load(path, &mut trainer, &inputs)?;
             observer.note(&format!("continuing after step {} from {}", trainer.steps_done(), path.display()));
         } else if resume {
             observer.note("no checkpoint to continue from: starting from the beginning");
@@ -207,9 +205,7 @@ impl Run<'_> {
             steps: trainer.steps_done(),
             loss: None,
             evaluation: None,
-            seconds: 0.0,
-            tokens: 0,
-            peak_memory: None,
+            spent,
             out: config.out.clone(),
             interrupted: false,
         };
@@ -222,7 +218,7 @@ impl Run<'_> {
         });
         // The step whose checkpoint is there already: it is not written twice.
         let mut saved = output.checkpoint.clone().map(|path| (trainer.steps_done(), path));
-        let mut save = |trainer: &Trainer, observer: &mut dyn Observer| -> Result<PathBuf> {
+        let mut save = |trainer: &Trainer, spent: Spent, observer: &mut dyn Observer| -> Result<PathBuf> {
             if let Some((_, path)) = saved.as_ref().filter(|(step, _)| *step == trainer.steps_done()) {
                 return Ok(path.clone());
             }
@@ -231,14 +227,14 @@ impl Run<'_> {
                 true => Ok(()),
                 false => save_result(dir, &trainer.adapted),
             };
-            let path = checkpoint::save(&config.out, trainer, &inputs, config, export)?;
+            let path = checkpoint::save(&config.out, trainer, &inputs, config, spent, export)?;
             observer.checkpoint(&path);
             saved = Some((trainer.steps_done(), path.clone()));
             Ok(path)
         };
         while trainer.steps_done() < trainer.total_steps() {
             if observer.stop() {
-                summary.out = save(&trainer, observer)?;
+                summary.out = save(&trainer, summary.spent, observer)?;
                 summary.interrupted = true;
                 return Ok(summary);
             }
@@ -255,8 +251,11 @@ impl Run<'_> {
             }
             observer.step(&step, tokens_per_s);
             (summary.loss, summary.steps) = (Some(step.loss), step.step);
-            summary.seconds += seconds;
-            summary.tokens += step.tokens as u64;
+            summary.spent.seconds += seconds;
+            summary.spent.tokens += step.tokens as u64;
+            // On a device the host's memory says nothing of training.
+            let peak = if model.device().is_cpu() { peak_memory() } else { None };
+            summary.spent.peak_memory = summary.spent.peak_memory.max(peak);
             let last = step.step == trainer.total_steps();
             let every = if config.eval_every > 0 { config.eval_every } else { trainer.steps_per_epoch() };
             if let Some(valid) = valid.filter(|_| last || step.step % every == 0) {
@@ -268,12 +267,16 @@ impl Run<'_> {
                 summary.evaluation = Some(evaluation);
             }
             if config.save_every > 0 && (last || step.step % config.save_every == 0) {
-                save(&trainer, observer)?;
+                save(&trainer, summary.spent, observer)?;
             }
         }
         trainer.check_finite()?;
-        // Before the result is written: what the training took.
-        summary.peak_memory = peak_memory();
+        // A life that had no step left: the evaluation of the last step was another's.
+        if let Some(valid) = valid.filter(|_| summary.evaluation.is_none()) {
+            let evaluation = trainer.evaluate(valid)?;
+            observer.evaluation(summary.steps, &evaluation);
+            summary.evaluation = Some(evaluation);
+        }
         save_result(&config.out, &trainer.adapted)?;
         Ok(summary)
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::inputs::Inputs;
-use crate::{Error, Result, TrainConfig};
+use crate::{Error, Result, TrainConfig, resources};
 
 /// A finished run: what it was made from and what came of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,8 +19,30 @@ pub struct Cell {
     pub eval: toml::Table,
     /// What it was made from.
     pub inputs: Inputs,
+    /// When and on what it was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<Made>,
     /// What came of it; `None` when training diverged.
     pub trained: Option<Trained>,
+}
+
+/// When and on what a cell was made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// The day, in UTC.
+    pub date: String,
+    /// The processor and the threads.
+    pub machine: String,
+    /// The version of this program.
+    pub version: String,
+}
+
+impl Made {
+    /// Now and here.
+    pub(super) fn now() -> Made {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Made { date: resources::today(), machine: resources::machine(), version }
+    }
 }
 
 /// What came of a run.
@@ -30,11 +52,11 @@ pub struct Trained {
     pub trainable: usize,
     /// Optimiser steps.
     pub steps: u64,
-    /// Seconds of those that were done in one go at the end.
+    /// Seconds of the steps.
     pub seconds: f64,
-    /// Tokens per second of the same; `None` when the process that finished the run did no step.
+    /// Tokens per second of the steps.
     pub tokens_per_s: Option<f64>,
-    /// Most resident memory while training, in bytes.
+    /// Most resident memory while training, in bytes; `None` on a device, and where the system does not tell.
     pub peak_memory: Option<u64>,
     /// Bytes of the trained weights on the disk; `None` for a run that only tried a learning rate.
     pub checkpoint_bytes: Option<u64>,
@@ -104,17 +126,26 @@ impl Cell {
         if let Some((key, old, new)) = settings(config).difference(&cell.settings) {
             return refuse(format!("was made with {key} = {old}, and is now to have {new}; {ADVICE}"));
         }
+        // A run may go on elsewhere, but cells of two devices or types are not the same measurement.
+        for (key, old, new) in
+            [("device", &cell.settings.device, &config.device), ("dtype", &cell.settings.dtype, &config.dtype)]
+        {
+            if old != new {
+                return refuse(format!("was made with {key} = {old}, and is now to have {new}; {ADVICE}"));
+            }
+        }
         let keys = cell.eval.keys().chain(eval.keys());
         if let Some(key) = keys.into_iter().find(|k| cell.eval.get(*k) != eval.get(*k)) {
             let shown = |t: &toml::Table| t.get(key).map_or("not set".to_owned(), |v| v.to_string());
             let (old, new) = (shown(&cell.eval), shown(eval));
             return refuse(format!("was judged with {key} = {old}, and is now to have {new}; {ADVICE}"));
         }
-        let Inputs { base, data, test } = &cell.inputs;
+        let Inputs { base, data, test, adapters } = &cell.inputs;
         for (what, same) in [
             ("base", *base == inputs.base),
             ("training data", *data == inputs.data),
             ("test data", *test == inputs.test),
+            ("adapter to begin with", *adapters == inputs.adapters),
         ] {
             if !same {
                 return refuse(format!("was made with another {what}; {ADVICE}"));

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use lora_core::peft::METHODS;
 use toml::{Table, Value};
 
-use crate::{Error, Result, TrainConfig};
+use crate::{Error, Place, Result, TrainConfig, place};
 
 /// What is compared on what.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +44,7 @@ const OWN: [&str; 6] = ["test", "seeds", "search", "eval", "keep-models", "run"]
 /// Keys of training that the comparison itself decides.
 const DECIDED: [&str; 5] = ["out", "valid", "hold-out", "log", "eval-every"];
 /// Keys that are the same for all rows.
-const SAME: [&str; 3] = ["model", "data", "task"];
+const SAME: [&str; 6] = ["model", "data", "task", "format", "device", "dtype"];
 
 impl Comparison {
     /// Reads a comparison. `flags` (`model`, `data`, `test`, `device`, `dtype`) lie over the keys of the file. Keys may be
@@ -89,6 +90,13 @@ impl Comparison {
                 return Err(source.run_problem(i, Some("name"), problem));
             }
         }
+        // The names of the device and the type that `auto` means here: cells of another are other cells.
+        let first = &rows[0].config;
+        let place = Place::open(&first.device, &first.dtype)?;
+        let (device, dtype) = (place.device.to_string(), place::name(place.dtype).to_owned());
+        for row in &mut rows {
+            (row.config.device, row.config.dtype) = (device.clone(), dtype.clone());
+        }
         let comparison = Comparison {
             test: own.test,
             hold_out: own.hold_out,
@@ -105,9 +113,11 @@ impl Comparison {
                 }
                 e => e,
             };
-            row.config.check().map_err(in_run)?;
-            if row.lrs.len() > 1 {
-                comparison.searching(row, row.lrs[0])?.check().map_err(in_run)?;
+            for &lr in &row.lrs {
+                TrainConfig { lr, ..row.config.clone() }.check().map_err(in_run)?;
+                if row.lrs.len() > 1 {
+                    comparison.searching(row, lr)?.check().map_err(in_run)?;
+                }
             }
         }
         Ok(comparison)
@@ -131,6 +141,13 @@ impl Comparison {
         let problem = |e: toml::de::Error| Error::Config { path: "[search]".into(), problem: e.message().into() };
         Value::Table(table).try_into().map_err(problem)
     }
+}
+
+/// Bytes of a row's name at most: it is also that of a folder.
+const LONGEST: usize = 100;
+
+fn is_name(name: &str) -> bool {
+    name.len() <= LONGEST && !name.chars().any(char::is_control) && !folder(name).is_empty()
 }
 
 /// The name of a row's folder.
@@ -158,6 +175,9 @@ impl Own {
         let mut own: Table = OWN.iter().filter_map(|key| Some((key.to_string(), file.remove(*key)?))).collect();
         if let Some(key) = DECIDED.iter().find(|key| file.contains_key(**key)) {
             return Err(source.problem(Some(key), format!("key {key}: a comparison decides this itself; leave it out")));
+        }
+        if file.contains_key("seed") {
+            return Err(source.problem(Some("seed"), "key seed: write a list, such as seeds = [0, 1, 2]".into()));
         }
         let test: PathBuf = match own.remove("test") {
             Some(Value::String(path)) => path.into(),
@@ -223,8 +243,10 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
     }
     let name = match run.remove("name") {
         None => None,
-        Some(Value::String(name)) if !folder(&name).is_empty() => Some(name),
-        Some(other) => return Err(problem("name", format!("is {other}; give the row's name in the table"))),
+        Some(Value::String(name)) if is_name(&name) => Some(name),
+        Some(other) => {
+            return Err(problem("name", format!("is {other}; a row's name is one line of up to {LONGEST} bytes")));
+        }
     };
     let seeds = match run.remove("seeds") {
         None => own.seeds.clone(),
@@ -252,6 +274,11 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
         Value::Table(table).try_into().map_err(|e: toml::de::Error| problem("", e.message().into()))?;
     let config = TrainConfig { lr: lrs[0], ..config };
     let options = config.row()?.options;
+    // Shared keys may serve several methods; one in the row is meant for this.
+    let read_by_others = |key: &str| METHODS.iter().any(|m| m.options.contains(&key)) && !options.contains(&key);
+    if let Some((key, _)) = named.iter().find(|(key, _)| read_by_others(key)) {
+        return Err(problem(key, format!("method {} does not read it; leave it out", config.method)));
+    }
     let name = name.unwrap_or_else(|| {
         let mut name = config.method.clone();
         for option in options {
@@ -261,6 +288,9 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
         }
         name
     });
+    if !is_name(&name) {
+        return Err(problem("name", format!("missing, and its options make none of up to {LONGEST} bytes; give one")));
+    }
     Ok(Row { name, config, lrs, seeds })
 }
 

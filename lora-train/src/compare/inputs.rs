@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Seek, SeekFrom},
+    io::{BufReader, Read},
     path::{Path, PathBuf},
 };
 
@@ -14,20 +14,17 @@ use crate::Result;
 /// Fingerprints of what a cell was made from: FNV-1a, in hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inputs {
-    /// The base's configuration, tokenizer and weights; of large files, their sizes and samples of them.
+    /// The base's configuration, tokenizer, chat template and weights.
     pub base: String,
     /// The training data.
     pub data: String,
     /// The test data; of a run that tries a learning rate there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub test: Option<String>,
+    /// The adapters that the row begins with or combines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<String>,
 }
-
-/// Files up to this size count whole.
-const WHOLE: u64 = 64 << 20;
-/// Of larger ones, so many pieces of so many bytes.
-const PIECES: u64 = 256;
-const PIECE: usize = 4096;
 
 /// The fingerprint of a file's contents.
 pub(super) fn file(path: &Path) -> Result<String> {
@@ -45,7 +42,7 @@ pub(super) fn folder(dir: &Path) -> Result<String> {
         let part = path
             .extension()
             .and_then(|e| e.to_str())
-            .is_some_and(|e| ["json", "safetensors", "model", "txt"].contains(&e));
+            .is_some_and(|e| ["json", "safetensors", "model", "txt", "jinja"].contains(&e));
         if part && path.is_file() {
             files.push(path);
         }
@@ -60,21 +57,16 @@ pub(super) fn folder(dir: &Path) -> Result<String> {
 }
 
 fn contents(path: &Path) -> std::io::Result<u64> {
-    let mut file = File::open(path)?;
-    let size = file.metadata()?.len();
-    if size <= WHOLE {
-        let mut bytes = Vec::with_capacity(size as usize);
-        file.read_to_end(&mut bytes)?;
-        return Ok(fnv1a(bytes));
-    }
-    let mut bytes = size.to_le_bytes().to_vec();
-    let mut piece = [0; PIECE];
-    for i in 0..PIECES {
-        file.seek(SeekFrom::Start(i * (size - PIECE as u64) / (PIECES - 1)))?;
-        file.read_exact(&mut piece)?;
-        bytes.extend(piece);
-    }
-    Ok(fnv1a(bytes))
+    let mut bytes = BufReader::with_capacity(1 << 20, File::open(path)?).bytes();
+    let mut failed = None;
+    let hash = fnv1a(std::iter::from_fn(|| match bytes.next()? {
+        Ok(byte) => Some(byte),
+        Err(e) => {
+            failed = Some(e);
+            None
+        }
+    }));
+    failed.map_or(Ok(hash), Err)
 }
 
 #[cfg(test)]
@@ -95,12 +87,14 @@ mod tests {
         assert_ne!(a, of("c", &[("model.safetensors", b"13"), ("config.json", b"{}")]));
         assert_ne!(a, of("d", &[("config.json", b"{}")]));
         assert!(folder(&dir.path().join("none")).unwrap_err().to_string().contains("none"));
-        let large = dir.path().join("large");
-        let mut bytes = vec![1; (WHOLE + 10_000) as usize];
-        fs::write(&large, &bytes).unwrap();
-        let before = file(&large).unwrap();
-        *bytes.last_mut().unwrap() = 2;
-        fs::write(&large, &bytes).unwrap();
-        assert_ne!(before, file(&large).unwrap(), "the end of a large file counts");
+        let template: [(&str, &[u8]); 3] =
+            [("config.json", b"{}"), ("model.safetensors", b"12"), ("chat_template.jinja", b"x")];
+        assert_ne!(a, of("e", &template));
+        let one = dir.path().join("one");
+        let of_bytes = |bytes: &[u8]| {
+            fs::write(&one, bytes).unwrap();
+            file(&one).unwrap()
+        };
+        assert_ne!(of_bytes(&[1; 100_000]), of_bytes(&[&[1; 99_999][..], &[2]].concat()));
     }
 }

@@ -20,9 +20,9 @@ mod run;
 mod statistics;
 mod table;
 
-pub use cell::{Cell, Judged, Trained};
+pub use cell::{Cell, Judged, Made, Trained};
 pub use config::{Comparison, Row};
 pub use inputs::Inputs;
-pub use run::{DIVERGED, Finished, Job, Kind, Watcher, finished, flags, run};
+pub use run::{DIVERGED, Finished, Job, Kind, Program, Watcher, eval_args, finished, run};
 pub use statistics::Spread;
 pub use table::{Line, Table};

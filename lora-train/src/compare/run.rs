@@ -1,11 +1,11 @@
 //! Running what is not there yet.
 
 use std::{
-    fmt, fs,
-    io::{self, IsTerminal},
+    fmt, fs, io,
     ops::ControlFlow,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
+    time::Duration,
 };
 
 use lora_model::files;
@@ -13,11 +13,17 @@ use serde_json::Value;
 
 use super::{
     Comparison, Row, Table,
-    cell::{Cell, Judged, Trained, settings},
+    cell::{self, Cell, Judged, Trained, settings},
     config::folder,
     inputs::{self, Inputs},
 };
-use crate::{Error, Result, TrainConfig, data::TaskKind, hub, output::lock, weight_bytes};
+use crate::{
+    Error, Result, TrainConfig,
+    data::{self, Format, Labels, TaskKind},
+    hub,
+    output::lock,
+    task, weight_bytes,
+};
 
 /// How the command ends when training diverged.
 pub const DIVERGED: u8 = 3;
@@ -61,6 +67,15 @@ impl fmt::Display for Job {
     }
 }
 
+/// The command that trains and judges.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// The `lora` command.
+    pub path: PathBuf,
+    /// Options of every run, such as `--threads` and `--quiet`.
+    pub options: Vec<String>,
+}
+
 /// Watches a comparison.
 pub trait Watcher {
     /// A run begins; with it, and what is left, so many are to be done.
@@ -69,6 +84,8 @@ pub trait Watcher {
     fn done(&mut self, _job: &Job, _cell: &Cell) {}
     /// A run failed; the others go on.
     fn failed(&mut self, _job: &Job, _why: &str) {}
+    /// Something a person should know.
+    fn note(&mut self, _message: &str) {}
     /// Asked before every run.
     fn stop(&mut self) -> bool {
         false
@@ -90,14 +107,14 @@ pub struct Finished {
 
 /// Runs what is not finished yet of a comparison, keeps it in `out`, and writes the table there after every cell.
 ///
-/// `program` is the `lora` command. Its progress goes to standard error where that is a terminal. A run that fails does
-/// not keep the others from going on.
+/// What the runs say goes to standard error. A run that fails does not keep the others from going on.
 ///
 /// # Errors
-/// Inputs that cannot be read; finished cells of other settings; an `out` that another process is working in, or that
+/// Inputs that cannot be read, training and test data included; finished cells of other settings; an `out` that another process is working in, or that
 /// cannot be written.
-pub fn run(comparison: &Comparison, out: &Path, program: &Path, watcher: &mut dyn Watcher) -> Result<Finished> {
+pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut dyn Watcher) -> Result<Finished> {
     let place = Place::open(comparison, out, program)?;
+    check_data(comparison)?;
     files::create_folder(out)?;
     let _lock = lock(out)?;
     let mut finished = Finished { table: place.table()?, failed: Vec::new(), interrupted: false };
@@ -121,26 +138,98 @@ pub fn run(comparison: &Comparison, out: &Path, program: &Path, watcher: &mut dy
 /// # Errors
 /// As of [`run`].
 pub fn finished(comparison: &Comparison, out: &Path) -> Result<Table> {
-    Place::open(comparison, out, Path::new(""))?.table()
+    let nothing = Program { path: PathBuf::new(), options: Vec::new() };
+    Place::open(comparison, out, &nothing)?.table()
+}
+
+/// Reads training and test data, so that what is wrong with them is told before anything is trained.
+fn check_data(comparison: &Comparison) -> Result<()> {
+    let config = &comparison.rows[0].config;
+    match config.task_row()? {
+        None => {
+            for path in [&config.data, &comparison.test] {
+                data::read(path, config.format.unwrap_or_else(|| Format::of_path(path)))?;
+            }
+        }
+        Some(task) => {
+            let read = |path| task::read(path, task, config.format);
+            let (training, test) = (read(&config.data)?, read(&comparison.test)?);
+            if let Some(labels) = Labels::of(task, &training)? {
+                labels.check(&test)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The arguments of `lora eval` for a row whose result lies in `dir`.
+///
+/// # Errors
+/// An unknown method or task.
+pub fn eval_args(comparison: &Comparison, row: &Row, dir: &Path) -> Result<Vec<String>> {
+    let config = &row.config;
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    let mut args = vec!["eval".to_owned(), "--model".to_owned()];
+    match config.row()?.whole_model {
+        true => args.push(path(dir)),
+        false => args.extend([path(&config.model), "--adapter".into(), path(dir)]),
+    }
+    args.extend(["--data".into(), path(&comparison.test), "--json".into()]);
+    args.extend(["--max-length".into(), config.max_length.to_string()]);
+    args.extend(["--device", &config.device, "--dtype", &config.dtype].map(str::to_owned));
+    if let Some(task) = config.task_row()? {
+        args.extend(["--task", task.name].map(str::to_owned));
+        if task.kind == TaskKind::Completions {
+            args.extend(["--predictions".into(), path(&beside(dir, "txt"))]);
+        }
+    }
+    if let Some(format) = config.format.filter(|_| !comparison.eval.contains_key("format")) {
+        args.extend(["--format", format.name()].map(str::to_owned));
+    }
+    for (key, value) in &comparison.eval {
+        match value {
+            toml::Value::Boolean(false) => {}
+            toml::Value::Boolean(true) => args.push(format!("--{key}")),
+            toml::Value::String(text) => args.extend([format!("--{key}"), text.clone()]),
+            other => args.extend([format!("--{key}"), other.to_string()]),
+        }
+    }
+    Ok(args)
+}
+
+/// The file of a run that stands beside its folder. (A folder's name may have a point in it, as in a learning rate.)
+fn beside(dir: &Path, extension: &str) -> PathBuf {
+    let mut name = dir.as_os_str().to_owned();
+    name.push(".");
+    name.push(extension);
+    name.into()
 }
 
 /// Where a comparison is kept.
 struct Place<'a> {
     comparison: &'a Comparison,
     out: &'a Path,
-    program: &'a Path,
+    program: &'a Program,
     inputs: Inputs,
+    /// Fingerprints of the adapters that each row begins with or combines.
+    adapters: Vec<Vec<String>>,
 }
 
 impl Place<'_> {
-    fn open<'a>(comparison: &'a Comparison, out: &'a Path, program: &'a Path) -> Result<Place<'a>> {
+    fn open<'a>(comparison: &'a Comparison, out: &'a Path, program: &'a Program) -> Result<Place<'a>> {
         let first = &comparison.rows[0].config;
         let inputs = Inputs {
             base: inputs::folder(&hub::resolve(&first.model)?)?,
             data: inputs::file(&first.data)?,
             test: Some(inputs::file(&comparison.test)?),
+            adapters: Vec::new(),
         };
-        Ok(Place { comparison, out, program, inputs })
+        let of_row = |row: &Row| {
+            let dirs = row.config.init_adapter.iter().chain(&row.config.fuse);
+            dirs.map(|dir| inputs::folder(dir)).collect::<Result<Vec<_>>>()
+        };
+        let adapters = comparison.rows.iter().map(of_row).collect::<Result<_>>()?;
+        Ok(Place { comparison, out, program, inputs, adapters })
     }
 
     fn path(&self, row: &Row, kind: Kind) -> PathBuf {
@@ -160,14 +249,17 @@ impl Place<'_> {
 
     /// The cell, where it is finished.
     fn cell(&self, row: &Row, kind: Kind) -> Result<Option<Cell>> {
-        let (eval, inputs) = self.judged_by(kind);
+        let (eval, inputs) = self.judged_by(row, kind);
         Cell::read(&self.path(row, kind), &self.config(row, kind)?, &eval, &inputs)
     }
 
-    fn judged_by(&self, kind: Kind) -> (toml::Table, Inputs) {
+    fn judged_by(&self, row: &Row, kind: Kind) -> (toml::Table, Inputs) {
+        let index = self.comparison.rows.iter().position(|r| std::ptr::eq(r, row));
+        let adapters = index.map_or(Vec::new(), |i| self.adapters[i].clone());
+        let inputs = Inputs { adapters, ..self.inputs.clone() };
         match kind {
-            Kind::Search { .. } => (toml::Table::new(), Inputs { test: None, ..self.inputs.clone() }),
-            Kind::Seed { .. } => (self.comparison.eval.clone(), self.inputs.clone()),
+            Kind::Search { .. } => (toml::Table::new(), Inputs { test: None, ..inputs }),
+            Kind::Seed { .. } => (self.comparison.eval.clone(), inputs),
         }
     }
 
@@ -261,63 +353,87 @@ impl Place<'_> {
             return Ok(ControlFlow::Break(()));
         }
         watcher.start(&job, self.left()?);
-        match self.make(row, kind)? {
-            Made::Cell(cell) => {
+        let dir = self.dir(row, kind);
+        if self.wait_for(&dir, watcher).is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        let why = match self.make(row, kind, &dir) {
+            Ok(Made::Cell(cell)) => {
                 cell.write(&self.path(row, kind))?;
+                // Only now, when its result is kept.
+                if let Err(e) = self.clear(row, kind, &dir) {
+                    watcher.note(&e.to_string());
+                }
                 watcher.done(&job, &cell);
                 self.table()?.write(self.out)?;
+                return Ok(ControlFlow::Continue(()));
             }
-            Made::Failed(why) => {
-                watcher.failed(&job, &why);
-                finished.failed.push(format!("{job}: {why}"));
-            }
-            Made::Interrupted => return Ok(ControlFlow::Break(())),
-        }
+            Ok(Made::Interrupted) => return Ok(ControlFlow::Break(())),
+            Ok(Made::Failed(why)) => why,
+            Err(e) => e.to_string(),
+        };
+        watcher.failed(&job, &why);
+        finished.failed.push(format!("{job}: {why}"));
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Trains and judges.
-    fn make(&self, row: &Row, kind: Kind) -> Result<Made> {
-        let (eval, inputs) = self.judged_by(kind);
+    /// Where a run works.
+    fn dir(&self, row: &Row, kind: Kind) -> PathBuf {
         let path = self.path(row, kind);
-        let name = path.file_stem().unwrap_or_default();
-        let runs = self.out.join("runs").join(folder(&row.name));
-        files::create_folder(&runs)?;
-        let dir = runs.join(name);
-        let config = TrainConfig { out: dir.clone(), ..self.config(row, kind)? };
-        let file = runs.join(format!("{}.toml", name.to_string_lossy()));
+        self.out.join("runs").join(folder(&row.name)).join(path.file_stem().unwrap_or_default())
+    }
+
+    /// Waits for the run of a comparison that was killed, which may still be at work.
+    fn wait_for(&self, dir: &Path, watcher: &mut dyn Watcher) -> ControlFlow<()> {
+        let mut said = false;
+        while dir.exists() && lock(dir).is_err() {
+            if !std::mem::replace(&mut said, true) {
+                watcher.note(&format!("waiting for another process that is at work in {}", dir.display()));
+            }
+            if watcher.stop() {
+                return ControlFlow::Break(());
+            }
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Removes what is left of a run beyond its adapter (or, on demand, its model).
+    fn clear(&self, row: &Row, kind: Kind, dir: &Path) -> Result<()> {
+        let searched = matches!(kind, Kind::Search { .. });
+        let all = searched || row.config.row()?.whole_model && !self.comparison.keep_models;
+        let gone = if all { dir.to_owned() } else { dir.join(crate::checkpoint::FOLDER) };
+        match fs::remove_dir_all(&gone) {
+            Err(reason) if reason.kind() != io::ErrorKind::NotFound => {
+                Err(lora_model::Error::Io { action: "remove", path: gone, reason }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Trains and judges.
+    fn make(&self, row: &Row, kind: Kind, dir: &Path) -> Result<Made> {
+        let (eval, inputs) = self.judged_by(row, kind);
+        files::create_folder(dir.parent().unwrap_or(self.out))?;
+        let config = TrainConfig { out: dir.to_owned(), ..self.config(row, kind)? };
         let save_every = if config.save_every > 0 { config.save_every } else { SAVE_EVERY };
         let written = TrainConfig { save_every, keep: config.keep.max(1), ..config.clone() };
+        let file = beside(dir, "toml");
         files::write_bytes(&file, written.to_toml().as_bytes())?;
 
-        let mut train = self.command("train");
-        train.arg("--config").arg(&file).args(["--resume", "--json"]);
-        let mut cell = Cell { settings: settings(&config), eval, inputs, trained: None };
+        let mut train = self.command();
+        train.arg("train").arg("--config").arg(&file).args(["--resume", "--json"]);
+        let mut cell = Cell { settings: settings(&config), eval, inputs, made: Some(cell::Made::now()), trained: None };
         let summary = match answer(&mut train)? {
             Answer::Json(json) => json,
             Answer::Ended(status) if status.code() == Some(DIVERGED.into()) => return Ok(Made::Cell(Box::new(cell))),
             Answer::Ended(status) => return Ok(Made::of("lora train", status)),
         };
-        let (tokens, seconds) = (summary["tokens"].as_f64().unwrap_or(0.0), summary["seconds"].as_f64().unwrap_or(0.0));
-        let whole = config.row()?.whole_model;
         let judged = match kind {
             Kind::Search { .. } => summary["evaluation"].clone(),
             Kind::Seed { .. } => {
-                let mut eval = self.command("eval");
-                match whole {
-                    true => eval.arg("--model").arg(&dir),
-                    false => eval.arg("--model").arg(&config.model).arg("--adapter").arg(&dir),
-                };
-                eval.arg("--data").arg(&self.comparison.test).arg("--json");
-                eval.args(["--max-length", &config.max_length.to_string()]);
-                eval.args(["--device", &config.device, "--dtype", &config.dtype]);
-                if let Some(task) = &config.task {
-                    eval.args(["--task", task]);
-                }
-                if config.task_row()?.is_some_and(|task| task.kind == TaskKind::Completions) {
-                    eval.arg("--predictions").arg(runs.join(format!("{}.txt", name.to_string_lossy())));
-                }
-                eval.args(flags(&self.comparison.eval));
+                let mut eval = self.command();
+                eval.args(eval_args(self.comparison, row, dir)?);
                 match answer(&mut eval)? {
                     Answer::Json(json) => json,
                     Answer::Ended(status) => return Ok(Made::of("lora eval", status)),
@@ -325,33 +441,23 @@ impl Place<'_> {
             }
         };
         let Value::Object(judged) = judged else { return Ok(Made::Failed("the evaluation said nothing".into())) };
-        let did = tokens > 0.0;
+        let (tokens, seconds) = (summary["tokens"].as_f64().unwrap_or(0.0), summary["seconds"].as_f64().unwrap_or(0.0));
         let searched = matches!(kind, Kind::Search { .. });
         cell.trained = Some(Trained {
             trainable: summary["trainable"].as_u64().unwrap_or(0) as usize,
             steps: summary["steps"].as_u64().unwrap_or(0),
             seconds,
-            tokens_per_s: did.then_some(tokens / seconds),
-            peak_memory: summary["peak_memory"].as_u64().filter(|_| did),
-            checkpoint_bytes: if searched { None } else { Some(weight_bytes(&dir)?) },
+            tokens_per_s: (seconds > 0.0).then_some(tokens / seconds),
+            peak_memory: summary["peak_memory"].as_u64(),
+            checkpoint_bytes: if searched { None } else { Some(weight_bytes(dir)?) },
             judged: Judged(judged),
         });
-        // What is left of the run when its result is known: the adapter, or on demand the model.
-        let gone =
-            if searched || whole && !self.comparison.keep_models { dir } else { dir.join(crate::checkpoint::FOLDER) };
-        if gone.is_dir() {
-            let failed = |reason| lora_model::Error::Io { action: "remove", path: gone.clone(), reason };
-            fs::remove_dir_all(&gone).map_err(failed)?;
-        }
         Ok(Made::Cell(Box::new(cell)))
     }
 
-    fn command(&self, what: &str) -> Command {
-        let mut command = Command::new(self.program);
-        command.arg(what);
-        if !io::stderr().is_terminal() {
-            command.arg("--quiet");
-        }
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program.path);
+        command.args(&self.program.options);
         command
     }
 }
@@ -394,15 +500,4 @@ fn answer(command: &mut Command) -> Result<Answer> {
         Some(json) => Ok(Answer::Json(json)),
         None => Err(failed(io::Error::other(format!("printed {text:?} in place of a JSON object")))),
     }
-}
-
-/// Keys as flags of a command: `true` as the flag alone, `false` as none.
-pub fn flags(keys: &toml::Table) -> Vec<String> {
-    let flag = |(key, value): (&String, &toml::Value)| match value {
-        toml::Value::Boolean(false) => Vec::new(),
-        toml::Value::Boolean(true) => vec![format!("--{key}")],
-        toml::Value::String(text) => vec![format!("--{key}"), text.clone()],
-        other => vec![format!("--{key}"), other.to_string()],
-    };
-    keys.iter().flat_map(flag).collect()
 }

@@ -5,12 +5,18 @@ use std::{fmt::Write, path::Path};
 use lora_model::files;
 use serde::Serialize;
 
-use super::{Row, Spread, cell::Cell, plot};
+use super::{
+    Row, Spread,
+    cell::{Cell, Made},
+    plot,
+};
 use crate::Result;
 
 /// The table of a comparison.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Table {
+    /// When and on what the cells were made: each once, in the order of the rows.
+    pub made: Vec<Made>,
     /// A line for each row, in the order of the comparison.
     pub lines: Vec<Line>,
 }
@@ -45,6 +51,11 @@ pub struct Line {
 impl Table {
     /// Adds a row with its finished cells.
     pub(super) fn push(&mut self, row: &Row, lr: Option<f64>, cells: &[Cell]) {
+        for made in cells.iter().filter_map(|c| c.made.as_ref()) {
+            if !self.made.contains(made) {
+                self.made.push(made.clone());
+            }
+        }
         let trained: Vec<_> = cells.iter().filter_map(|c| c.trained.as_ref()).collect();
         let mut scores: Vec<(String, Vec<f64>)> = Vec::new();
         for t in &trained {
@@ -68,7 +79,7 @@ impl Table {
             diverged: cells.len() - trained.len(),
             trainable: trained.first().map(|t| t.trainable),
             scores: scores.into_iter().filter_map(|(name, all)| Some((name, Spread::of(all)?))).collect(),
-            tokens_per_s: rates.get(rates.len() / 2).copied(),
+            tokens_per_s: median(&rates),
             peak_memory: trained.iter().filter_map(|t| t.peak_memory).max(),
             checkpoint_bytes: trained.iter().find_map(|t| t.checkpoint_bytes),
         });
@@ -140,7 +151,10 @@ impl Table {
         };
         let rule = format!("|---|{}\n", "---:|".repeat(head.len() - 1));
         let rows: String = rows.iter().map(|row| line(row)).collect();
-        format!("{}{rule}{rows}", line(&head))
+        let made = self.made.iter().map(|m| format!("{}: {}, lora {}", m.date, m.machine, m.version));
+        let made = made.collect::<Vec<_>>().join("; ");
+        let made = if made.is_empty() { made } else { format!("\nMade {made}.\n") };
+        format!("{}{rule}{rows}{made}", line(&head))
     }
 
     /// As comma-separated values with all digits (RFC 4180).
@@ -192,6 +206,12 @@ impl Table {
         }
         Ok(())
     }
+}
+
+/// Of sorted numbers; between the two in the middle where they are even.
+fn median(sorted: &[f64]) -> Option<f64> {
+    let n = sorted.len();
+    (n > 0).then(|| (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0)
 }
 
 fn or_dash<T>(value: Option<T>, shown: impl FnOnce(T) -> String) -> String {
@@ -247,6 +267,7 @@ mod tests {
             checkpoint_bytes: Some(295_936),
         };
         Table {
+            made: Vec::new(),
             lines: vec![
                 line("lora rank=8 targets=q,v", 73_728, &[0.912, 0.915, 0.911]),
                 line("full", 22_713_216, &[0.914, 0.913, 0.916]),

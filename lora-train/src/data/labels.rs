@@ -66,8 +66,27 @@ impl Labels {
         ordered.filter(|o| o.len() == self.0.len()).map(Labels)
     }
 
-    fn index(&self, name: &str) -> Option<u32> {
-        self.0.iter().position(|own| own == name).map(|i| i as u32)
+    /// Refuses a file with labels that are none of these.
+    ///
+    /// # Errors
+    /// [`Error::UnknownLabel`].
+    pub fn check(&self, corpus: &Corpus) -> Result<()> {
+        corpus.examples.iter().try_for_each(|e| match &e.content {
+            Content::Labelled { answer: Answer::Label(name), .. } => self.expect(corpus, e.line, name).map(drop),
+            _ => Ok(()),
+        })
+    }
+
+    /// The number of a label on a line of a file.
+    fn expect(&self, corpus: &Corpus, line: usize, name: &str) -> Result<u32> {
+        let index = self.0.iter().position(|own| own == name);
+        index.map(|i| i as u32).ok_or_else(|| Error::UnknownLabel {
+            path: corpus.path.clone(),
+            line,
+            column: 0,
+            found: start_of(name),
+            known: self.0.clone(),
+        })
     }
 }
 
@@ -130,13 +149,10 @@ fn sequence(
     };
     let goal = match answer {
         Answer::Value(value) => Goal::Value(*value),
-        Answer::Label(name) => Goal::Label(labels.and_then(|l| l.index(name)).ok_or_else(|| Error::UnknownLabel {
-            path: path(),
-            line,
-            column: 0,
-            found: start_of(name),
-            known: labels.map_or(Vec::new(), |l| l.names().to_vec()),
-        })?),
+        Answer::Label(name) => Goal::Label(match labels {
+            Some(labels) => labels.expect(corpus, line, name)?,
+            None => Labels::new(Vec::new()).expect(corpus, line, name)?,
+        }),
     };
     let joined = join.join(text, second.as_deref(), max_length);
     let Joined { ids, second_from, cut } = joined.map_err(|source| Error::Tokenizer { path: path(), line, source })?;

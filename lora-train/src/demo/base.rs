@@ -88,7 +88,7 @@ fn make(config: &PretrainConfig, watcher: &mut dyn Watcher) -> Result<Option<Pre
         vocab_size: model.limits().vocab_size,
         steps: summary.steps,
         loss: summary.loss.unwrap_or(f64::NAN),
-        seconds: summary.seconds,
+        seconds: summary.spent.seconds,
         cached: false,
     }))
 }

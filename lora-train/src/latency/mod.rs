@@ -147,7 +147,7 @@ pub fn latency(config: &LatencyConfig, watcher: &mut dyn LatencyWatcher) -> Resu
     let (name, model) = base(config, &device, dtype)?;
     let positions = model.limits().max_positions;
     for shape in &config.shapes {
-        if shape.seq + config.prefix > positions {
+        if shape.seq.saturating_add(config.prefix) > positions {
             let why = format!("with the prefix of {} tokens it is longer than the model's {positions}", config.prefix);
             return Err(Error::option("shapes", format_args!("{}x{}", shape.batch, shape.seq), why));
         }
@@ -178,13 +178,17 @@ pub fn latency(config: &LatencyConfig, watcher: &mut dyn LatencyWatcher) -> Resu
 }
 
 fn check(c: &LatencyConfig) -> Result<()> {
+    const MOST: usize = 1 << 20;
     if c.shapes.is_empty() {
         return Err(Error::option("shapes", "", "name at least one, such as 1x128"));
     }
+    if c.warmup > MOST {
+        return Err(Error::option("warmup", c.warmup, format!("is at most {MOST}")));
+    }
     let rounds = c.rounds.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     match c.rounds.as_slice() {
-        all if all.contains(&0) || all.iter().any(|n| *n > 1 << 20) => {
-            Err(Error::option("rounds", rounds, "there is from 1 to 1048576 rounds"))
+        all if all.contains(&0) || all.iter().any(|n| *n > MOST) => {
+            Err(Error::option("rounds", rounds, format!("there are from 1 to {MOST} rounds")))
         }
         [_] => Ok(()),
         all if all.len() == c.shapes.len() => Ok(()),

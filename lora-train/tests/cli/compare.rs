@@ -110,8 +110,22 @@ fn a_comparison_is_run_once_and_goes_on_where_it_stopped() {
         assert_eq!(after[i] != before[i], *cell == "bitfit/seed-0", "{cell}");
     }
 
+    // A run that was whole before its cell was written, as after a lost machine, is judged and not run again.
+    fs::remove_file(lab.path("out/cells/lora-rank=2/lr-0.001.json")).unwrap();
+    lab.ok("train --config out/runs/lora-rank=2/lr-0.001.toml --resume");
+    let stamp = |name: &str| fs::metadata(lab.path(name)).unwrap().modified().unwrap();
+    let checkpoint = "out/runs/lora-rank=2/lr-0.001/checkpoints/step-00000002/state.json";
+    let spent: serde_json::Value = serde_json::from_str(&lab.read(checkpoint)).unwrap();
+    lab.ok("compare c.toml --out out");
+    let cell: serde_json::Value = serde_json::from_str(&lab.read("out/cells/lora-rank=2/lr-0.001.json")).unwrap();
+    assert_eq!(cell["trained"]["seconds"], spent["spent"]["seconds"], "{cell}");
+    assert!(cell["trained"]["tokens_per_s"].as_f64().unwrap() > 0.0, "{cell}");
+    assert!(stamp("out/cells/lora-rank=2/seed-0.json") == after[2], "the others are as they were");
+    assert!(!lab.path("out/runs/lora-rank=2/lr-0.001").exists());
+
     let markdown = lab.read("out/table.md");
     assert!(markdown.starts_with("| method | trainable | lr | seeds | loss | 95% interval |"), "{markdown}");
+    assert!(markdown.contains("Made 20") && markdown.contains(" thread"), "{markdown}");
     assert!(markdown.contains("| everything | ") && markdown.contains(" ± "), "{markdown}");
     let csv = lab.read("out/table.csv");
     assert_eq!((csv.lines().count(), csv.lines().next().unwrap().split(',').count()), (4, 13), "{csv}");
@@ -164,6 +178,12 @@ fn cells_of_other_settings_are_refused() {
     lab.fails("compare s.toml --out out", &[cell, "another training data"]);
     lab.write("train.txt", &lines(0, 40));
     lab.ok("compare s.toml --out out");
+    lab.write("base/chat_template.jinja", "{{ messages }}");
+    lab.fails("compare s.toml --out out", &[cell, "another base"]);
+    fs::remove_file(lab.path("base/chat_template.jinja")).unwrap();
+    let whole = lab.read(cell);
+    lab.write(cell, &whole.replace("\"dtype\": \"f32\"", "\"dtype\": \"bf16\""));
+    lab.fails("compare s.toml --out out", &[cell, "dtype = \"bf16\"", "now to have"]);
     lab.write(cell, "{\"settings\"");
     lab.fails("compare s.toml --out out", &[cell, "is no finished cell", "remove it"]);
 }
@@ -213,11 +233,31 @@ fn a_broken_file_says_what_and_where() {
         ),
         (&format!("{SHARED}[[run]]\n").replace("hold_out", "lr = 1\nhold_out"), &["line 10: key lr", "[search]"]),
         (&format!("run = [1]\n{SHARED}"), &["line 1: key run"]),
+        (&format!("seed = 7\n{SHARED}[[run]]\n"), &["line 1: key seed", "seeds = "]),
+        (&format!("{SHARED}[[run]]\nlr = [1e-3, -1]\n"), &["[[run]] 1: lr = -1"]),
+        (
+            &format!("{SHARED}[[run]]\nmethod = \"adapter-l\"\nrank = 8\n"),
+            &["line 17: [[run]] 1: key rank", "adapter-l does not read it"],
+        ),
+        (&format!("{SHARED}[[run]]\nname = \"a\\nb\"\n"), &["line 16: [[run]] 1: key name", "one line"]),
+        (&format!("{SHARED}[[run]]\nname = \"{}\"\n", "a".repeat(300)), &["line 16: [[run]] 1: key name", "100 bytes"]),
+        (
+            &format!("{SHARED}[[run]]\n").replace("batch-size = 4", "batch-size = 0"),
+            &["c.toml: [eval]: batch-size = 0"],
+        ),
+        (
+            &format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\nnum-beams = 3"),
+            &["c.toml: [eval]: num-beams", "e2e"],
+        ),
         (&format!("{SHARED}[[run]]\n").replace("batch_size = 4", "batch_size = 0"), &["batch-size = 0"]),
     ] {
         lab.write("c.toml", text);
         lab.fails("compare c.toml --out out", parts);
         assert!(!lab.path("out/cells").exists(), "{text}");
     }
+    lab.write("bad.txt", "no separator\n");
+    lab.write("c.toml", &format!("{SHARED}[[run]]\n").replace("valid.txt", "bad.txt"));
+    lab.fails("compare c.toml --out out", &["bad.txt:1:"]);
+    assert!(!lab.path("out/cells").exists());
     lab.fails("compare nowhere.toml --out out", &["nowhere.toml"]);
 }

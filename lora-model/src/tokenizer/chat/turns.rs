@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use serde_json::Value;
+
 use super::{ChatTemplate, Message, jinja::MARKS};
 use crate::Result;
 
@@ -18,7 +20,7 @@ const THOUGHTS: [&str; 2] = ["<think>", "</think>"];
 impl ChatTemplate {
     /// The conversation with the blocks that the template itself marks.
     pub(super) fn marked_turns(&self, messages: &[Message]) -> Result<Rendered> {
-        if messages.iter().any(|m| m.content.as_ref().is_some_and(|text| text.contains(MARKS))) {
+        if messages.iter().any(|m| Value::Object(m.for_template()).to_string().contains(MARKS)) {
             let problem = "a message holds U+FDD0 or U+FDD1, which are no characters of any text; remove them";
             return Err(self.error(None, problem.to_owned()));
         }

@@ -1,14 +1,18 @@
 //! `lora compare`.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    io::{self, IsTerminal},
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, Parser};
 use indicatif::HumanDuration;
-use lora_train::compare::{self, Cell, Comparison, Job, Watcher};
+use lora_train::compare::{self, Cell, Comparison, Job, Program, Watcher};
 use serde::Serialize;
 
-use crate::ui;
+use crate::{Cli, Command, Global, ui};
 
 #[derive(Args)]
 #[command(
@@ -55,7 +59,7 @@ struct Keys {
     dtype: Option<String>,
 }
 
-pub(crate) fn run(args: CompareArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: CompareArgs, global: &Global) -> anyhow::Result<()> {
     let flags = toml::Table::try_from(&args.keys).context("command line")?;
     let comparison = Comparison::read(&args.file, flags)?;
     check_eval(&comparison).with_context(|| format!("{}: [eval]", args.file.display()))?;
@@ -63,8 +67,8 @@ pub(crate) fn run(args: CompareArgs) -> anyhow::Result<()> {
         let table = compare::finished(&comparison, &args.out)?;
         return if args.json { ui::print_json(&table) } else { ui::print(table.text()) };
     }
-    let program =
-        std::env::current_exe().context("could not find the program itself, which each run is a process of")?;
+    let path = std::env::current_exe().context("could not find the program itself, which each run is a process of")?;
+    let program = Program { path, options: options(global) };
     ui::catch_interrupt("stopping; what is finished is kept")?;
     let finished = compare::run(&comparison, &args.out, &program, &mut Progress { began: Instant::now() })?;
     if args.json { ui::print_json(&finished.table) } else { ui::print(finished.table.text()) }?;
@@ -79,14 +83,30 @@ pub(crate) fn run(args: CompareArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Refuses flags that `lora eval` would refuse, before anything is trained.
+/// This command's own options, for the runs; where there is no terminal to show their bars on, they only tell of errors.
+fn options(global: &Global) -> Vec<String> {
+    let mut options: Vec<String> = Vec::new();
+    if let Some(n) = global.threads {
+        options.extend(["--threads".to_owned(), n.to_string()]);
+    }
+    match global.verbose {
+        0 if global.quiet || !io::stderr().is_terminal() => options.push("--quiet".into()),
+        n => options.extend((0..n).map(|_| "--verbose".to_owned())),
+    }
+    options
+}
+
+/// Refuses what `lora eval` would refuse, before anything is trained.
 fn check_eval(comparison: &Comparison) -> anyhow::Result<()> {
-    let given = "lora eval --model M --adapter A --data D --json --max-length 8 --device cpu --dtype auto";
-    let args = given.split(' ').map(str::to_owned).chain(compare::flags(&comparison.eval));
-    crate::Cli::try_parse_from(args).map(drop).map_err(|e| {
+    let args = compare::eval_args(comparison, &comparison.rows[0], Path::new("run"))?;
+    let parsed = Cli::try_parse_from(std::iter::once("lora".to_owned()).chain(args)).map_err(|e| {
         let text = e.to_string();
         anyhow!("{}", text.lines().next().unwrap_or_default().trim_start_matches("error: "))
-    })
+    })?;
+    match parsed.command {
+        Command::Eval(args) => args.check().map(drop),
+        _ => Ok(()),
+    }
 }
 
 /// A line for each run; the runs themselves show their bars where there is a terminal.
@@ -112,6 +132,10 @@ impl Watcher for Progress {
 
     fn failed(&mut self, job: &Job, why: &str) {
         ui::say(format_args!("{job}: failed: {why}; going on with the others"));
+    }
+
+    fn note(&mut self, message: &str) {
+        ui::say(format_args!("note: {message}"));
     }
 
     fn stop(&mut self) -> bool {

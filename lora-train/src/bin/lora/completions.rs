@@ -1,6 +1,6 @@
 //! `lora eval` of a task of completions: texts are generated, or read, and judged by their references.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -81,6 +81,11 @@ impl CompletionArgs {
         Ok(())
     }
 
+    /// Refuses what no model can do.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.config(Vec::new()).check(u32::MAX as usize).map_err(|e| told(e, |_| None))
+    }
+
     pub(crate) fn run(&self, args: &EvalArgs, task: &'static TaskRow) -> anyhow::Result<()> {
         if let Some(out) = &self.predictions {
             check_writable("predictions", out)?;
@@ -125,7 +130,7 @@ impl CompletionArgs {
         let base = args.base()?;
         let Loaded { dir, model, adapted } = base.load_causal(Some(task))?;
         let encoder = Encoder::from_dir(&dir, &*model)?;
-        let config = self.config(&dir, &encoder)?;
+        let config = self.config(end_tokens(&dir, &encoder)?);
         config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
         let place = |i: usize| Some(format!("{}:{}", args.data.display(), prompts.get(i)?.line));
         let encode = |(i, p): (usize, &References)| {
@@ -173,14 +178,14 @@ impl CompletionArgs {
     }
 
     /// As the LoRA paper decodes, unless something else is asked for.
-    fn config(&self, dir: &Path, encoder: &Encoder) -> anyhow::Result<GenerationConfig> {
-        Ok(GenerationConfig {
+    fn config(&self, eos_token_id: Vec<u32>) -> GenerationConfig {
+        GenerationConfig {
             num_beams: self.num_beams.unwrap_or(10),
             length_penalty: self.length_penalty.unwrap_or(0.9),
             no_repeat_ngram_size: self.no_repeat_ngram_size.unwrap_or(4),
             max_new_tokens: self.max_new_tokens.unwrap_or(64),
-            eos_token_id: end_tokens(dir, encoder)?,
+            eos_token_id,
             ..GenerationConfig::default()
-        })
+        }
     }
 }

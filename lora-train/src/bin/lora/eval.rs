@@ -53,18 +53,27 @@ impl EvalArgs {
         Ok(self.format.as_deref().map(str::parse).transpose()?)
     }
 
+    /// Refuses what makes no sense whatever the model is; gives the task.
+    pub(crate) fn check(&self) -> anyhow::Result<Option<&'static TaskRow>> {
+        ensure!(self.batch_size > 0, "batch-size = 0: must be at least 1");
+        let task = self.task.as_deref().map(data::task).transpose()?;
+        match task.is_some_and(|task| task.kind == TaskKind::Completions) {
+            true => self.completions.check()?,
+            false => self.completions.refuse()?,
+        }
+        Ok(task)
+    }
+
     pub(crate) fn base(&self) -> anyhow::Result<&BaseArgs> {
         self.base.as_ref().context("--model is missing: name the folder of a model, or its id on the hub")
     }
 }
 
 pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
-    ensure!(args.batch_size > 0, "batch-size = 0: must be at least 1");
-    let task = args.task.as_deref().map(data::task).transpose()?;
+    let task = args.check()?;
     if let Some(task) = task.filter(|task| task.kind == TaskKind::Completions) {
         return args.completions.run(&args, task);
     }
-    args.completions.refuse()?;
     let evaluation = evaluation(&args, task)?;
     match args.json {
         true => ui::print_json(&evaluation),

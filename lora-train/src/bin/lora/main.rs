@@ -93,7 +93,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Pretrain(args) => pretrain::run(args),
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(*args),
-        Command::Compare(args) => compare::run(args),
+        Command::Compare(args) => compare::run(args, &cli.global),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),
         Command::Plan(args) => plan::run(*args),

@@ -289,7 +289,7 @@ pub(crate) fn finish(summary: &Summary, what: &str, json: bool) -> anyhow::Resul
     }
     let plural = if summary.steps == 1 { "" } else { "s" };
     let mut line =
-        format!("{} step{plural} in {}", summary.steps, HumanDuration(Duration::from_secs_f64(summary.seconds)));
+        format!("{} step{plural} in {}", summary.steps, HumanDuration(Duration::from_secs_f64(summary.spent.seconds)));
     if let Some(loss) = summary.loss {
         line += &format!(", loss {loss:.4}");
     }
