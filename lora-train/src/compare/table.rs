@@ -199,6 +199,7 @@ impl Table {
     /// # Errors
     /// What writing can cause.
     pub fn write(&self, dir: &Path) -> Result<()> {
+        files::create_folder(dir)?;
         let json = serde_json::to_string_pretty(self).expect("numbers and names");
         let files = [("table.md", self.markdown()), ("table.csv", self.csv()), ("table.json", format!("{json}\n"))];
         for (name, text) in files.into_iter().chain(plot::svg(self).map(|svg| ("table.svg", svg))) {

@@ -30,7 +30,7 @@ pub(crate) struct CompareArgs {
     out: PathBuf,
     #[command(flatten)]
     keys: Keys,
-    /// Run nothing: make the table of what is finished
+    /// Run nothing: print and write the table of what is finished
     #[arg(long)]
     show: bool,
     /// Print the table as JSON
@@ -65,6 +65,7 @@ pub(crate) fn run(args: CompareArgs, global: &Global) -> anyhow::Result<()> {
     check_eval(&comparison).with_context(|| format!("{}: [eval]", args.file.display()))?;
     if args.show {
         let table = compare::finished(&comparison, &args.out)?;
+        table.write(&args.out)?;
         return if args.json { ui::print_json(&table) } else { ui::print(table.text()) };
     }
     let path = std::env::current_exe().context("could not find the program itself, which each run is a process of")?;
