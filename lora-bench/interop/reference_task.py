@@ -3,6 +3,10 @@ the accuracy on test lines as JSON: a control for what a method reaches.
 
     python reference_task.py MODEL train.tsv test.tsv --method lora --lr 3e-3 --epochs 3 --warmup 78
 
+With `--init-adapter DIR` it writes its adapter before the first step there, leaves out dropout and shuffling, and prints the
+loss of each of `--steps` steps instead: what `lora train --task sst2 --init-adapter DIR --base-dropout 0 --no-shuffle
+--log FILE` has to follow.
+
 Pinned: torch 2.15.0, transformers 5.23.0, peft 0.21.2.
 """
 
@@ -32,6 +36,8 @@ args.add_argument("--clip", type=float, default=1.0)
 args.add_argument("--max-length", type=int, default=128)
 args.add_argument("--hold-out", type=float, default=0.0, help="judge by this share of the training lines instead")
 args.add_argument("--seed", type=int, default=0)
+args.add_argument("--init-adapter")
+args.add_argument("--steps", type=int, default=60)
 args = args.parse_args()
 
 torch.manual_seed(args.seed)
@@ -61,15 +67,25 @@ if args.method == "lora":
 trainable = [p for p in model.parameters() if p.requires_grad]
 optimiser = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
 steps = args.epochs * -(-len(train) // args.batch_size)
+if args.init_adapter:
+    steps = args.steps
+    model.save_pretrained(args.init_adapter)
 factor = lambda s: s / args.warmup if s < args.warmup else (steps - s) / (steps - args.warmup)
-schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: max(factor(s + 1 if s < args.warmup else s), 0.0))
+schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: max(factor(s), 0.0))
 
-start, model = time.time(), model.train()
+start, model = time.time(), model.train(not args.init_adapter)
+done = 0
 for _ in range(args.epochs):
-    order.shuffle(train)
+    if not args.init_adapter:
+        order.shuffle(train)
     for i in range(0, len(train), args.batch_size):
         texts, labels = batch(train[i : i + args.batch_size])
         loss = torch.nn.functional.cross_entropy(model(**texts).logits, labels)
+        if args.init_adapter:
+            if done == steps:
+                raise SystemExit
+            done += 1
+            print(json.dumps({"step": done, "loss": loss.item()}), flush=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, args.clip)
         optimiser.step()
