@@ -4,33 +4,25 @@ use std::{
     fmt, fs, io,
     ops::ControlFlow,
     path::{Path, PathBuf},
-    process::{Command, ExitStatus, Stdio},
     time::Duration,
 };
 
 use lora_model::files;
-use serde_json::Value;
 
 use super::{
     Comparison, Row, Table,
-    cell::{self, Cell, Judged, Trained, settings},
+    cell::{self, Cell, settings},
     config::folder,
     inputs::{self, Inputs},
+    process::{Made, Program, eval_args},
 };
 use crate::{
-    Error, Result, TrainConfig,
-    data::{self, Format, Labels, TaskKind},
+    Result, TrainConfig,
+    data::{self, Format, Labels},
     hub,
     output::lock,
-    task, weight_bytes,
+    task,
 };
-
-/// How the command ends when training diverged.
-pub const DIVERGED: u8 = 3;
-/// How it ends after Ctrl-C.
-const INTERRUPTED: i32 = 130;
-/// Steps between checkpoints of a run, where the comparison does not say.
-const SAVE_EVERY: u64 = 500;
 
 /// A cell that is run, or was.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,15 +59,6 @@ impl fmt::Display for Job {
     }
 }
 
-/// The command that trains and judges.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Program {
-    /// The `lora` command.
-    pub path: PathBuf,
-    /// Options of every run, such as `--threads` and `--quiet`.
-    pub options: Vec<String>,
-}
-
 /// Watches a comparison.
 pub trait Watcher {
     /// A run begins; with it, and what is left, so many are to be done.
@@ -110,8 +93,8 @@ pub struct Finished {
 /// What the runs say goes to standard error. A run that fails does not keep the others from going on.
 ///
 /// # Errors
-/// Inputs that cannot be read, training and test data included; finished cells of other settings; an `out` that another process is working in, or that
-/// cannot be written.
+/// Inputs that cannot be read, training and test data included; finished cells of other settings; an `out` that another
+/// process is working in, or that cannot be written.
 pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut dyn Watcher) -> Result<Finished> {
     let place = Place::open(comparison, out, program)?;
     check_data(comparison)?;
@@ -160,49 +143,6 @@ fn check_data(comparison: &Comparison) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The arguments of `lora eval` for a row whose result lies in `dir`.
-///
-/// # Errors
-/// An unknown method or task.
-pub fn eval_args(comparison: &Comparison, row: &Row, dir: &Path) -> Result<Vec<String>> {
-    let config = &row.config;
-    let path = |path: &Path| path.to_string_lossy().into_owned();
-    let mut args = vec!["eval".to_owned(), "--model".to_owned()];
-    match config.row()?.whole_model {
-        true => args.push(path(dir)),
-        false => args.extend([path(&config.model), "--adapter".into(), path(dir)]),
-    }
-    args.extend(["--data".into(), path(&comparison.test), "--json".into()]);
-    args.extend(["--max-length".into(), config.max_length.to_string()]);
-    args.extend(["--device", &config.device, "--dtype", &config.dtype].map(str::to_owned));
-    if let Some(task) = config.task_row()? {
-        args.extend(["--task", task.name].map(str::to_owned));
-        if task.kind == TaskKind::Completions {
-            args.extend(["--predictions".into(), path(&beside(dir, "txt"))]);
-        }
-    }
-    if let Some(format) = config.format.filter(|_| !comparison.eval.contains_key("format")) {
-        args.extend(["--format", format.name()].map(str::to_owned));
-    }
-    for (key, value) in &comparison.eval {
-        match value {
-            toml::Value::Boolean(false) => {}
-            toml::Value::Boolean(true) => args.push(format!("--{key}")),
-            toml::Value::String(text) => args.extend([format!("--{key}"), text.clone()]),
-            other => args.extend([format!("--{key}"), other.to_string()]),
-        }
-    }
-    Ok(args)
-}
-
-/// The file of a run that stands beside its folder. (A folder's name may have a point in it, as in a learning rate.)
-fn beside(dir: &Path, extension: &str) -> PathBuf {
-    let mut name = dir.as_os_str().to_owned();
-    name.push(".");
-    name.push(extension);
-    name.into()
 }
 
 /// Where a comparison is kept.
@@ -377,6 +317,19 @@ impl Place<'_> {
         Ok(ControlFlow::Continue(()))
     }
 
+    /// Trains and judges.
+    fn make(&self, row: &Row, kind: Kind, dir: &Path) -> Result<Made> {
+        let (eval, inputs) = self.judged_by(row, kind);
+        let config = TrainConfig { out: dir.to_owned(), ..self.config(row, kind)? };
+        let args = match kind {
+            Kind::Search { .. } => None,
+            Kind::Seed { .. } => Some(eval_args(self.comparison, row, dir)?),
+        };
+        let made = Some(cell::Made::now());
+        let cell = Cell { settings: settings(&config), eval, inputs, made, trained: None };
+        self.program.make(&config, args, cell)
+    }
+
     /// Where a run works.
     fn dir(&self, row: &Row, kind: Kind) -> PathBuf {
         let path = self.path(row, kind);
@@ -409,95 +362,5 @@ impl Place<'_> {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Trains and judges.
-    fn make(&self, row: &Row, kind: Kind, dir: &Path) -> Result<Made> {
-        let (eval, inputs) = self.judged_by(row, kind);
-        files::create_folder(dir.parent().unwrap_or(self.out))?;
-        let config = TrainConfig { out: dir.to_owned(), ..self.config(row, kind)? };
-        let save_every = if config.save_every > 0 { config.save_every } else { SAVE_EVERY };
-        let written = TrainConfig { save_every, keep: config.keep.max(1), ..config.clone() };
-        let file = beside(dir, "toml");
-        files::write_bytes(&file, written.to_toml().as_bytes())?;
-
-        let mut train = self.command();
-        train.arg("train").arg("--config").arg(&file).args(["--resume", "--json"]);
-        let mut cell = Cell { settings: settings(&config), eval, inputs, made: Some(cell::Made::now()), trained: None };
-        let summary = match answer(&mut train)? {
-            Answer::Json(json) => json,
-            Answer::Ended(status) if status.code() == Some(DIVERGED.into()) => return Ok(Made::Cell(Box::new(cell))),
-            Answer::Ended(status) => return Ok(Made::of("lora train", status)),
-        };
-        let judged = match kind {
-            Kind::Search { .. } => summary["evaluation"].clone(),
-            Kind::Seed { .. } => {
-                let mut eval = self.command();
-                eval.args(eval_args(self.comparison, row, dir)?);
-                match answer(&mut eval)? {
-                    Answer::Json(json) => json,
-                    Answer::Ended(status) => return Ok(Made::of("lora eval", status)),
-                }
-            }
-        };
-        let Value::Object(judged) = judged else { return Ok(Made::Failed("the evaluation said nothing".into())) };
-        let (tokens, seconds) = (summary["tokens"].as_f64().unwrap_or(0.0), summary["seconds"].as_f64().unwrap_or(0.0));
-        let searched = matches!(kind, Kind::Search { .. });
-        cell.trained = Some(Trained {
-            trainable: summary["trainable"].as_u64().unwrap_or(0) as usize,
-            steps: summary["steps"].as_u64().unwrap_or(0),
-            seconds,
-            tokens_per_s: (seconds > 0.0).then_some(tokens / seconds),
-            peak_memory: summary["peak_memory"].as_u64(),
-            checkpoint_bytes: if searched { None } else { Some(weight_bytes(dir)?) },
-            judged: Judged(judged),
-        });
-        Ok(Made::Cell(Box::new(cell)))
-    }
-
-    fn command(&self) -> Command {
-        let mut command = Command::new(&self.program.path);
-        command.args(&self.program.options);
-        command
-    }
-}
-
-/// What came of the attempt to make a cell.
-enum Made {
-    Cell(Box<Cell>),
-    Failed(String),
-    Interrupted,
-}
-
-impl Made {
-    fn of(what: &str, status: ExitStatus) -> Made {
-        match status.code() {
-            Some(INTERRUPTED) => Made::Interrupted,
-            // Its error stands above, on standard error.
-            _ => Made::Failed(format!("{what} ended with {status}")),
-        }
-    }
-}
-
-/// What a command printed, or how it ended without.
-enum Answer {
-    Json(Value),
-    Ended(ExitStatus),
-}
-
-fn answer(command: &mut Command) -> Result<Answer> {
-    let path = PathBuf::from(command.get_program());
-    let failed = |reason: io::Error| Error::Model(lora_model::Error::Io { action: "run", path: path.clone(), reason });
-    let output = match command.stdin(Stdio::null()).stderr(Stdio::inherit()).output() {
-        Ok(output) => output,
-        Err(e) => return Err(failed(e)),
-    };
-    if !output.status.success() {
-        return Ok(Answer::Ended(output.status));
-    }
-    let text = String::from_utf8_lossy(&output.stdout);
-    match text.lines().last().and_then(|line| serde_json::from_str(line).ok()) {
-        Some(json) => Ok(Answer::Json(json)),
-        None => Err(failed(io::Error::other(format!("printed {text:?} in place of a JSON object")))),
     }
 }

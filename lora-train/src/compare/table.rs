@@ -2,6 +2,7 @@
 
 use std::{fmt::Write, path::Path};
 
+use indicatif::HumanCount;
 use lora_model::files;
 use serde::Serialize;
 
@@ -10,7 +11,7 @@ use super::{
     cell::{Cell, Made},
     plot,
 };
-use crate::Result;
+use crate::{Result, latency::Quartiles};
 
 /// The table of a comparison.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -68,8 +69,7 @@ impl Table {
                 }
             }
         }
-        let mut rates: Vec<f64> = trained.iter().filter_map(|t| t.tokens_per_s).collect();
-        rates.sort_by(f64::total_cmp);
+        let rates: Vec<f64> = trained.iter().filter_map(|t| t.tokens_per_s).collect();
         self.lines.push(Line {
             name: row.name.clone(),
             method: row.config.method.clone(),
@@ -79,7 +79,7 @@ impl Table {
             diverged: cells.len() - trained.len(),
             trainable: trained.first().map(|t| t.trainable),
             scores: scores.into_iter().filter_map(|(name, all)| Some((name, Spread::of(all)?))).collect(),
-            tokens_per_s: median(&rates),
+            tokens_per_s: Quartiles::of(&rates).map(|q| q.median),
             peak_memory: trained.iter().filter_map(|t| t.peak_memory).max(),
             checkpoint_bytes: trained.iter().find_map(|t| t.checkpoint_bytes),
         });
@@ -209,12 +209,6 @@ impl Table {
     }
 }
 
-/// Of sorted numbers; between the two in the middle where they are even.
-fn median(sorted: &[f64]) -> Option<f64> {
-    let n = sorted.len();
-    (n > 0).then(|| (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0)
-}
-
 fn or_dash<T>(value: Option<T>, shown: impl FnOnce(T) -> String) -> String {
     value.map_or("–".to_owned(), shown)
 }
@@ -226,15 +220,7 @@ fn digits(x: f64) -> String {
 
 /// With a comma before every third digit.
 fn count(n: usize) -> String {
-    let text = n.to_string();
-    let mut out = String::new();
-    for (i, c) in text.chars().enumerate() {
-        if i > 0 && (text.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
+    HumanCount(n as u64).to_string()
 }
 
 /// Decimal units, as the paper's.

@@ -78,7 +78,7 @@ pub struct Quartiles {
 
 impl Quartiles {
     /// Of at least one number; between two neighbours in proportion, as NumPy's default has it.
-    pub(super) fn of(values: &[f64]) -> Option<Quartiles> {
+    pub(crate) fn of(values: &[f64]) -> Option<Quartiles> {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
         let last = sorted.len().checked_sub(1)?;
