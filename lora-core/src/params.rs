@@ -115,7 +115,7 @@ impl ParamsBuilder {
     /// Each parameter draws from a stream of its own, chosen by its name, so that it
     /// begins the same way whatever else trains.
     pub fn build(self, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
-        let compute = dtype;
+        let compute = device.activations(dtype);
         let dtype = compute.accumulator();
         let mut flat = Buffer::empty(device, dtype, self.len)?;
         for (e, init) in self.entries.iter().zip(&self.inits) {
@@ -138,7 +138,7 @@ impl ParamsBuilder {
                     let ids: Vec<u32> = (0..rows).map(|_| rng.random_range(0..t.rows()) as u32).collect();
                     // Only these rows are converted: the table may be as large as a model.
                     let ids = Tensor::from_slice(&t.device(), &[rows], &ids)?;
-                    let mut some = Tensor::empty(&t.device(), t.dtype(), &[rows, cols])?;
+                    let mut some = Tensor::empty(&t.device(), t.device().activations(t.dtype()), &[rows, cols])?;
                     lora_kernels::gather(t.mat(), ids.mat(), Acc { to: some.make_mut()?, beta: 0.0 })?;
                     let some = some.to(device, dtype)?.reshape(&[1, len]);
                     lora_kernels::axpby(1.0, some.mat(), 0.0, to.reborrow())?;

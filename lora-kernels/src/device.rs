@@ -79,6 +79,12 @@ impl Device {
         }
     }
 
+    /// The type of activations where frozen weights are of the given type: on the CPU, whose kernels but for products and
+    /// [`gather`](crate::gather()) know no 16-bit types, its [accumulator](DType::accumulator), else the type itself.
+    pub fn activations(&self, weights: DType) -> DType {
+        if self.is_cpu() { weights.accumulator() } else { weights }
+    }
+
     /// Whether kernels run on the host.
     pub fn is_cpu(&self) -> bool {
         matches!(self, Device::Cpu)
@@ -101,7 +107,7 @@ impl fmt::Display for Device {
 pub enum DType {
     /// IEEE single precision: what models compute in on the CPU, and what trainable parameters are kept in.
     F32,
-    /// The upper half of an f32: weights and activations on CUDA devices.
+    /// The upper half of an f32: weights and activations on CUDA devices, frozen matrices on the CPU.
     Bf16,
     /// IEEE half precision: weights and activations on CUDA devices.
     F16,

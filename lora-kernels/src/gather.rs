@@ -1,16 +1,20 @@
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 
+use half::bf16;
+
 use crate::{
-    Acc, Mat, MatMut, Result,
+    Acc, DType, Element, Mat, MatMut, Result,
     elementwise::add,
+    mat::HostMat,
     real::{Real, dispatch, simd},
     reduce::{put, rows_per_task, run},
 };
 
 /// Rows of a table by number: `y[i] = table[ids[i]] + β·y[i]`. table [rows, d], ids [1, n] of [`DType::U32`], y [n, d].
 ///
-/// An embedding, with β = 1 for the second one added to it, and the choice of rows that the loss head needs. On a CUDA
+/// An embedding, with β = 1 for the second one added to it, and the choice of rows that the loss head needs. On the CPU
+/// the table may be bf16 where y is f32. On a CUDA
 /// device, whose ids the host does not see, a row of an id outside the table becomes NaN.
 ///
 /// # Panics
@@ -25,22 +29,43 @@ pub fn gather(table: Mat, ids: Mat, y: Acc) -> Result<()> {
         return cuda::gather(gpu, table, ids, &y);
     }
     let ids = checked("gather", ids, table.rows());
+    if table.dtype() == DType::Bf16 {
+        rows_of(
+            table.host::<bf16>(),
+            ids,
+            y,
+            #[inline(always)]
+            |v| v.to_f32(),
+        );
+        return Ok(());
+    }
     dispatch!("gather", table.dtype(), T => {
-        let (table, beta, y) = (table.host::<T>(), T::of(y.beta), y.to.host::<T>());
-        let step = rows_per_task(y.cols);
-        run(y.row_chunks(step), |i, mut y| simd(#[inline(always)] || {
-            for r in 0..y.rows {
-                let (row, y) = (table.row(ids[i * step + r] as usize), y.row_mut(r));
-                if beta == T::ZERO {
-                    y.copy_from_slice(row);
-                } else {
-                    let row = &row[..y.len()];
-                    put(y, beta, #[inline(always)] |j| row[j]);
-                }
-            }
-        }));
+        rows_of(table.host::<T>(), ids, y, #[inline(always)] |v| v);
         Ok(())
     })
+}
+
+/// The rows of a table on the host, each element as `of` makes it.
+fn rows_of<S: Element, T: Real>(table: HostMat<S>, ids: &[u32], y: Acc, of: impl Fn(S) -> T + Sync) {
+    let (beta, y) = (T::of(y.beta), y.to.host::<T>());
+    let step = rows_per_task(y.cols);
+    run(y.row_chunks(step), |i, mut y| {
+        simd(
+            #[inline(always)]
+            || {
+                for r in 0..y.rows {
+                    let (row, y) = (table.row(ids[i * step + r] as usize), y.row_mut(r));
+                    let row = &row[..y.len()];
+                    put(
+                        y,
+                        beta,
+                        #[inline(always)]
+                        |j| of(row[j]),
+                    );
+                }
+            },
+        );
+    });
 }
 
 /// Rows into a table by number: `table[ids[i]] = x[i]`. x [n, d], ids [1, n] of [`DType::U32`], each once, table [rows, d].

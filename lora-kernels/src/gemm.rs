@@ -1,5 +1,6 @@
 #![allow(unsafe_code)]
 
+mod bf16;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
@@ -22,7 +23,9 @@ use crate::{
 /// General matrix product `C = α·A·B + β·C`, with A [m, k], B [k, n], C [m, n]; transposes are descriptors of A and B.
 /// With β = 0 the old contents of C are not read.
 ///
-/// C has the type of A and B, or their [accumulator's](crate::DType::accumulator): sums are taken in that one anyway.
+/// C has the type of A and B, or their [accumulator's](crate::DType::accumulator): sums are taken in that one anyway. On the
+/// CPU C is the accumulator's, and of A and B one may be bf16 and the other f32, which is then rounded to bf16: each of its
+/// elements is off by at most 2⁻⁹ of itself.
 ///
 /// Each element is summed in an order that depends only on the shapes: the result has the same bits for any number of
 /// threads. Error: |ΔC| ≤ about k·ε·|α|·|A|·|B| elementwise, as for any summation of k products.
@@ -160,19 +163,28 @@ pub fn gemm_batched(alpha: f64, a: Mat, b: Mat, beta: f64, mut c: MatMut, batch:
 }
 
 fn check_types(a: Mat, b: Mat, c: &MatMut) {
-    assert_eq!(a.dtype(), b.dtype(), "gemm: A and B of different types");
+    let mixed = c.device().is_cpu() && a.dtype().accumulator() == b.dtype().accumulator();
+    assert!(a.dtype() == b.dtype() || mixed, "gemm: A and B of different types");
     assert!([a.dtype(), a.dtype().accumulator()].contains(&c.dtype()), "gemm: C of another type than A and B");
 }
 
 fn product(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
+    if [a.dtype(), b.dtype()].iter().any(|t| t.size() == 2) {
+        return bf16::product(alpha, bf16::Operand::of(a)?, bf16::Operand::of(b)?, beta, c);
+    }
     dispatch!("gemm", a.dtype(), T => {
-        let threads = rayon::current_num_threads();
-        // Below about a microsecond of work per thread, waking the others costs more than it gives.
-        let work = c.rows() * c.cols() * a.cols();
-        let par = if threads > 1 && work > 1 << 16 { Parallelism::Rayon(threads) } else { Parallelism::None };
-        run::<T>(alpha, a.host(), b.host(), beta, c.host(), par);
+        parallel::<T>(alpha, a.host(), b.host(), beta, c.host());
         Ok(())
     })
+}
+
+/// As [`gemm`], on the threads of rayon's pool.
+fn parallel<T: Real>(alpha: f64, a: HostMat<T>, b: HostMat<T>, beta: f64, c: HostMut<T>) {
+    let threads = rayon::current_num_threads();
+    // Below about a microsecond of work per thread, waking the others costs more than it gives.
+    let work = c.rows * c.cols * if a.transposed { a.rows } else { a.cols };
+    let par = if threads > 1 && work > 1 << 16 { Parallelism::Rayon(threads) } else { Parallelism::None };
+    run::<T>(alpha, a, b, beta, c, par);
 }
 
 /// As [`gemm`], on the calling thread alone: for tasks that already run side by side.

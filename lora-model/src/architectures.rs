@@ -12,7 +12,8 @@ use crate::{
 /// How to load a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoadOptions {
-    /// The type of weights and activations: bf16 or f16 on a CUDA device.
+    /// The type of weights and activations: bf16 or f16 on a CUDA device. On the CPU bf16 is the type of matrices alone
+    /// ([`LoadOptions::kept`]).
     pub dtype: DType,
     /// What the head is to give; `None` is what the folder's configuration says. An encoder without such a head gets a
     /// fresh one.
@@ -26,6 +27,14 @@ pub struct LoadOptions {
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
         LoadOptions { dtype: DType::F32, task: None, seed: 0, head_follows: false }
+    }
+}
+
+impl LoadOptions {
+    /// The type in which a weight of that shape is kept on a device. Where the host keeps 16-bit weights, only matrices are:
+    /// vectors are hardly any memory, and go into arithmetic that it does in f32.
+    pub fn kept(&self, device: &Device, shape: &[usize]) -> DType {
+        if shape.len() == 2 { self.dtype } else { device.activations(self.dtype) }
     }
 }
 

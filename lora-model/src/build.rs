@@ -11,7 +11,7 @@ use lora_core::{
 use lora_kernels::{DType, Device};
 
 use crate::{
-    Result,
+    LoadOptions, Result,
     checkpoint::{Checkpoint, Layout, TensorSpec},
     config::RawConfig,
     layers::{LayerNorm, Projection, RmsNorm, Sublayer, Weight},
@@ -200,15 +200,29 @@ pub(crate) fn specs(outline: &Outline) -> Vec<TensorSpec> {
 pub(crate) fn load<M>(
     dir: &Path,
     raw: RawConfig,
-    (device, dtype): (&Device, DType),
+    (device, options): (&Device, &LoadOptions),
     rename: impl Fn(&str) -> Option<String>,
     describe: impl Describe<Model = M>,
 ) -> Result<(M, Parts)> {
     let weights = Checkpoint::open(dir)?.rename(rename)?;
     weights.expect(&specs(&outline(&describe)))?;
     let layout = weights.layout().clone();
-    let mut tensor = |name: &str, shape: &[usize]| Ok(weights.tensor(name, shape, &Device::Cpu)?.to(device, dtype)?);
+    let mut tensor = |name: &str, shape: &[usize]| kept(&weights, name, shape, device, options);
     make(raw, layout, &mut tensor, describe)
+}
+
+/// A weight of a file as a model keeps it: on the device, in [its type](LoadOptions::kept).
+pub(crate) fn kept(
+    weights: &Checkpoint,
+    name: &str,
+    shape: &[usize],
+    device: &Device,
+    options: &LoadOptions,
+) -> Result<Tensor> {
+    match options.kept(device, shape) {
+        DType::Bf16 if device.is_cpu() => weights.tensor_bf16(name, shape),
+        dtype => Ok(weights.tensor(name, shape, &Device::Cpu)?.to(device, dtype)?),
+    }
 }
 
 /// The model with the weights that `tensor` gives.

@@ -310,7 +310,12 @@ impl Encoder {
 impl Relative {
     /// R [2·span, d].
     fn table(&self, t: &mut Tape, adapted: &Adapted) -> lora_core::Result<Var> {
-        let table = self.rel_embeddings.var(t, adapted)?;
+        let mut table = self.rel_embeddings.var(t, adapted)?;
+        // Unlike other matrices it is multiplied as activations are; one that trains is of their type already.
+        let dtype = t.device().activations(table.value().dtype());
+        if dtype != table.value().dtype() {
+            table = t.constant(&table.value().to_dtype(dtype)?);
+        }
         match &self.norm {
             Some(norm) => norm.apply(t, adapted, &table),
             None => Ok(table),

@@ -104,8 +104,7 @@ impl Gpt2 {
         let config = Gpt2Config::from_raw(&raw)?;
         only(Task::CausalLm, &raw, options)?;
         let own = |name: &str| own_name(name, &config);
-        let (weights, parts) =
-            build::load(dir, raw, (device, options.dtype), own, |b: &mut Build| describe(&config, b))?;
+        let (weights, parts) = build::load(dir, raw, (device, options), own, |b: &mut Build| describe(&config, b))?;
         Ok(Gpt2 { config, parts, weights })
     }
 

@@ -248,11 +248,11 @@ pub(crate) fn load<M>(
     let mut stream = 0;
     let mut tensor = |name: &str, shape: &[usize]| {
         stream += 1;
-        let t = match fresh.iter().any(|f| f == name) {
-            true => begin(name, shape, files.initializer_range, options.seed, stream)?,
-            false => weights.tensor(name, shape, &Device::Cpu)?,
-        };
-        Ok(t.to(device, options.dtype)?)
+        if !fresh.iter().any(|f| f == name) {
+            return build::kept(&weights, name, shape, device, options);
+        }
+        let t = begin(name, shape, files.initializer_range, options.seed, stream)?;
+        Ok(t.to(device, options.kept(device, shape))?)
     };
     let describe = |b: &mut Build| {
         let model = describe(b)?;

@@ -134,8 +134,7 @@ impl Llama {
         let config = LlamaConfig::from_raw(&raw)?;
         only(Task::CausalLm, &raw, options)?;
         let own = |name: &str| own_name(name, &config);
-        let (weights, parts) =
-            build::load(dir, raw, (device, options.dtype), own, |b: &mut Build| describe(&config, b))?;
+        let (weights, parts) = build::load(dir, raw, (device, options), own, |b: &mut Build| describe(&config, b))?;
         Llama::of(config, parts, weights, device)
     }
 

@@ -99,7 +99,8 @@ pub struct TrainConfig {
     /// on another device.
     pub device: String,
     /// The type of the base's weights and of activations: `f32`, `bf16`, `f16`, or `auto`: that of the run that is
-    /// continued, else bf16 on CUDA and f32 on the CPU.
+    /// continued, else bf16 on CUDA and f32 on the CPU, where bf16 is the type of frozen matrices and of their products
+    /// alone.
     pub dtype: String,
     /// Steps between evaluations on `valid`, with one at the end; 0 is at the end of every epoch.
     pub eval_every: u64,

@@ -7,7 +7,8 @@ use crate::{Error, Result, TrainConfig};
 pub struct Place {
     /// The device.
     pub device: Device,
-    /// The type of the base's weights and of activations. What trains is kept in f32 in any case.
+    /// The type of the base's weights and of activations; on the CPU, of the base's matrices alone. What trains is kept in
+    /// f32 in any case.
     pub dtype: DType,
     /// What a person should know: that `auto` found no CUDA device, and why.
     pub note: Option<String>,
@@ -36,10 +37,10 @@ impl Place {
             name => (open(name)?, None),
         };
         let dtype = dtype.unwrap_or(if device.is_cpu() { DType::F32 } else { DType::Bf16 });
-        if device.is_cpu() && dtype != DType::F32 {
+        if device.is_cpu() && dtype == DType::F16 {
             let why = match &note {
-                Some(note) => format!("the CPU computes in f32; {note}"),
-                None => "the CPU computes in f32; for a 16-bit type add --device cuda".into(),
+                Some(note) => format!("the CPU computes in f32 or bf16; {note}"),
+                None => "the CPU computes in f32 or bf16; for f16 add --device cuda".into(),
             };
             return Err(Error::option("dtype", name(dtype), why));
         }
@@ -125,6 +126,7 @@ mod tests {
     fn places_by_name() {
         assert_eq!(Place::open("cpu", "auto").unwrap(), Place::CPU);
         assert_eq!(Place::open("cpu", "f32").unwrap(), Place::CPU);
+        assert_eq!(Place::open("cpu", "bf16").unwrap().dtype, DType::Bf16);
         let auto = Place::open("auto", "auto").unwrap();
         assert_eq!(auto.note.is_some(), auto.device.is_cpu(), "falling back is said");
         assert_eq!(auto.dtype, if auto.device.is_cpu() { DType::F32 } else { DType::Bf16 });
@@ -132,7 +134,7 @@ mod tests {
             ("gpu", "f32", "cuda:N"),
             ("cuda:x", "f32", "cuda:N"),
             ("cpu", "int4", "bf16"),
-            ("cpu", "bf16", "--device cuda"),
+            ("cpu", "f16", "--device cuda"),
             ("cuda:4000", "f32", "CUDA"),
         ] {
             let e = Place::open(device, dtype).unwrap_err().to_string();

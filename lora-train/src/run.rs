@@ -85,6 +85,11 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let (Place { device, dtype, .. }, config) = Place::of_run(config, output.earlier.as_ref(), &mut output.notes)?;
     let config = &config;
     let base_dir = hub::resolve(&config.model)?;
+    if device.is_cpu() && dtype != DType::F32 && config.row()?.whole_model {
+        output
+            .notes
+            .push("what trains is computed in f32 on the CPU, which is everything here: bf16 saves nothing".into());
+    }
     // Base weights that train begin with all their digits, and are rounded for each step anew.
     let stored = if config.row()?.whole_model { DType::F32 } else { dtype };
     let row = config.task_row()?;

@@ -149,9 +149,10 @@ pub trait Base {
     fn outline(&self) -> &Outline;
     /// All weights, under their Hugging Face names.
     fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_>;
-    /// The type of the weights, which is also that of activations.
+    /// The type of activations: that of the weights, but f32 beside bf16 weights on the CPU
+    /// ([`Device::activations`](lora_kernels::Device::activations)).
     fn dtype(&self) -> DType {
-        self.tensors().next().map_or(DType::F32, |(_, t)| t.dtype())
+        self.tensors().next().map_or(DType::F32, |(_, t)| t.device().activations(t.dtype()))
     }
     /// A weight by its name.
     fn tensor(&self, name: &str) -> Option<&Tensor> {

@@ -9,7 +9,7 @@ use std::{
 
 use half::{bf16, f16};
 use lora_core::Tensor;
-use lora_kernels::{Buffer, DType, Device};
+use lora_kernels::{Buffer, DType, Device, Element};
 use memmap2::Mmap;
 use safetensors::Dtype;
 
@@ -121,17 +121,17 @@ impl TensorFile {
         let t = self.check_shape(name, shape)?;
         let buffer = match t.dtype {
             Dtype::F32 if *device == Device::Cpu => Buffer::borrowed(self.map.clone(), t.bytes.clone(), DType::F32)?,
-            Dtype::F32 => self.convert(t, device, f32::from_le_bytes)?,
-            Dtype::F16 => self.convert(t, device, |b| f16::from_le_bytes(b).to_f32())?,
-            Dtype::BF16 => self.convert(t, device, |b| bf16::from_le_bytes(b).to_f32())?,
-            Dtype::F64 => self.convert(t, device, |b| f64::from_le_bytes(b) as f32)?,
-            other => {
-                return Err(Error::DType {
-                    file: self.path.clone(),
-                    tensor: name.to_owned(),
-                    found: other.to_string(),
-                });
-            }
+            _ => self.converted::<f32>(name, t, device)?,
+        };
+        Ok(Tensor::from_buffer(shape, buffer))
+    }
+
+    /// A tensor in bf16, as [`Checkpoint::tensor_bf16`](super::Checkpoint::tensor_bf16) gives it.
+    pub fn tensor_bf16(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let t = self.check_shape(name, shape)?;
+        let buffer = match t.dtype {
+            Dtype::BF16 => Buffer::borrowed(self.map.clone(), t.bytes.clone(), DType::Bf16)?,
+            _ => self.converted::<bf16>(name, t, &Device::Cpu)?,
         };
         Ok(Tensor::from_buffer(shape, buffer))
     }
@@ -149,25 +149,66 @@ impl TensorFile {
         Ok(t)
     }
 
-    /// Reads a tensor of `N`-byte elements chunk by chunk into a buffer of f32.
-    fn convert<const N: usize>(&self, t: &Stored, device: &Device, f: impl Fn([u8; N]) -> f32) -> Result<Buffer> {
+    /// A tensor as elements of `T`, whatever they are in the file.
+    fn converted<T: Rounded>(&self, name: &str, t: &Stored, device: &Device) -> Result<Buffer> {
+        match t.dtype {
+            Dtype::F32 => self.convert(t, device, |b| T::of(f32::from_le_bytes(b))),
+            Dtype::F16 => self.convert(t, device, |b| T::of(f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => self.convert(t, device, |b| T::of(bf16::from_le_bytes(b).to_f32())),
+            Dtype::F64 => self.convert(t, device, |b| T::of_f64(f64::from_le_bytes(b))),
+            other => Err(Error::DType { file: self.path.clone(), tensor: name.to_owned(), found: other.to_string() }),
+        }
+    }
+
+    /// Reads a tensor of `N`-byte elements chunk by chunk into a buffer of another type.
+    fn convert<const N: usize, T: Element>(
+        &self,
+        t: &Stored,
+        device: &Device,
+        f: impl Fn([u8; N]) -> T,
+    ) -> Result<Buffer> {
         let failed = |e| Error::io("read", &self.path, e);
-        let mut buffer = Buffer::empty(device, DType::F32, t.bytes.len() / N)?;
+        let mut buffer = Buffer::empty(device, T::DTYPE, t.bytes.len() / N)?;
         // Nothing is left half-done by a reader that panicked: each one seeks first.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(t.bytes.start as u64)).map_err(failed)?;
         let mut bytes = vec![0; t.bytes.len().min(CHUNK * N)];
-        let mut floats = Vec::with_capacity(CHUNK);
+        let mut values = Vec::with_capacity(CHUNK);
         let mut done = 0;
         while done < buffer.len() {
             let n = (buffer.len() - done).min(CHUNK);
             file.read_exact(&mut bytes[..n * N]).map_err(failed)?;
-            floats.clear();
-            floats.extend(bytes[..n * N].as_chunks::<N>().0.iter().map(|b| f(*b)));
-            buffer.write(done, &floats)?;
+            values.clear();
+            values.extend(bytes[..n * N].as_chunks::<N>().0.iter().map(|b| f(*b)));
+            buffer.write(done, &values)?;
             done += n;
         }
         Ok(buffer)
+    }
+}
+
+/// A type that numbers of a file are rounded to.
+trait Rounded: Element {
+    fn of(v: f32) -> Self;
+    /// Rounded once.
+    fn of_f64(v: f64) -> Self;
+}
+
+impl Rounded for f32 {
+    fn of(v: f32) -> f32 {
+        v
+    }
+    fn of_f64(v: f64) -> f32 {
+        v as f32
+    }
+}
+
+impl Rounded for bf16 {
+    fn of(v: f32) -> bf16 {
+        bf16::from_f32(v)
+    }
+    fn of_f64(v: f64) -> bf16 {
+        bf16::from_f64(v)
     }
 }
 

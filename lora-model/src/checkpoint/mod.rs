@@ -145,10 +145,23 @@ impl Checkpoint {
     /// [`Error::TensorNames`] when there is none of this name, [`Error::Shape`], and [`Error::DType`] when its elements
     /// are of another type.
     pub fn tensor(&self, name: &str, shape: &[usize], device: &Device) -> Result<Tensor> {
-        match self.layout.place(name) {
-            Some((file, stored)) => self.files[file].tensor(stored, shape, device),
-            None => Err(missing(&self.dir, name)),
-        }
+        let (file, stored) = self.place(name)?;
+        file.tensor(stored, shape, device)
+    }
+
+    /// A tensor in bf16 on the host: BF16 weights where they are mapped, others rounded to the nearest.
+    ///
+    /// # Errors
+    /// As of [`Checkpoint::tensor`].
+    pub fn tensor_bf16(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let (file, stored) = self.place(name)?;
+        file.tensor_bf16(stored, shape)
+    }
+
+    /// The file of a tensor, and its name there.
+    fn place(&self, name: &str) -> Result<(&TensorFile, &str)> {
+        let (file, stored) = self.layout.place(name).ok_or_else(|| missing(&self.dir, name))?;
+        Ok((&self.files[file], stored))
     }
 }
 

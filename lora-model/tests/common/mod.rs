@@ -21,13 +21,13 @@ pub struct Place {
     pub each: f64,
 }
 
-/// The host, and every GPU in f32 and bf16.
+/// The host and every GPU, in f32 and bf16.
 pub fn places() -> Vec<Place> {
-    let gpus = gpus().into_iter().flat_map(|device| {
+    let both = |device: Device| {
         let single = Place { device: device.clone(), dtype: DType::F32, close: 1e-5, each: 1e-5 };
         [single, Place { device, dtype: DType::Bf16, close: 2e-2, each: 4e-2 }]
-    });
-    [Place { device: CPU, dtype: DType::F32, close: 1e-5, each: 1e-5 }].into_iter().chain(gpus).collect()
+    };
+    std::iter::once(CPU).chain(gpus()).flat_map(both).collect()
 }
 
 /// With their features the emulated device and the first CUDA device.

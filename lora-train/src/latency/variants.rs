@@ -27,7 +27,7 @@ pub(super) fn random(raw: RawConfig, device: &Device, options: &LoadOptions, see
             1 => vec![1.0; len],
             _ => numbers(seed, stream, len),
         };
-        Ok(Tensor::from_slice(&Device::Cpu, shape, &values)?.to(device, options.dtype)?)
+        Ok(Tensor::from_slice(&Device::Cpu, shape, &values)?.to(device, options.kept(device, shape))?)
     };
     Ok(assemble(raw, device, options, &mut fetch)?)
 }
@@ -205,10 +205,10 @@ pub(super) fn merged(base: &dyn Model, adapted: &Adapted, device: &Device, dtype
     let changed = adapted.merged(base)?;
     let own: HashMap<&str, &Tensor> = base.tensors().collect();
     let options = LoadOptions { dtype, task: Some(base.task()), ..LoadOptions::default() };
-    let mut fetch = |name: &str, _: &[usize]| {
+    let mut fetch = |name: &str, shape: &[usize]| {
         let missing = || lora_core::Error::Missing { name: name.into() };
         match changed.get(name) {
-            Some(t) => Ok(t.to(device, dtype)?),
+            Some(t) => Ok(t.to(device, options.kept(device, shape))?),
             None => Ok(own.get(name).copied().ok_or_else(missing)?.clone()),
         }
     };

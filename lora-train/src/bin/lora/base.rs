@@ -39,7 +39,8 @@ pub(crate) struct PlaceArgs {
     /// Where to compute: cpu, cuda, cuda:N, or auto, which is CUDA when there is a device
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
-    /// Type of the base's weights and of activations: f32, bf16, f16, or auto, which is bf16 on CUDA and else f32
+    /// Type of the base's weights and of activations: f32, bf16 (on the CPU for matrices and their products), f16 (CUDA),
+    /// or auto, which is bf16 on CUDA and else f32
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: String,
 }

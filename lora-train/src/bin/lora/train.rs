@@ -128,8 +128,8 @@ pub(crate) struct TrainArgs {
     /// [default: cpu]
     #[arg(long, help_heading = "Machine")]
     device: Option<String>,
-    /// Type of the base's weights and of activations: f32, bf16, f16, or auto, which is bf16 on CUDA and else f32, and
-    /// with --resume the run's own [default: auto]
+    /// Type of the base's weights and of activations: f32, bf16 (on the CPU for frozen matrices and their products), f16
+    /// (CUDA), or auto, which is bf16 on CUDA and else f32, and with --resume the run's own [default: auto]
     #[arg(long, help_heading = "Machine")]
     dtype: Option<String>,
 

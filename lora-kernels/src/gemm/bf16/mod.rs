@@ -1,0 +1,366 @@
+//! Products in bf16 on the CPU: `vdpbf16ps` where the processor has it, twice as fast as f32.
+//!
+//! Operands that are f32 are rounded to bf16 while they are packed; products of bf16 numbers are exact in f32, and sums
+//! are taken in f32. So an element is off by at most about (2⁻⁸ + k·2⁻²⁴)·Σ|a||b|, of which the first term is what
+//! rounding an f32 operand costs (none, for one that was bf16).
+//!
+//! Work is cut into blocks of C. Each task packs what it needs of A (rows of [`KC`] elements) and B (panels of [`NR`]
+//! columns, pairs along k side by side) just before it is used, so frozen weights are read once and nothing is kept in a
+//! second layout. Every element's sum goes over k in the same order wherever a block begins.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use half::bf16;
+
+use crate::{
+    Buffer, DType, Device, Element, Error, Mat, MatMut, Result,
+    mat::{HostMat, HostMut},
+    reduce::run,
+};
+
+/// Elements along k that are packed at a time: a panel of B then fits the first cache, a block of A the second.
+const KC: usize = 384;
+/// Columns of C that a kernel computes at a time: two vectors.
+const NR: usize = 32;
+/// Rows of C that a kernel computes at a time: with two vectors each, 24 of the 32 registers hold sums.
+const MR: usize = 12;
+/// Most rows of a task.
+const ROWS: usize = 20 * MR;
+
+/// A matrix of either type.
+#[derive(Clone, Copy)]
+pub(crate) enum Operand<'a> {
+    /// Rounded to bf16 when it is packed.
+    F32(HostMat<'a, f32>),
+    /// As it is.
+    Bf16(HostMat<'a, bf16>),
+}
+
+impl<'a> Operand<'a> {
+    /// # Errors
+    /// [`Error::DType`] for any other type.
+    pub(super) fn of(x: Mat<'a>) -> Result<Operand<'a>> {
+        match x.dtype() {
+            DType::F32 => Ok(Operand::F32(x.host())),
+            DType::Bf16 => Ok(Operand::Bf16(x.host())),
+            dtype => Err(Error::DType { kernel: "gemm", dtype }),
+        }
+    }
+
+    /// Logical rows and columns.
+    fn shape(&self) -> (usize, usize) {
+        let (rows, cols, transposed) = match self {
+            Operand::F32(x) => (x.rows, x.cols, x.transposed),
+            Operand::Bf16(x) => (x.rows, x.cols, x.transposed),
+        };
+        if transposed { (cols, rows) } else { (rows, cols) }
+    }
+}
+
+/// `C = α·A·B + β·C`, on the calling thread and those of rayon's pool.
+///
+/// # Errors
+/// [`Error::DType`] when C is not f32.
+pub(super) fn product(alpha: f64, a: Operand, b: Operand, beta: f64, c: MatMut) -> Result<()> {
+    if c.dtype() != DType::F32 {
+        return Err(Error::DType { kernel: "gemm", dtype: c.dtype() });
+    }
+    let (c, (m, k), (k2, n)) = (c.host::<f32>(), a.shape(), b.shape());
+    assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
+    #[cfg(target_arch = "x86_64")]
+    if avx512::available() {
+        return blocked(alpha, a, b, beta, c);
+    }
+    widened(alpha, a, b, beta, c)
+}
+
+/// The product in blocks that are computed side by side.
+#[cfg(target_arch = "x86_64")]
+fn blocked(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()> {
+    let (m, n, k) = (c.rows, c.cols, a.shape().1);
+    let threads = if m * n * k > 1 << 18 { rayon::current_num_threads() } else { 1 };
+    let rows = even(m, ROWS, MR);
+    // Two tasks a thread, so that one that is held up does not hold up all; columns are cut where rows do not suffice.
+    let stripes = (2 * threads).div_ceil(rows.len().saturating_sub(1).max(1));
+    let cols = even(n, n.div_ceil(if threads > 1 { stripes } else { 1 }).max(4 * NR), NR);
+    let places: Vec<(usize, usize)> =
+        rows.windows(2).flat_map(|r| cols.windows(2).map(move |c| (r[0], c[0]))).collect();
+    let tasks: Vec<_> = places.into_iter().zip(c.grid(&rows, &cols)).collect();
+    let done: std::sync::Mutex<Result<()>> = std::sync::Mutex::new(Ok(()));
+    run(tasks, |_, ((i, j), c)| {
+        if let Err(e) = block(alpha as f32, (a, i), (b, j), k, beta as f32, c) {
+            *done.lock().unwrap_or_else(|e| e.into_inner()) = Err(e);
+        }
+    });
+    done.into_inner().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Boundaries 0 to n of parts as even as multiples of `unit` allow, none above `most`, which is rounded up to such.
+#[cfg(target_arch = "x86_64")]
+fn even(n: usize, most: usize, unit: usize) -> Vec<usize> {
+    let parts = n.div_ceil(most.next_multiple_of(unit)).max(1);
+    let step = n.div_ceil(parts).next_multiple_of(unit).max(unit);
+    let mut bounds: Vec<usize> = (0..n).step_by(step).collect();
+    if n == 0 {
+        bounds.push(0);
+    }
+    bounds.push(n);
+    bounds
+}
+
+/// One block of C, whose first row and column stand beside A and B.
+#[cfg(target_arch = "x86_64")]
+fn block(
+    alpha: f32,
+    (a, i0): (Operand, usize),
+    (b, j0): (Operand, usize),
+    k: usize,
+    beta: f32,
+    mut c: HostMut<f32>,
+) -> Result<()> {
+    // All tasks ask for the same sizes, so that the pool serves every one of them from the same few blocks.
+    let mut left = Buffer::empty(&Device::Cpu, DType::Bf16, ROWS * KC)?;
+    let mut right = Buffer::empty(&Device::Cpu, DType::U32, KC / 2 * NR)?;
+    let (left, right) = (left.host_mut::<bf16>(), right.host_mut::<u32>());
+    // An empty sum is still a sum: C = β·C.
+    for k0 in (0..k.max(1)).step_by(KC) {
+        let kc = KC.min(k - k0);
+        let beta = if k0 == 0 { beta } else { 1.0 };
+        let rows = i0..i0 + c.rows;
+        match a {
+            Operand::F32(a) => avx512::pack_rows(a, rows, k0..k0 + kc, left),
+            Operand::Bf16(a) => avx512::pack_rows(a, rows, k0..k0 + kc, left),
+        }
+        for j in (0..c.cols).step_by(NR) {
+            let cols = NR.min(c.cols - j);
+            let places = j0 + j..j0 + j + cols;
+            match b {
+                Operand::F32(b) => avx512::pack_panel(b, k0..k0 + kc, places, right),
+                Operand::Bf16(b) => avx512::pack_panel(b, k0..k0 + kc, places, right),
+            }
+            let next = j0 + (j + NR).min(c.cols)..j0 + (j + 2 * NR).min(c.cols);
+            let tiles = c.rows.div_ceil(MR);
+            for (t, i) in (0..c.rows).step_by(MR).enumerate() {
+                match b {
+                    Operand::F32(b) => avx512::prefetch_panel(b, k0..k0 + kc, next.clone(), (t, tiles)),
+                    Operand::Bf16(b) => avx512::prefetch_panel(b, k0..k0 + kc, next.clone(), (t, tiles)),
+                }
+                let rows = MR.min(c.rows - i);
+                let tile = c.block_mut(i..i + rows, j..j + cols);
+                avx512::tile(kc.div_ceil(2), &left[i * KC..], right, alpha, beta, tile);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same where the processor has no bf16: the operands are rounded and widened, and multiplied in f32.
+fn widened(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()> {
+    let (a, b) = (Wide::of(a)?, Wide::of(b)?);
+    super::parallel(alpha, a.mat(), b.mat(), beta, c);
+    Ok(())
+}
+
+/// Numbers of bf16 as f32, in the layout that they had.
+struct Wide {
+    data: Buffer,
+    rows: usize,
+    cols: usize,
+    transposed: bool,
+}
+
+impl Wide {
+    fn of(x: Operand) -> Result<Wide> {
+        match x {
+            Operand::F32(x) => Wide::map(x, |v| bf16::from_f32(v).to_f32()),
+            Operand::Bf16(x) => Wide::map(x, bf16::to_f32),
+        }
+    }
+
+    fn map<T: Element>(x: HostMat<T>, f: impl Fn(T) -> f32) -> Result<Wide> {
+        let (transposed, x) = (x.transposed, if x.transposed { x.t() } else { x });
+        let mut data = Buffer::empty(&Device::Cpu, DType::F32, x.rows * x.cols)?;
+        for (i, to) in data.host_mut::<f32>().chunks_mut(x.cols.max(1)).enumerate() {
+            to.iter_mut().zip(x.row(i)).for_each(|(y, &v)| *y = f(v));
+        }
+        Ok(Wide { data, rows: x.rows, cols: x.cols, transposed })
+    }
+
+    fn mat(&self) -> HostMat<'_, f32> {
+        let x = HostMat::from_slice(self.data.host(), self.rows, self.cols);
+        if self.transposed { x.t() } else { x }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// A matrix with a margin on the right that nobody may touch.
+    struct Padded {
+        buf: Buffer,
+        rows: usize,
+        cols: usize,
+    }
+
+    const MARGIN: usize = 3;
+
+    impl Padded {
+        /// Numbers of bf16, kept in either type.
+        fn random(rng: &mut ChaCha8Rng, dtype: DType, rows: usize, cols: usize) -> Padded {
+            let x: Vec<bf16> =
+                (0..rows * (cols + MARGIN)).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0))).collect();
+            let buf = match dtype {
+                DType::Bf16 => Buffer::from_slice(&Device::Cpu, &x),
+                _ => Buffer::from_slice(&Device::Cpu, &x.iter().map(|v| v.to_f32()).collect::<Vec<_>>()),
+            };
+            Padded { buf: buf.unwrap(), rows, cols }
+        }
+
+        fn mat(&self) -> Mat<'_> {
+            Mat::new(&self.buf, 0, self.rows, self.cols + MARGIN).cols_in(0..self.cols)
+        }
+
+        fn at(&self, i: usize, j: usize) -> f64 {
+            let i = i * (self.cols + MARGIN) + j;
+            match self.buf.dtype() {
+                DType::Bf16 => self.buf.host::<bf16>()[i].to_f64(),
+                _ => self.buf.host::<f32>()[i].into(),
+            }
+        }
+    }
+
+    /// One product of numbers that bf16 holds, so that only the sums are rounded, against loops in f64; by `how`.
+    fn check(
+        rng: &mut ChaCha8Rng,
+        (m, k, n): (usize, usize, usize),
+        types: [DType; 2],
+        [ta, tb]: [bool; 2],
+        (alpha, beta): (f64, f64),
+        how: fn(f64, Operand, Operand, f64, HostMut<f32>) -> Result<()>,
+    ) {
+        let (a, b) = (
+            if ta { Padded::random(rng, types[0], k, m) } else { Padded::random(rng, types[0], m, k) },
+            if tb { Padded::random(rng, types[1], n, k) } else { Padded::random(rng, types[1], k, n) },
+        );
+        let mut c = Padded::random(rng, DType::F32, m, n);
+        if beta == 0.0 {
+            c.buf.host_mut::<f32>().fill(f32::NAN);
+        }
+        let was = c.buf.to_vec::<f32>(0..c.buf.len()).unwrap();
+        let to = MatMut::new(&mut c.buf, 0, m, n + MARGIN).cols_in(0..n);
+        let (x, y) = (a.mat().t_if(ta), b.mat().t_if(tb));
+        how(alpha, Operand::of(x).unwrap(), Operand::of(y).unwrap(), beta, to.host()).unwrap();
+        for i in 0..m {
+            for j in 0..n {
+                let of = |x: &Padded, t: bool, i, j| if t { x.at(j, i) } else { x.at(i, j) };
+                let sum: f64 = (0..k).map(|p| of(&a, ta, i, p) * of(&b, tb, p, j)).sum();
+                let want = alpha * sum + if beta == 0.0 { 0.0 } else { beta * f64::from(was[i * (n + MARGIN) + j]) };
+                let got = c.at(i, j);
+                assert!(
+                    (got - want).abs() <= 2e-7 * (k as f64 + 4.0),
+                    "{m}×{k}×{n} {types:?} ta {ta} tb {tb} α {alpha} β {beta} at {i},{j}: {got} {want}"
+                );
+            }
+            for j in n..n + MARGIN {
+                let (got, was) = (c.at(i, j) as f32, was[i * (n + MARGIN) + j]);
+                assert!(got.to_bits() == was.to_bits() || (got.is_nan() && was.is_nan()), "a neighbour was written");
+            }
+        }
+    }
+
+    const SHAPES: [(usize, usize, usize); 10] = [
+        (1, 1, 1),
+        (3, 7, 33),
+        (33, 1, 8),
+        (13, 31, 1),
+        (129, 64, 31),
+        (64, 770, 65),
+        (17, 1000, 130),
+        (250, 385, 40),
+        (0, 3, 2),
+        (3, 0, 2),
+    ];
+
+    #[test]
+    fn equals_plain_loops_in_all_types_transposes_sizes_and_scalars() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let ways: &[fn(f64, Operand, Operand, f64, HostMut<f32>) -> Result<()>] = &[
+            widened,
+            #[cfg(target_arch = "x86_64")]
+            |alpha, a, b, beta, c| {
+                if avx512::available() { blocked(alpha, a, b, beta, c) } else { widened(alpha, a, b, beta, c) }
+            },
+        ];
+        for shape in SHAPES {
+            for types in [[DType::F32, DType::Bf16], [DType::Bf16, DType::F32], [DType::Bf16, DType::Bf16]] {
+                for t in [[false, false], [false, true], [true, false], [true, true]] {
+                    for scalars in [(1.0, 0.0), (0.5, 1.0), (-2.0, 0.25)] {
+                        for &how in ways {
+                            check(&mut rng, shape, types, t, scalars, how);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_f32_operand_is_rounded_to_the_nearest() {
+        // 1 + 2⁻⁸ lies between two numbers of bf16, and goes to the even one; a little more goes up.
+        let x = [1.0 + 2f32.powi(-8), 1.0 + 2f32.powi(-8) + 2f32.powi(-20)];
+        let one = Buffer::from_slice(&Device::Cpu, &[bf16::ONE]).unwrap();
+        let x = Buffer::from_slice(&Device::Cpu, &x).unwrap();
+        let mut y = Buffer::empty(&Device::Cpu, DType::F32, 2).unwrap();
+        let (x, to) = (Mat::new(&x, 0, 2, 1), MatMut::new(&mut y, 0, 2, 1));
+        super::super::gemm(1.0, x, Mat::new(&one, 0, 1, 1), 0.0, to).unwrap();
+        assert_eq!(y.to_vec::<f32>(0..2).unwrap(), [1.0, 1.0 + 2f32.powi(-7)]);
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads_and_however_rows_are_cut() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for (m, k, n) in [(400, 768, 520), (37, 768, 2304), (300, 1030, 96)] {
+            for tb in [false, true] {
+                let a = Padded::random(&mut rng, DType::F32, m, k);
+                let b = match tb {
+                    true => Padded::random(&mut rng, DType::Bf16, n, k),
+                    false => Padded::random(&mut rng, DType::Bf16, k, n),
+                };
+                let run = |threads: usize, rows: usize| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let mut c = Buffer::empty(&Device::Cpu, DType::F32, m * n).unwrap();
+                    for first in (0..m).step_by(rows) {
+                        let end = (first + rows).min(m);
+                        let to = MatMut::new(&mut c, first * n, end - first, n);
+                        let part = a.mat().rows_in(first..end);
+                        pool.install(|| super::super::gemm(1.0, part, b.mat().t_if(tb), 0.0, to)).unwrap();
+                    }
+                    c.to_vec::<f32>(0..m * n).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+                };
+                let one = run(1, m);
+                for (threads, rows) in [(2, m), (3, m), (5, m), (2, 29)] {
+                    assert!(one == run(threads, rows), "{m}×{k}×{n}, transposed {tb}: {threads} threads, {rows} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_types_are_refused() {
+        let half = Buffer::zeros(&Device::Cpu, DType::F16, 4).unwrap();
+        let (full, mut c) =
+            (Buffer::zeros(&Device::Cpu, DType::F32, 4).unwrap(), Buffer::zeros(&Device::Cpu, DType::F32, 4).unwrap());
+        let e = super::super::gemm(
+            1.0,
+            Mat::new(&full, 0, 2, 2),
+            Mat::new(&half, 0, 2, 2),
+            0.0,
+            MatMut::new(&mut c, 0, 2, 2),
+        );
+        assert!(matches!(e, Err(Error::DType { dtype: DType::F16, .. })), "{e:?}");
+    }
+}
