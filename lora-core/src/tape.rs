@@ -60,6 +60,8 @@ pub struct Noise {
     pub row_offset: u32,
     /// Sequences of the step that earlier micro-batches held.
     pub sequence_offset: u32,
+    /// Targets of the step that earlier micro-batches held.
+    pub target_offset: u32,
 }
 
 type Back = Box<dyn FnOnce(Tensor, &mut Backward) -> Result<()>>;
@@ -129,10 +131,15 @@ impl Tape {
         self.counting_rows_from(|_| 0, f)
     }
 
-    /// Runs `f` on one row for each sequence, as the heads of classifiers see them: its dropout masks count sequences over
-    /// the whole step, where those of tokens count rows.
-    pub fn on_sequence_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
-        self.counting_rows_from(|noise| noise.sequence_offset, f)
+    /// Runs `f` on one row for each target, as heads see them: its dropout masks count targets over the whole step, where
+    /// those of tokens count rows.
+    pub fn on_target_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
+        self.counting_rows_from(|noise| noise.target_offset, f)
+    }
+
+    /// As [`Tape::on_target_rows`], for what follows up to the end of the function that [`Tape::on_rows_with`] runs.
+    pub fn go_on_with_target_rows(&mut self) {
+        self.noise = self.noise.map(|noise| Noise { row_offset: noise.target_offset, ..noise });
     }
 
     /// Runs `f` on rows among which every sequence has so many virtual ones: its dropout masks count those too, so that

@@ -248,29 +248,29 @@ fn a_constant_is_unfolded_without_a_trace() {
 }
 
 /// Tables are the same in all micro-batches, and so is what is dropped of them; tokens are not. What there is one of for
-/// each sequence moves with the sequences.
+/// each target moves with the targets.
 #[test]
 fn masks_of_common_rows_do_not_move_with_the_batch() {
     let params = Params::none(&Device::Cpu).unwrap();
     let x = tensor(DType::F32, &[6, 40], &random(1, 240, 1.0));
-    let dropped = |row_offset, sequence_offset| {
-        let mut t = Tape::new(&params).with_noise(Noise { row_offset, sequence_offset, ..NOISE });
+    let dropped = |row_offset, target_offset| {
+        let mut t = Tape::new(&params).with_noise(Noise { row_offset, target_offset, ..NOISE });
         let common = t.on_common_rows(|t| {
             let x = t.constant(&x);
             ops::dropout(t, x, 0.5).unwrap()
         });
         let own = t.constant(&x);
         let own = ops::dropout(&mut t, own, 0.5).unwrap();
-        let sequences = t.on_sequence_rows(|t| {
+        let targets = t.on_target_rows(|t| {
             let x = t.constant(&x);
             ops::dropout(t, x, 0.5).unwrap()
         });
-        [common, own, sequences].map(|y| y.value().to_f64().unwrap())
+        [common, own, targets].map(|y| y.value().to_f64().unwrap())
     };
-    let ([common, own, sequences], [common_later, own_later, sequences_later]) = (dropped(0, 0), dropped(17, 2));
+    let ([common, own, targets], [common_later, own_later, targets_later]) = (dropped(0, 0), dropped(17, 2));
     assert_eq!(common, common_later);
     assert_ne!(own, own_later);
     let mask = |y: &[f64]| y.iter().map(|v| *v == 0.0).collect::<Vec<_>>();
-    assert_eq!(mask(&sequences[2 * 40..]), mask(&sequences_later[..4 * 40]), "sequence 2 there is the first here");
+    assert_eq!(mask(&targets[2 * 40..]), mask(&targets_later[..4 * 40]), "target 2 there is the first here");
     assert_ne!(common, own, "each dropout has a mask of its own");
 }

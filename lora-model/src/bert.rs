@@ -111,8 +111,11 @@ impl Encoder {
             let q = l.query.apply(t, adapted, &h)?;
             let (k, v) = (l.key.apply(t, adapted, &h)?, l.value.apply(t, adapted, &h)?);
             let cfg = attention(c, t);
-            let heads = input.attend(t, adapted, i, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?;
+            let mut heads = input.attend(t, adapted, i, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?;
             drop((q, k, v));
+            if i + 1 == self.layers.len() {
+                [heads, h] = input.wanted(t, [heads, h])?;
+            }
             let y = l.attention_dense.apply(t, adapted, &heads)?;
             drop(heads);
             let y = ops::dropout(t, y, c.hidden_dropout_prob)?;

@@ -285,10 +285,14 @@ impl Encoder {
         for (i, layer) in self.layers.iter().enumerate() {
             let conv = self.conv.as_ref().filter(|_| i == 0);
             let before = conv.map(|_| h.share());
-            let heads = match (relative, &table) {
+            let mut heads = match (relative, &table) {
                 (Some(relative), Some(table)) => layer.relative(c, t, adapted, input, &h, relative, table)?,
                 _ => layer.plain(c, t, adapted, input, &h, i)?,
             };
+            let last = i + 1 == self.layers.len();
+            if last {
+                [heads, h] = input.wanted(t, [heads, h])?;
+            }
             let y = layer.attention_output.apply(t, adapted, &heads)?;
             drop(heads);
             let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
@@ -300,7 +304,11 @@ impl Encoder {
             let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
             h = layer.mlp.join(t, adapted, h, y, Some(&|t, x| layer.output_norm.apply(t, adapted, x)))?;
             if let (Some(conv), Some(x)) = (conv, before) {
-                h = conv.beside(c, t, adapted, input, &x, h)?;
+                let mut y = conv.apply(t, adapted, input, &x)?;
+                if last {
+                    [y] = input.wanted(t, [y])?;
+                }
+                h = conv.beside(c, t, adapted, h, y)?;
             }
         }
         Ok(h)
@@ -378,18 +386,14 @@ impl Layer {
 }
 
 impl Conv {
-    /// The stream after the first layer, where it was h, with the convolution of the embeddings x beside it.
-    fn beside(
-        &self,
-        c: &DebertaV2Config,
-        t: &mut Tape,
-        adapted: &Adapted,
-        input: &Input,
-        x: &Var,
-        h: Var,
-    ) -> lora_core::Result<Var> {
+    /// The convolution of the embeddings x.
+    fn apply(&self, t: &mut Tape, adapted: &Adapted, input: &Input, x: &Var) -> lora_core::Result<Var> {
         let (w, bias) = (self.weight.var(t, adapted)?, self.bias.var(t, adapted)?);
-        let y = ops::convolution(t, input.sequences(), x, &w, Some(&bias))?;
+        ops::convolution(t, input.sequences(), x, &w, Some(&bias))
+    }
+
+    /// The stream after the first layer, where it was h, with the convolution y beside it.
+    fn beside(&self, c: &DebertaV2Config, t: &mut Tape, adapted: &Adapted, h: Var, y: Var) -> lora_core::Result<Var> {
         let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
         let y = ops::activation(t, c.conv_act, &y)?;
         let y = ops::add(t, h, y)?;

@@ -234,8 +234,11 @@ impl Model for Gpt2 {
             let qkv = b.c_attn.apply(t, adapted, &x)?;
             drop(x);
             let cfg = self.attention(t, i);
-            let heads = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
+            let mut heads = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
             drop(qkv);
+            if i + 1 == w.blocks.len() {
+                [heads, h] = input.wanted(t, [heads, h])?;
+            }
             let y = b.attn_c_proj.apply(t, adapted, &heads)?;
             drop(heads);
             let y = ops::dropout(t, y, self.config.resid_pdrop)?;

@@ -35,13 +35,7 @@ impl EncoderHead {
     /// What the matrix is applied to, of the hidden states x; dropout in training at the given rates before `dense` and
     /// before the matrix.
     pub(crate) fn features(&self, t: &mut Tape, adapted: &Adapted, x: Var, dropout: [f64; 2]) -> Result<Var> {
-        match self.task {
-            Task::MaskedLm => self.transformed(t, adapted, x, dropout),
-            _ => t.on_sequence_rows(|t| self.transformed(t, adapted, x, dropout)),
-        }
-    }
-
-    fn transformed(&self, t: &mut Tape, adapted: &Adapted, x: Var, [before, after]: [f64; 2]) -> Result<Var> {
+        let [before, after] = dropout;
         let x = ops::dropout(t, x, before)?;
         let x = self.dense.apply(t, adapted, &x)?;
         let mut x = ops::activation(t, self.activation, &x)?;

@@ -9,6 +9,8 @@ pub struct Input<'a> {
     positions: Tensor,
     segments: Option<Tensor>,
     virtual_rows: Option<VirtualInputs>,
+    /// The rows that are looked at in the end, when not all are.
+    wanted: Option<Tensor>,
     context: Context<'a>,
     /// Keys and values of virtual rows, once something has asked for them.
     prefix: Option<Var>,
@@ -29,15 +31,24 @@ impl<'a> Input<'a> {
             positions: batch.positions.clone(),
             segments: batch.segments.clone(),
             virtual_rows: batch.virtual_rows.clone(),
+            wanted: None,
             context: Context::Whole(&batch.sequences),
             prefix: None,
         }
     }
 
-    /// The tokens that a cache was extended by.
+    /// With these rows alone looked at in the end, in this order: ids of rows, `[wanted]`.
+    pub fn only(self, rows: &Tensor) -> Input<'a> {
+        Input { wanted: Some(rows.clone()), ..self }
+    }
+
+    /// The tokens that a cache was extended by, of which the last ones of each sequence are looked at.
     pub(crate) fn cached(cache: &'a mut KvCache) -> Input<'a> {
         let inputs = cache.inputs.clone();
+        // A single new row of each sequence is its last.
+        let all = inputs.last.len() == inputs.positions.len();
         Input {
+            wanted: (!all).then_some(inputs.last),
             tokens: inputs.tokens,
             positions: inputs.positions,
             segments: None,
@@ -54,6 +65,19 @@ impl<'a> Input<'a> {
         let Some(rows) = adapted.token_embeddings(t)? else { return Ok(x) };
         let x = ops::concat_rows(t, &x, &rows)?;
         ops::gather(t, &x, sources)
+    }
+
+    /// Of values of all rows those of the rows that are looked at in the end. After attention of its last layer nothing
+    /// that a model computes goes from row to row, so there it asks for these rows of all that it goes on with, and
+    /// computes no other.
+    pub fn wanted<const N: usize>(&self, t: &mut Tape, x: [Var; N]) -> Result<[Var; N]> {
+        let Some(rows) = &self.wanted else { return Ok(x) };
+        t.go_on_with_target_rows();
+        let mut wanted = x;
+        for x in &mut wanted {
+            *x = ops::gather(t, x, rows)?;
+        }
+        Ok(wanted)
     }
 
     /// The position of each row.

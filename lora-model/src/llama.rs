@@ -242,7 +242,10 @@ impl Model for Llama {
         let mut h = input.embed(t, adapted, &table)?;
         for (i, b) in w.blocks.iter().enumerate() {
             let x = b.input_layernorm.apply(t, adapted, &h)?;
-            let heads = self.attend(t, adapted, i, x, input)?;
+            let mut heads = self.attend(t, adapted, i, x, input)?;
+            if i + 1 == w.blocks.len() {
+                [heads, h] = input.wanted(t, [heads, h])?;
+            }
             let y = b.o_proj.apply(t, adapted, &heads)?;
             drop(heads);
             h = b.self_attn.join(t, adapted, h, y, None)?;

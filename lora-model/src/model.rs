@@ -79,7 +79,8 @@ pub trait Model: Base + Send + Sync {
     /// The head.
     fn head(&self) -> Head<'_>;
 
-    /// The final hidden states, [rows, d].
+    /// The final hidden states, [rows, d]: of all rows, or of those that are looked at ([`Input::only`]), which are then the
+    /// only ones that the last layer computes after its attention ([`Input::wanted`]).
     fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var>;
 
     /// What the head's matrix is applied to, of the hidden states x of the rows that it looks at: x itself, or what an
@@ -124,11 +125,9 @@ pub trait Model: Base + Send + Sync {
     /// `scale` times the summed loss of the batch's targets: cross-entropy ([`ops::loss_head`]), or of a regression the
     /// squared error ([`ops::squared_error`]), which label smoothing leaves alone.
     fn loss(&self, t: &mut Tape, adapted: &Adapted, batch: &Batch, smoothing: f64, scale: f64) -> Result<Var> {
-        let h =
-            t.on_rows_with(adapted.stream_tokens().count(), |t| self.hidden(t, adapted, &mut Input::whole(batch)))?;
-        let x = ops::gather(t, &h, &batch.target_rows)?;
-        drop(h);
-        let x = self.features(t, adapted, x)?;
+        let mut input = Input::whole(batch).only(&batch.target_rows);
+        let x = t.on_rows_with(adapted.stream_tokens().count(), |t| self.hidden(t, adapted, &mut input))?;
+        let x = t.on_target_rows(|t| self.features(t, adapted, x))?;
         let (w, b) = self.head().vars(t, adapted)?;
         Ok(match self.task() {
             Task::Regression => {
@@ -143,12 +142,13 @@ pub trait Model: Base + Send + Sync {
     /// labels]: for inspection and evaluation; training and generation never hold those of all tokens.
     fn logits(&self, adapted: &Adapted, batch: &Batch) -> Result<Tensor> {
         let mut t = Tape::inference(&adapted.params);
-        let mut x = self.hidden(&mut t, adapted, &mut Input::whole(batch))?;
-        match (self.task(), &batch.virtual_rows) {
-            (Task::Classification { .. } | Task::Regression, _) => x = ops::gather(&mut t, &x, &batch.target_rows)?,
-            (_, Some(VirtualInputs { place: Place::Stream(_), own, .. })) => x = ops::gather(&mut t, &x, own)?,
-            _ => {}
-        }
+        let all = Input::whole(batch);
+        let mut input = match (self.task(), &batch.virtual_rows) {
+            (Task::Classification { .. } | Task::Regression, _) => all.only(&batch.target_rows),
+            (_, Some(VirtualInputs { place: Place::Stream(_), own, .. })) => all.only(own),
+            _ => all,
+        };
+        let x = self.hidden(&mut t, adapted, &mut input)?;
         let x = self.features(&mut t, adapted, x)?;
         self.head().logits(&t, adapted, x.value())
     }
@@ -184,9 +184,7 @@ pub trait Model: Base + Send + Sync {
         cache.extend(limits, place, tokens, new)?;
         let pass = |cache: &mut KvCache| {
             let mut t = Tape::inference(&adapted.params);
-            let last = cache.inputs.last.clone();
-            let h = self.hidden(&mut t, adapted, &mut Input::cached(cache))?;
-            let x = ops::gather(&mut t, &h, &last)?;
+            let x = self.hidden(&mut t, adapted, &mut Input::cached(cache))?;
             let x = self.features(&mut t, adapted, x)?;
             self.head().logits(&t, adapted, x.value())
         };

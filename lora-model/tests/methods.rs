@@ -195,7 +195,13 @@ fn gradients_are_those_of_finite_differences() {
         let batch = base.batch(&adapted);
         let worst = gradcheck_some(&adapted.params, 3, |t| {
             let idle = Tape::inference(&Params::none(&CPU)?);
-            *t = std::mem::replace(t, idle).with_noise(Noise { seed: 5, step: 3, row_offset: 0, sequence_offset: 0 });
+            *t = std::mem::replace(t, idle).with_noise(Noise {
+                seed: 5,
+                step: 3,
+                row_offset: 0,
+                sequence_offset: 0,
+                target_offset: 0,
+            });
             Ok(base.model.loss(t, &adapted, &batch, 0.1, 0.25).unwrap())
         })
         .unwrap();
@@ -323,7 +329,7 @@ fn cached_logits_are_those_of_the_whole_text() {
 /// On a GPU every method gives the logits and the gradients that it gives on the CPU, dropout included.
 #[test]
 fn devices_agree() {
-    let noise = Noise { seed: 5, step: 3, row_offset: 7, sequence_offset: 2 };
+    let noise = Noise { seed: 5, step: 3, row_offset: 7, sequence_offset: 2, target_offset: 3 };
     for device in gpus() {
         for case in ["gpt2", "qwen3", "bert_classification"] {
             let dir = &golden()[case];

@@ -142,6 +142,7 @@ impl<'a> Trainer<'a> {
                 step: step as u32,
                 row_offset: b.row_offset as u32,
                 sequence_offset: b.sequence_offset as u32,
+                target_offset: b.target_offset as u32,
             };
             let mut passes = std::mem::take(&mut self.passes);
             let done = passes.run(

@@ -272,7 +272,7 @@ fn conversations_are_learned_turn_by_turn() {
     // What is predicted is what the assistant says, each token by the one before it.
     let data = data::encode(&file, &BYTES, 99).unwrap();
     assert_eq!(data.targets(), 5 + 3 + 2);
-    let batch = Batch::new(&data.sequences, 0, 0);
+    let batch = Batch::new(&data.sequences, None);
     let (rows, ids) = tokens_of(&batch);
     assert_eq!(ids, tokens("bc#e# c#x#"));
     let before: Vec<u32> = rows.iter().map(|&r| batch.tokens[r as usize]).collect();
@@ -435,14 +435,16 @@ fn threads_change_nothing() {
 fn a_batch_is_one_flat_run() {
     let sequences =
         [Sequence::after(vec![1, 2, 3, 4], 2), Sequence::after(vec![5, 6], 1), Sequence::after(vec![7, 8, 9], 2)];
-    let batch = Batch::new(&sequences, 10, 2);
+    let before = Batch { row_offset: 4, sequence_offset: 1, target_offset: 3, ..Batch::new(&sequences[..2], None) };
+    let batch = Batch::new(&sequences, Some(&before));
     let expected = Batch {
         tokens: vec![1, 2, 3, 5, 7, 8],
         segments: vec![0; 6],
         lengths: vec![3, 1, 2],
         targets: Targets::Tokens { rows: vec![1, 2, 3, 5], ids: vec![3, 4, 6, 9] },
-        row_offset: 10,
-        sequence_offset: 2,
+        row_offset: 8,
+        sequence_offset: 3,
+        target_offset: 6,
     };
     assert_eq!(batch, expected);
     assert_eq!((batch.rows(), batch.targets(), batch.sequence_tokens()), (6, 4, 9));
@@ -453,7 +455,7 @@ fn a_batch_is_one_flat_run() {
         second_from,
         goal: Goal::Label(label),
     });
-    let batch = Batch::new(&labelled, 10, 2);
+    let batch = Batch::new(&labelled, Some(&before));
     let expected = Batch {
         tokens: vec![1, 2, 3, 4, 5, 6],
         segments: vec![0, 0, 1, 1, 0, 0],
@@ -466,7 +468,7 @@ fn a_batch_is_one_flat_run() {
     assert_eq!(Dataset::new(labelled.to_vec()).targets(), 2);
     let data = Dataset::new(sequences.to_vec());
     let batches: Vec<Batch> = data.batches(2).collect();
-    assert_eq!(batches, [Batch::new(&sequences[..2], 0, 0), Batch::new(&sequences[2..], 0, 0)]);
+    assert_eq!(batches, [Batch::new(&sequences[..2], None), Batch::new(&sequences[2..], None)]);
 }
 
 fn targets_from(sequence: &Sequence) -> usize {
@@ -555,6 +557,8 @@ fn splitting_a_step_changes_no_target() {
                 // Each target follows its row's token in the numbered data.
                 let before = many.iter().scan(0, |at, b| Some(std::mem::replace(at, *at + b.lengths.len())));
                 assert!(many.iter().map(|b| b.sequence_offset).eq(before));
+                let before = many.iter().scan(0, |at, b| Some(std::mem::replace(at, *at + b.targets())));
+                assert!(many.iter().map(|b| b.target_offset).eq(before));
                 for batch in &many {
                     let (rows, ids) = tokens_of(batch);
                     for (&row, &id) in rows.iter().zip(ids) {

@@ -28,6 +28,8 @@ pub struct Batch {
     /// Sequences of the same optimiser step in the micro-batches before this one: the place of what is drawn for a whole
     /// sequence.
     pub sequence_offset: usize,
+    /// Targets of the same optimiser step in the micro-batches before this one: the place of what is drawn for a target.
+    pub target_offset: usize,
 }
 
 /// What a batch is to teach.
@@ -82,16 +84,17 @@ impl Batch {
         Texts::new(&self.tokens, &self.lengths).segments(&self.segments).targets(targets)
     }
 
-    /// Lays sequences end to end, after `row_offset` rows and `sequence_offset` sequences of the same step.
+    /// Lays sequences end to end, after the micro-batch of the same step that comes before them.
     ///
     /// # Panics
     /// When some sequences have labels and others do not.
-    pub fn new<'a>(
-        sequences: impl IntoIterator<Item = &'a Sequence>,
-        row_offset: usize,
-        sequence_offset: usize,
-    ) -> Batch {
-        let mut batch = Batch { row_offset, sequence_offset, ..Batch::default() };
+    pub fn new<'a>(sequences: impl IntoIterator<Item = &'a Sequence>, before: Option<&Batch>) -> Batch {
+        let mut batch = before.map_or_else(Batch::default, |b| Batch {
+            row_offset: b.row_offset + b.rows(),
+            sequence_offset: b.sequence_offset + b.lengths.len(),
+            target_offset: b.target_offset + b.targets(),
+            ..Batch::default()
+        });
         for (i, sequence) in sequences.into_iter().enumerate() {
             let Sequence { tokens, second_from, goal } = sequence;
             if i == 0 {
@@ -137,6 +140,6 @@ impl Batch {
 impl Dataset {
     /// The data in its own order, `batch_size` sequences at a time (at least 1), each batch for itself: for evaluation.
     pub fn batches(&self, batch_size: usize) -> impl Iterator<Item = Batch> {
-        self.sequences.chunks(batch_size.max(1)).map(|sequences| Batch::new(sequences, 0, 0))
+        self.sequences.chunks(batch_size.max(1)).map(|sequences| Batch::new(sequences, None))
     }
 }

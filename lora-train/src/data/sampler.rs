@@ -76,16 +76,12 @@ impl Sampler {
     /// If `data` has fewer sequences than the sampler was made for.
     pub fn batches(&mut self, step: u64, data: &Dataset) -> Vec<Batch> {
         let part = self.part;
-        let (mut row_offset, mut sequence_offset) = (0, 0);
-        let micro = self.indices(step).chunks(part);
-        micro
-            .map(|indices| {
-                let batch = Batch::new(indices.iter().map(|&i| &data.sequences[i]), row_offset, sequence_offset);
-                row_offset += batch.rows();
-                sequence_offset += batch.lengths.len();
-                batch
-            })
-            .collect()
+        let mut batches: Vec<Batch> = Vec::new();
+        for indices in self.indices(step).chunks(part) {
+            let batch = Batch::new(indices.iter().map(|&i| &data.sequences[i]), batches.last());
+            batches.push(batch);
+        }
+        batches
     }
 }
 

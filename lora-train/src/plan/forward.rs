@@ -65,11 +65,18 @@ impl Pass<'_> {
         self.sequences * (self.tokens + self.adapted.virtual_tokens()[0] as u128)
     }
 
+    /// Rows that are looked at in the end.
+    fn targets(&self) -> u128 {
+        if self.task == Task::CausalLm { self.sequences * self.tokens } else { self.sequences }
+    }
+
+    /// What goes on after attention of the last layer.
+    fn wanted<const N: usize>(&self, t: &mut Tape, x: [Var; N]) -> [Var; N] {
+        x.map(|x| ops::gather(t, &x, self.targets()))
+    }
+
     fn loss(&mut self, t: &mut Tape, config: &Config) -> Var {
-        let h = self.hidden(t, config);
-        let targets = if self.task == Task::CausalLm { self.sequences * self.tokens } else { self.sequences };
-        let x = ops::gather(t, &h, targets);
-        drop(h);
+        let x = self.hidden(t, config);
         let (x, module, classes) = match config {
             Config::Gpt2(c) => (x, if c.tie_word_embeddings { "transformer.wte" } else { "lm_head" }, c.vocab_size),
             Config::Llama(c) => (x, if c.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" }, c.vocab_size),
@@ -187,8 +194,11 @@ impl Pass<'_> {
             let x = self.layer_norm(t, &module("ln_1"), &h);
             let qkv = a.project(t, &module("attn.c_attn"), &x);
             drop(x);
-            let y = self.attend(t, c.n_layer, heads, Qkv::Fused(&qkv));
+            let mut y = self.attend(t, c.n_layer, heads, Qkv::Fused(&qkv));
             drop(qkv);
+            if i + 1 == c.n_layer {
+                [y, h] = self.wanted(t, [y, h]);
+            }
             let f = a.project(t, &module("attn.c_proj"), &y);
             drop(y);
             let f = ops::dropout(t, f, self.rate(c.resid_pdrop));
@@ -225,8 +235,11 @@ impl Pass<'_> {
             }
             q = ops::rope(t, &q);
             k = ops::rope(t, &k);
-            let y = self.attend(t, c.num_hidden_layers, cfg, Qkv::Separate([&q, &k, &v]));
+            let mut y = self.attend(t, c.num_hidden_layers, cfg, Qkv::Separate([&q, &k, &v]));
             drop((q, k, v));
+            if i + 1 == c.num_hidden_layers {
+                [y, h] = self.wanted(t, [y, h]);
+            }
             let f = a.project(t, &module("self_attn.o_proj"), &y);
             drop(y);
             h = a.join(t, &module("self_attn"), h, f, None);
@@ -258,8 +271,11 @@ impl Pass<'_> {
             let module = |name: &str| format!("{root}.encoder.layer.{i}.{name}");
             let [q, k, v] =
                 ["query", "key", "value"].map(|m| a.project(t, &module(&format!("attention.self.{m}")), &h));
-            let y = self.attend(t, c.num_hidden_layers, cfg, Qkv::Separate([&q, &k, &v]));
+            let mut y = self.attend(t, c.num_hidden_layers, cfg, Qkv::Separate([&q, &k, &v]));
             drop((q, k, v));
+            if i + 1 == c.num_hidden_layers {
+                [y, h] = self.wanted(t, [y, h]);
+            }
             h = self.post_norm(t, &module(""), h, y, self.rate(c.hidden_dropout_prob));
         }
         h
@@ -309,7 +325,7 @@ impl Pass<'_> {
             let [q, k, v] =
                 ["query", "key", "value"].map(|m| a.project(t, &module(&format!("attention.self.{m}_proj")), &h));
             let qkv = Qkv::Separate([&q, &k, &v]);
-            let y = match &relative {
+            let mut y = match &relative {
                 None => self.attend(t, c.num_hidden_layers, cfg, qkv),
                 Some(table) => {
                     let table = ops::dropout(t, table.share(), p);
@@ -322,10 +338,17 @@ impl Pass<'_> {
                 }
             };
             drop((q, k, v));
+            let last = i + 1 == c.num_hidden_layers;
+            if last {
+                [y, h] = self.wanted(t, [y, h]);
+            }
             h = self.post_norm(t, &module(""), h, y, p);
             if let Some((width, x)) = before {
                 let map = a.map("deberta.encoder.conv.conv", d);
-                let y = ops::convolution(t, &x, width as u128, map);
+                let mut y = ops::convolution(t, &x, width as u128, map);
+                if last {
+                    [y] = self.wanted(t, [y]);
+                }
                 let y = ops::dropout(t, y, p);
                 let y = ops::activation(t, &y);
                 let y = ops::add(t, h, y);
