@@ -6,6 +6,7 @@ mod cublaslt;
 pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod engines;
+mod few;
 #[cfg(feature = "cuda")]
 pub(crate) mod plan;
 #[cfg(feature = "cuda")]
@@ -14,7 +15,7 @@ pub(crate) mod wgmma;
 use gemm::Parallelism;
 
 use crate::{
-    Activation, Buffer, Mat, MatMut, Result, activation, add_bias, axpby,
+    Activation, Buffer, DType, Mat, MatMut, Result, activation, add_bias, axpby,
     mat::{HostMat, HostMut},
     real::{Real, dispatch},
 };
@@ -165,6 +166,9 @@ fn check_types(a: Mat, b: Mat, c: &MatMut) {
 }
 
 fn product(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
+    if a.dtype() == DType::F32 && few::fits(a.rows(), a.cols(), b.cols()) {
+        return few::product(alpha, a.host(), b.host::<f32>(), beta, c.host());
+    }
     dispatch!("gemm", a.dtype(), T => {
         let threads = rayon::current_num_threads();
         // Below about a microsecond of work per thread, waking the others costs more than it gives.
