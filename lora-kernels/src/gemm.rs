@@ -7,6 +7,7 @@ mod cublaslt;
 pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod engines;
+mod few;
 #[cfg(feature = "cuda")]
 pub(crate) mod plan;
 #[cfg(feature = "cuda")]
@@ -15,7 +16,7 @@ pub(crate) mod wgmma;
 use gemm::Parallelism;
 
 use crate::{
-    Activation, Buffer, Mat, MatMut, Result, activation, add_bias, axpby,
+    Activation, Buffer, DType, Mat, MatMut, Result, activation, add_bias, axpby,
     mat::{HostMat, HostMut},
     real::{Real, dispatch},
 };
@@ -169,6 +170,13 @@ fn check_types(a: Mat, b: Mat, c: &MatMut) {
 }
 
 fn product(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
+    if (a.dtype(), c.dtype()) == (DType::F32, DType::F32) && few::fits(a.rows(), a.cols(), b.cols()) {
+        match b.dtype() {
+            DType::F32 => return few::product(alpha, a.host(), b.host::<f32>(), beta, c.host()),
+            DType::Bf16 => return few::product(alpha, a.host(), b.host::<half::bf16>(), beta, c.host()),
+            _ => {}
+        }
+    }
     if [a.dtype(), b.dtype()].iter().any(|t| t.size() == 2) {
         return bf16::product(alpha, bf16::Operand::of(a)?, bf16::Operand::of(b)?, beta, c);
     }

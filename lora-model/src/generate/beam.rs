@@ -1,3 +1,5 @@
+use lora_kernels::log_softmax;
+
 use super::{Decoder, Generated, GenerationConfig, Request, scores};
 use crate::Result;
 
@@ -16,12 +18,13 @@ pub(super) fn run(
     let mut done: Vec<Option<Generated>> = vec![None; live.len()];
     let mut logits = decoder.prompts(requests)?;
     loop {
+        log_softmax(&mut logits, decoder.vocab_size());
         let (mut rows, mut first) = (logits.chunks_exact_mut(decoder.vocab_size()), 0);
         let (mut going_on, mut parents) = (Vec::with_capacity(live.len()), Vec::new());
         for mut search in live {
             let beams = search.running.len();
-            let logits: Vec<&mut [f32]> = rows.by_ref().take(beams).collect();
-            let next = search.advance(config, logits);
+            let log_p: Vec<&mut [f32]> = rows.by_ref().take(beams).collect();
+            let next = search.advance(config, log_p);
             if search.over(config) {
                 let best = search.finished.swap_remove(0);
                 best.tokens.iter().for_each(|&token| on_token(search.index, token));
@@ -71,19 +74,18 @@ impl Search {
         Search { index, start: prompt.len(), limit, length: 0, running, finished: Vec::new() }
     }
 
-    /// One step, given the logits after each running beam. Returns which beam each of the new ones continues.
-    fn advance(&mut self, config: &GenerationConfig, mut logits: Vec<&mut [f32]>) -> Vec<usize> {
-        for (beam, logits) in self.running.iter().zip(&mut logits) {
-            scores::log_softmax(logits);
-            scores::process(config, &beam.tokens, logits);
+    /// One step, given the log-probabilities after each running beam. Returns which beam each of the new ones continues.
+    fn advance(&mut self, config: &GenerationConfig, mut log_p: Vec<&mut [f32]>) -> Vec<usize> {
+        for (beam, log_p) in self.running.iter().zip(&mut log_p) {
+            scores::process(config, &beam.tokens, log_p);
         }
-        let beams = self.running.iter().zip(&logits).enumerate();
-        let candidates = beams.flat_map(|(b, (beam, log_p))| {
-            log_p.iter().zip(0u32..).map(move |(&log_p, token)| (beam.sum + f64::from(log_p), (b, token)))
-        });
         // Even if every beam has all end tokens among its best, `num_beams` candidates go on.
         let enough = config.num_beams * (1 + config.eos_token_id.len()).max(2);
-        let candidates = scores::largest(enough, candidates);
+        let mut candidates = scores::Largest::new(enough);
+        for (b, (beam, log_p)) in self.running.iter().zip(&log_p).enumerate() {
+            candidates.offer_row(log_p, |log_p| beam.sum + f64::from(log_p), |token| (b, token));
+        }
+        let candidates = candidates.sorted();
 
         self.length += 1;
         let (mut running, mut parents) = (Vec::new(), Vec::new());

@@ -8,6 +8,7 @@ mod sample;
 mod scores;
 
 use lora_core::peft::Adapted;
+use lora_kernels::on_pool;
 
 use crate::{Error, KvCache, Model, Result, Task};
 
@@ -149,11 +150,13 @@ impl<'a> Decoder<'a> {
     }
 
     fn step(&mut self, tokens: &[u32], new: &[usize]) -> Result<Vec<f32>> {
-        let logits = self.model.step(self.adapted, &mut self.cache, tokens, new)?.to_vec::<f32>()?;
-        if !logits.iter().all(|z| z.is_finite()) {
-            return Err(Error::NotFinite);
+        let Decoder { model, adapted, cache } = self;
+        let mut step = || Ok::<_, Error>(model.step(adapted, cache, tokens, new)?.to_vec::<f32>()?);
+        let logits = if model.device().is_cpu() { on_pool(step)? } else { step()? };
+        match scores::all_finite(&logits) {
+            true => Ok(logits),
+            false => Err(Error::NotFinite),
         }
-        Ok(logits)
     }
 
     fn vocab_size(&self) -> usize {

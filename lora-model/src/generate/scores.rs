@@ -45,10 +45,11 @@ pub fn distribution(config: &GenerationConfig, history: &[u32], mut logits: Vec<
 pub(super) fn warp(config: &GenerationConfig, scores: &[f32]) -> Vec<(u32, f64)> {
     let mut floor = f64::NEG_INFINITY;
     if (1..scores.len()).contains(&config.top_k) {
-        let top = largest(config.top_k, scores.iter().map(|&z| (f64::from(z), ())));
-        floor = top[config.top_k - 1].0;
+        let mut top = Largest::new(config.top_k);
+        top.offer_row(scores, f64::from, |_| ());
+        floor = top.sorted()[config.top_k - 1].0;
     }
-    let max = f64::from(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let max = f64::from(max(scores));
     let kept = scores.iter().zip(0u32..).map(|(&z, token)| (token, f64::from(z)));
     let kept = kept.filter(|&(_, z)| z >= floor && z != f64::NEG_INFINITY);
     let mut kept: Vec<(u32, f64)> = kept.map(|(token, z)| (token, ((z - max) / config.temperature).exp())).collect();
@@ -83,47 +84,79 @@ fn normalize(kept: &mut [(u32, f64)]) {
     }
 }
 
+/// Whether there is neither NaN nor infinity.
+pub(super) fn all_finite(scores: &[f32]) -> bool {
+    // Without a way out in between, so that it becomes vector code.
+    let exponent = f32::INFINITY.to_bits();
+    !scores.iter().fold(false, |bad, z| bad | (z.to_bits() & exponent == exponent))
+}
+
 /// The first of the largest, as torch.argmax.
 pub(super) fn argmax(scores: &[f32]) -> u32 {
-    let (mut best, mut max) = (0, f32::NEG_INFINITY);
-    for (token, &z) in (0..).zip(scores) {
-        if z > max {
-            (best, max) = (token, z);
-        }
-    }
-    best
+    let max = max(scores);
+    scores.iter().zip(0..).find(|&(&z, _)| z == max).map_or(0, |(_, token)| token)
 }
 
-/// zᵢ − log Σⱼ exp zⱼ, in place; the sum in f64.
-pub(super) fn log_softmax(z: &mut [f32]) {
-    let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = z.iter().map(|&z| f64::from((z - max).exp())).sum();
-    let log_sum = f64::from(max) + sum.ln();
-    for z in z {
-        *z = (f64::from(*z) - log_sum) as f32;
+/// −∞ of none; in lanes, which one maximum after the other would not be.
+fn max(scores: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = scores.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(a, &z)| *a = larger(*a, z));
     }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }
 
-/// The k largest, in descending order, equal ones by their labels; all when there are fewer. Takes one comparison for
-/// nearly every item: it keeps at most 2k, and halves them by selection whenever they are so many.
-pub(super) fn largest<T: Ord + Copy>(k: usize, items: impl Iterator<Item = (f64, T)>) -> Vec<(f64, T)> {
-    let order = |a: &(f64, T), b: &(f64, T)| -> Ordering { b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)) };
-    let mut best: Vec<(f64, T)> = Vec::new();
-    let mut floor = f64::NEG_INFINITY;
-    for item in items {
-        if item.0 < floor {
-            continue;
-        }
-        best.push(item);
-        if best.len() == 2 * k {
-            best.select_nth_unstable_by(k - 1, order);
-            best.truncate(k);
-            floor = best[k - 1].0;
+/// The k largest of what it is offered. Of nearly all it looks only at the largest of many: it keeps at most 2k, and
+/// halves them by selection whenever they are so many.
+pub(super) struct Largest<T> {
+    k: usize,
+    best: Vec<(f64, T)>,
+    /// What is less is not among them.
+    floor: f64,
+}
+
+impl<T: Ord + Copy> Largest<T> {
+    pub(super) fn new(k: usize) -> Largest<T> {
+        Largest { k, best: Vec::with_capacity(2 * k), floor: f64::NEG_INFINITY }
+    }
+
+    fn order(a: &(f64, T), b: &(f64, T)) -> Ordering {
+        b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+    }
+
+    /// Offers a number of each token: `value`, which never falls, of its score.
+    pub(super) fn offer_row(&mut self, scores: &[f32], value: impl Fn(f32) -> f64, label: impl Fn(u32) -> T) {
+        const BLOCK: usize = 64;
+        for (block, first) in scores.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
+            if value(max(block)) < self.floor {
+                continue;
+            }
+            for (&score, token) in block.iter().zip(first..) {
+                self.offer(value(score), label(token));
+            }
         }
     }
-    best.sort_unstable_by(order);
-    best.truncate(k);
-    best
+
+    fn offer(&mut self, value: f64, label: T) {
+        if value < self.floor {
+            return;
+        }
+        self.best.push((value, label));
+        if self.best.len() == 2 * self.k {
+            self.best.select_nth_unstable_by(self.k - 1, Self::order);
+            self.best.truncate(self.k);
+            self.floor = self.best[self.k - 1].0;
+        }
+    }
+
+    /// In descending order, equal ones by their labels; all when there were fewer.
+    pub(super) fn sorted(mut self) -> Vec<(f64, T)> {
+        self.best.sort_unstable_by(Self::order);
+        self.best.truncate(self.k);
+        self.best
+    }
 }
 
 #[cfg(test)]
@@ -194,21 +227,26 @@ mod tests {
     #[test]
     fn the_largest_are_those_of_a_full_sort() {
         // Few distinct values, so that there are ties at every border.
-        let items: Vec<(f64, u32)> = (0..500u32).map(|i| (f64::from(i * 7919 % 101 % 23), i)).collect();
-        let mut sorted = items.clone();
+        let scores: Vec<f32> = (0..500u32).map(|i| (i * 7919 % 101 % 23) as f32).collect();
+        let mut sorted: Vec<(f64, u32)> = scores.iter().map(|&z| f64::from(z) - 3.0).zip(0..).collect();
         sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
         for k in [1, 2, 7, 100, 499, 500, 900] {
-            assert_eq!(largest(k, items.iter().copied()), sorted[..k.min(500)], "{k}");
+            let mut largest = Largest::new(k);
+            largest.offer_row(&scores[..130], |z| f64::from(z) - 3.0, |token| token);
+            largest.offer_row(&scores[130..], |z| f64::from(z) - 3.0, |token| token + 130);
+            assert_eq!(largest.sorted(), sorted[..k.min(500)], "{k}");
         }
         assert_eq!(argmax(&[1.0, 3.0, -INF, 3.0]), 1);
         assert_eq!(argmax(&[-INF; 3]), 0);
     }
 
     #[test]
-    fn log_softmax_adds_up_to_one_far_from_zero() {
-        let mut z = [1e4, 1e4 - 1.0, -1e4];
-        log_softmax(&mut z);
-        assert!((f64::from(z[0]) + (1.0 + (-1f64).exp()).ln()).abs() < 1e-6, "{z:?}");
-        assert!((z[0].exp() + z[1].exp() - 1.0).abs() < 1e-6);
+    fn one_number_that_is_not_finite_is_found() {
+        for bad in [f32::NAN, -f32::NAN, INF, -INF] {
+            let mut scores = [f32::MAX; 37];
+            assert!(all_finite(&scores));
+            scores[35] = bad;
+            assert!(!all_finite(&scores), "{bad}");
+        }
     }
 }
