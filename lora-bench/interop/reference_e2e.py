@@ -91,8 +91,8 @@ def encode_context(tokenizer, context):
     return tokenizer.encode(context.strip()).ids + [tokenizer.token_to_id(END_OF_TEXT)]
 
 
-def read_examples(path, tokenizer, max_length):
-    """Per line (ids, labels): the context carries no loss, the reference and its end-of-text do."""
+def read_examples(path, tokenizer, max_length, most=None):
+    """Per line (ids, labels): the context carries no loss, the reference and its end-of-text do. At most `most` of them."""
     examples = []
     with open(path, encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -105,6 +105,8 @@ def read_examples(path, tokenizer, max_length):
             reference = tokenizer.encode(" " + reference.strip()).ids + [tokenizer.token_to_id(END_OF_TEXT)]
             labels = [IGNORED] * len(context) + reference
             examples.append(((context + reference)[:max_length], labels[:max_length]))
+            if len(examples) == most:
+                break
     return examples
 
 

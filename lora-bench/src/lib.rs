@@ -1,7 +1,8 @@
 //! What the benchmarks share: random data, the measured ceiling, medians, peak memory.
 //!
 //! - `cargo bench` runs the criterion groups in `benches/`.
-//! - `cargo run --release -p lora-bench --bin e2e` measures a training step, alone or in turn with another stack.
+//! - `cargo run --release -p lora-bench --bin cpu` is the report of the CPU: training, generation and more in turn with
+//!   PyTorch, Transformers and PEFT, and the shares of the machine's ceilings.
 //! - `cargo run --release -p lora-bench --features cuda --bin gpu` is the report of a CUDA device; `gpu-report.sh` builds
 //!   and runs it with all checks that need a device, on a machine without Rust.
 //! - `interop/` holds the Python sides of comparisons, `results/` what was measured, with commands and machines.
@@ -21,19 +22,22 @@
 //! # Ok::<(), lora_core::Error>(())
 //! ```
 
+pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod models;
 pub mod report;
 pub mod training;
 
 use std::{
     process::Command,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 use lora_core::Tensor;
-use lora_kernels::{Device, gemm};
+use lora_kernels::{DType, Device, gemm};
 use serde_json::Value;
 
 /// A matrix of numbers in [−1, 1) without structure, the same at every call.
@@ -56,15 +60,43 @@ pub fn numbers(rows: usize, cols: usize) -> Tensor {
 /// # Panics
 /// When there is no memory for three matrices.
 pub fn ceiling() -> f64 {
-    let (a, b, mut c) = (numbers(1024, 1024), numbers(1024, 1024), numbers(1024, 1024));
+    ceiling_of(&numbers(1024, 1024)).expect("f32")
+}
+
+/// The same with one factor of bf16: `None` where the CPU has no such product.
+pub fn ceiling_bf16() -> Option<f64> {
+    ceiling_of(&bf16(&numbers(1024, 1024))?).ok()
+}
+
+fn ceiling_of(b: &Tensor) -> lora_kernels::Result<f64> {
+    let (a, mut c) = (numbers(1024, 1024), numbers(1024, 1024));
     let start = Instant::now();
     let mut best = f64::INFINITY;
     while start.elapsed() < Duration::from_secs(2) {
         let t = Instant::now();
-        gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared")).expect("f32");
+        gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared"))?;
         best = best.min(t.elapsed().as_secs_f64());
     }
-    2.0 * 1024f64.powi(3) / best
+    Ok(2.0 * 1024f64.powi(3) / best)
+}
+
+/// The matrix in bf16; `None` where the CPU has no products with it.
+pub fn bf16(of: &Tensor) -> Option<Tensor> {
+    // Asked with as little as can be: types that do not go together are a programmer's error, and panic.
+    static CAN: OnceLock<bool> = OnceLock::new();
+    let small = || {
+        let (a, mut c) = (numbers(1, 1), numbers(1, 1));
+        let b = a.to(&Device::Cpu, DType::Bf16).ok()?;
+        gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().ok()?).ok()
+    };
+    let can = || {
+        let say = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| ()));
+        let can = std::panic::catch_unwind(small).is_ok_and(|done| done.is_some());
+        std::panic::set_hook(say);
+        can
+    };
+    if *CAN.get_or_init(can) { of.to(&Device::Cpu, DType::Bf16).ok() } else { None }
 }
 
 /// The median of some measurements; NaN of none.
@@ -83,18 +115,28 @@ pub fn peak_memory_mib() -> Option<f64> {
     Some(lora_train::peak_memory()? as f64 / (1 << 20) as f64)
 }
 
+/// Seconds of processor time that all threads of this process have taken so far; `None` where the system does not tell.
+pub fn processor_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // After the name, which may hold anything: user and system time are fields 14 and 15, in hundredths.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<f64>().ok();
+    Some((next()? + next()?) / 100.0)
+}
+
 /// The JSON object that a program prints as its last line.
 ///
 /// # Errors
 /// When it cannot be started, fails, or prints anything else there.
 pub fn json_of(command: &mut Command) -> Result<Value> {
     let output = command.output().with_context(|| format!("could not run {command:?}"))?;
+    let program = command.get_program().to_string_lossy().into_owned();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {
-        bail!("{command:?} failed: {err}");
+        bail!("{program} failed: {}", err.trim());
     }
-    let last = out.lines().last().with_context(|| format!("{command:?} printed nothing"))?;
-    serde_json::from_str(last).with_context(|| format!("{command:?} printed {last:?}, which is no JSON"))
+    let last = out.lines().last().with_context(|| format!("{program} printed nothing"))?;
+    serde_json::from_str(last).with_context(|| format!("{program} printed {last:?}, which is no JSON"))
 }
 
 #[cfg(test)]

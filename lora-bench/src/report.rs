@@ -1,5 +1,8 @@
 //! A table of measurements against what they are compared with, and against goals.
 
+use std::path::Path;
+
+use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 /// What a ratio should be.
@@ -12,6 +15,11 @@ pub struct Goal {
 }
 
 impl Goal {
+    /// A limit that small ratios keep, without an aim beyond it.
+    pub const fn at_most(limit: f64) -> Goal {
+        Goal { at_least: limit, aim: f64::NEG_INFINITY }
+    }
+
     /// Whether small ratios are the good ones: times, where the aim lies below the limit.
     pub fn lower_is_better(&self) -> bool {
         self.aim < self.at_least
@@ -69,6 +77,8 @@ pub struct Row {
     pub reference: Option<f64>,
     /// Ours over the reference, where that was not taken from these two figures themselves.
     pub ratio: Option<f64>,
+    /// The least and the largest ratio of single rounds.
+    pub spread: Option<[f64; 2]>,
     /// What the ratio should be.
     pub goal: Option<Goal>,
     /// What the figures are of, or why they are missing.
@@ -78,7 +88,16 @@ pub struct Row {
 impl Row {
     /// A row without figures.
     pub fn new(what: impl Into<String>, unit: &'static str, goal: Option<Goal>) -> Row {
-        Row { what: what.into(), unit, ours: None, reference: None, ratio: None, goal, note: String::new() }
+        Row {
+            what: what.into(),
+            unit,
+            ours: None,
+            reference: None,
+            ratio: None,
+            spread: None,
+            goal,
+            note: String::new(),
+        }
     }
 
     /// The same with a note.
@@ -108,11 +127,12 @@ impl Row {
         }
     }
 
-    fn cells(&self) -> [String; 9] {
+    fn cells(&self) -> [String; 10] {
         let figure = |x: Option<f64>| x.map_or_else(|| "-".into(), figure);
         let goal = |of: fn(&Goal) -> f64| {
             let sign = |g: &Goal| if g.lower_is_better() { "≤ " } else { "" };
-            self.goal.map_or_else(|| "-".into(), |g| format!("{}{:.2}", sign(&g), of(&g)))
+            let text = |g: Goal| of(&g).is_finite().then(|| format!("{}{:.2}", sign(&g), of(&g)));
+            self.goal.and_then(text).unwrap_or_else(|| "-".into())
         };
         [
             self.what.clone(),
@@ -120,6 +140,7 @@ impl Row {
             figure(self.reference),
             self.unit.into(),
             self.ratio().map_or_else(|| "-".into(), |r| format!("{r:.3}")),
+            self.spread.map_or_else(|| "-".into(), |[low, high]| format!("{low:.3} to {high:.3}")),
             goal(|g| g.at_least),
             goal(|g| g.aim),
             self.verdict().word().into(),
@@ -134,8 +155,9 @@ impl Row {
             "ours": self.ours,
             "reference": self.reference,
             "ratio": self.ratio(),
+            "spread": self.spread,
             "at_least": self.goal.map(|g| g.at_least),
-            "aim": self.goal.map(|g| g.aim),
+            "aim": self.goal.map(|g| g.aim).filter(|aim| aim.is_finite()),
             "verdict": self.verdict().word(),
             "note": self.note,
         })
@@ -155,20 +177,23 @@ pub struct Report {
     pub facts: Map<String, Value>,
     /// The measurements.
     pub rows: Vec<Row>,
+    /// All that single rounds found out, where there are any.
+    pub rounds: Map<String, Value>,
 }
 
-const HEAD: [&str; 9] = ["what", "ours", "reference", "unit", "ratio", "at least", "aim", "verdict", "note"];
+const HEAD: [&str; 10] =
+    ["what", "ours", "reference", "unit", "ratio", "of rounds", "at least", "aim", "verdict", "note"];
 /// Columns of numbers.
-const NUMBERS: [usize; 5] = [1, 2, 4, 5, 6];
+const NUMBERS: [usize; 6] = [1, 2, 4, 5, 6, 7];
 
 impl Report {
     /// A table for a terminal.
     pub fn table(&self) -> String {
-        let rows: Vec<[String; 9]> =
+        let rows: Vec<[String; 10]> =
             std::iter::once(HEAD.map(String::from)).chain(self.rows.iter().map(Row::cells)).collect();
         let widths: Vec<usize> =
             (0..HEAD.len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
-        let line = |row: &[String; 9]| {
+        let line = |row: &[String; 10]| {
             let cell = |(i, text): (usize, &String)| match NUMBERS.contains(&i) {
                 true => format!("{text:>0$}", widths[i]),
                 false => format!("{text:<0$}", widths[i]),
@@ -197,7 +222,28 @@ impl Report {
 
     /// The same as one JSON object.
     pub fn json(&self) -> Value {
-        json!({ "facts": self.facts, "rows": self.rows.iter().map(Row::json).collect::<Vec<_>>() })
+        let rows = self.rows.iter().map(Row::json).collect::<Vec<_>>();
+        json!({ "facts": self.facts, "rows": rows, "rounds": self.rounds })
+    }
+
+    /// Writes the report into the files that are named.
+    ///
+    /// # Errors
+    /// What writing a file can cause.
+    pub fn write(&self, json: Option<&Path>, markdown: Option<&Path>) -> Result<()> {
+        for (file, text) in [(json, format!("{:#}\n", self.json())), (markdown, self.markdown())] {
+            if let Some(file) = file {
+                lora_model::files::write_bytes(file, text.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many goals were reached, as a sentence.
+    pub fn summary(&self) -> String {
+        let (reached, missed) = self.reached_and_missed();
+        let all = self.rows.iter().filter(|r| r.goal.is_some()).count();
+        format!("{reached} of {all} goals reached, {missed} missed, {} not measured", all - reached - missed)
     }
 
     /// How many rows with a goal reach it, and how many miss it.
@@ -231,6 +277,8 @@ mod tests {
             (1.1, TIME, Verdict::Enough),
             (1.101, TIME, Verdict::Missed),
             (f64::NAN, TIME, Verdict::Missed),
+            (0.0, Goal::at_most(0.0), Verdict::Enough),
+            (1.2, Goal::at_most(1.1), Verdict::Missed),
         ] {
             assert_eq!(goal.verdict(ratio), want, "{ratio} of {goal:?}");
         }
@@ -265,7 +313,7 @@ mod tests {
     fn tables_line_up_and_lose_nothing() {
         let rows =
             vec![row(712.0, 800.0, Some(RATE)), Row::new("longer than the other", "ms", Some(TIME)).noted("why")];
-        let report = Report { rows, facts: Map::from_iter([("driver".into(), json!("580"))]) };
+        let report = Report { rows, facts: Map::from_iter([("driver".into(), json!("580"))]), rounds: Map::new() };
         let table = report.table();
         let lines: Vec<&str> = table.lines().collect();
         assert_eq!(lines.len(), 3);
@@ -277,7 +325,7 @@ mod tests {
         let markdown = report.markdown();
         assert!(markdown.starts_with("- driver: 580\n") && markdown.contains("| a \\| b |"), "{markdown}");
         let bars: Vec<usize> = markdown.lines().skip(2).map(|l| l.replace("\\|", "").matches('|').count()).collect();
-        assert_eq!(bars, [10; 4], "{markdown}");
+        assert_eq!(bars, [11; 4], "{markdown}");
 
         let json = report.json();
         assert_eq!((&json["rows"][0]["ratio"], &json["rows"][0]["verdict"]), (&json!(0.89), &json!("MISSED")));

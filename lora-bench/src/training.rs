@@ -1,10 +1,10 @@
-//! Training steps of GPT-2 with LoRA on E2E-like sequences: what is compared with other stacks.
+//! Training steps: what is compared with other stacks, and the data for them.
 
 use std::{path::Path, time::Instant};
 
 use anyhow::Result;
 use lora_core::peft::Adapted;
-use lora_kernels::pool_stats;
+use lora_kernels::{heap_stats, pool_stats};
 use lora_model::Model;
 use lora_train::{
     Encoder, TrainConfig, Trainer,
@@ -13,7 +13,7 @@ use lora_train::{
 };
 use serde_json::{Value, json};
 
-use crate::{median, peak_memory_mib};
+use crate::{median, peak_memory_mib, processor_seconds};
 
 /// The sequences of a file of `context||reference` lines.
 ///
@@ -27,11 +27,8 @@ pub fn lines(data: &Path, tokenizer: &Path, model: &dyn Model) -> Result<Dataset
 
 /// Sequences about as long as those of E2E, without any text: contexts of 24 to 52 tokens, references of 12 to 42.
 pub fn like_e2e(count: usize, vocabulary: usize, longest: usize) -> Dataset {
-    let mut state = 1u64;
-    let mut next = move |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
+    let mut draw = random(1 << 31);
+    let mut next = move |below: usize| draw() as usize % below;
     let sequences = (0..count)
         .map(|_| {
             let (context, reference) = (24 + next(29), 12 + next(31));
@@ -43,44 +40,100 @@ pub fn like_e2e(count: usize, vocabulary: usize, longest: usize) -> Dataset {
     Dataset::new(sequences)
 }
 
-/// Does `steps` training steps of LoRA (r 4, α 32, on the projections that are its default) in batches of `batch`
-/// sequences, in the data's order and without dropout of the base, and measures all but the first.
-///
-/// # Errors
-/// What training can cause.
-pub fn measure(model: &mut dyn Model, data: &Dataset, batch: usize, steps: u64) -> Result<Value> {
-    model.set_base_dropout(0.0);
-    let config = TrainConfig {
+/// Random tokens below a number, the same at every call.
+pub fn random(below: usize) -> impl FnMut() -> u32 {
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) as usize % below) as u32
+    }
+}
+
+/// LoRA as the paper has it on E2E (r 4, α 32, on the projections that are the default), in batches of `batch` sequences in
+/// the data's order.
+pub fn lora(batch: usize, steps: u64) -> TrainConfig {
+    TrainConfig {
         rank: 4,
         alpha: 32.0,
         batch_size: batch,
         steps: Some(steps),
         no_shuffle: true,
         ..TrainConfig::default()
-    };
-    let model = &*model;
+    }
+}
+
+/// What steps of training took, by step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Seconds.
+    pub seconds: Vec<f64>,
+    /// Tokens of its sequences.
+    pub tokens: Vec<f64>,
+    /// Blocks that the pool had taken from the system by its end.
+    pub misses: Vec<u64>,
+    /// Calls of the allocator, where the program counts them ([`CountingHeap`](lora_kernels::CountingHeap)).
+    pub allocations: Vec<u64>,
+    /// Bytes that they asked for.
+    pub allocated: Vec<u64>,
+    /// Loss of the last step.
+    pub loss: f64,
+    /// Cores that the counted steps kept busy: fewer than there are when others took them, or threads waited.
+    pub cores: Option<f64>,
+    /// Peak memory of the process, MiB.
+    pub peak: Option<f64>,
+}
+
+/// Trains for `config.steps` steps, without dropout of the base if the model has none.
+///
+/// # Errors
+/// What training can cause.
+pub fn measure(model: &dyn Model, data: &Dataset, config: &TrainConfig) -> Result<Measured> {
     let adapted = Adapted::new(&*config.method_options()?, model, &model.device(), model.dtype(), 0)?;
-    let mut trainer = Trainer::new(model, adapted, &config, data.sequences.len())?;
-    let (mut seconds, mut tokens, mut misses) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..steps {
-        let start = Instant::now();
+    let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
+    let steps = trainer.total_steps();
+    let mut m = Measured::default();
+    let mut begun = None;
+    for step in 0..steps {
+        if step == 1 {
+            begun = processor_seconds();
+        }
+        let (heap, start) = (heap_stats(), Instant::now());
         // Reads the loss back: the step is done when it returns.
         let step = trainer.step(data)?;
-        misses.push(pool_stats().misses);
-        if step.step > 1 {
-            seconds.push(start.elapsed().as_secs_f64());
-            tokens.push(step.tokens as f64);
-        }
+        m.seconds.push(start.elapsed().as_secs_f64());
+        let after = heap_stats();
+        m.tokens.push(step.tokens as f64);
+        m.misses.push(pool_stats().misses);
+        m.allocations.push(after.calls - heap.calls);
+        m.allocated.push(after.bytes - heap.bytes);
+        m.loss = step.loss;
     }
-    let sum = |x: &[f64]| x.iter().sum::<f64>();
-    Ok(json!({
-        "tokens_per_s": sum(&tokens) / sum(&seconds),
-        "step_s": median(&seconds),
-        "tokens_per_step": sum(&tokens) / tokens.len() as f64,
-        "peak_rss_mib": peak_memory_mib(),
-        "pool_mib": pool_stats().reserved as f64 / (1 << 20) as f64,
-        "pool_misses": misses,
-    }))
+    m.cores = begun.zip(processor_seconds()).map(|(from, to)| (to - from) / m.seconds[1..].iter().sum::<f64>());
+    m.peak = peak_memory_mib();
+    Ok(m)
+}
+
+impl Measured {
+    /// As one object. The first step is not counted in `tokens_per_s` (all tokens over all seconds), `step_s` (the median)
+    /// and `tokens_per_step`.
+    pub fn json(&self) -> Value {
+        let counted = |x: &[f64]| x.get(1..).unwrap_or_default().to_vec();
+        let (seconds, tokens) = (counted(&self.seconds), counted(&self.tokens));
+        let sum = |x: &[f64]| x.iter().sum::<f64>();
+        json!({
+            "tokens_per_s": sum(&tokens) / sum(&seconds),
+            "step_s": median(&seconds),
+            "tokens_per_step": sum(&tokens) / tokens.len() as f64,
+            "cores": self.cores,
+            "peak_rss_mib": self.peak,
+            "pool_mib": pool_stats().reserved as f64 / (1 << 20) as f64,
+            "pool_misses": self.misses,
+            "allocations": self.allocations,
+            "allocated_bytes": self.allocated,
+            "seconds": self.seconds,
+            "loss": self.loss,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ mod error;
 mod gather;
 mod gemm;
 pub mod hash;
+mod heap;
 mod host;
 mod lora;
 mod loss;
@@ -61,6 +62,7 @@ pub use elementwise::{add_bias, axpby, fill, scale, scale_by, sum_rows};
 pub use error::{Error, Result};
 pub use gather::{gather, put_rows, scatter};
 pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_with};
+pub use heap::{CountingHeap, HeapStats, heap_stats};
 pub use host::{log_softmax, on_pool};
 pub use lora::{
     LoraAdapter, LoraPart, lora_backward_down, lora_backward_input, lora_backward_up, lora_down, lora_forward,

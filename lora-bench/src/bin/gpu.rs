@@ -116,14 +116,10 @@ fn main() -> Result<ExitCode> {
     models(&args, &groups, &mut report)?;
 
     print!("{}", report.table());
-    let (reached, missed) = report.reached_and_missed();
+    println!("\n{}", report.summary());
+    report.write(args.json.as_deref(), args.markdown.as_deref())?;
     let all = report.rows.iter().filter(|r| r.goal.is_some()).count();
-    println!("\n{reached} of {all} goals reached, {missed} missed, {} not measured", all - reached - missed);
-    for (file, text) in [(&args.json, format!("{:#}\n", report.json())), (&args.markdown, report.markdown())] {
-        if let Some(file) = file {
-            std::fs::write(file, text).with_context(|| format!("could not write {}", file.display()))?;
-        }
-    }
+    let reached = report.reached_and_missed().0;
     Ok(if args.require && reached < all { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 

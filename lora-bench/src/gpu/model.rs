@@ -80,7 +80,8 @@ impl Setup {
                         training::like_e2e(BATCH * steps, limits.vocab_size, limits.max_positions)
                     }
                 };
-                training::measure(&mut *model, &data, BATCH, steps as u64)
+                model.set_base_dropout(0.0);
+                Ok(training::measure(&*model, &data, &training::lora(BATCH, steps as u64))?.json())
             }
             Once::Decode => self.decode(&*model),
         }

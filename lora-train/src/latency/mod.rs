@@ -80,6 +80,8 @@ pub struct LatencyConfig {
     pub rounds: Vec<usize>,
     /// Passes of each variant before the first round.
     pub warmup: usize,
+    /// The variants to measure, by their names in the report; all when empty. The base is always among them.
+    pub only: Vec<String>,
     /// Rank of LoRA.
     pub rank: usize,
     /// Modules that LoRA adapts; queries and values when empty.
@@ -107,6 +109,7 @@ impl Default for LatencyConfig {
             shapes: vec![shape(32, 512, 0.5e6), shape(16, 256, 11e6), shape(1, 128, 11e6)],
             rounds: vec![10],
             warmup: 1,
+            only: Vec::new(),
             rank: 4,
             targets: Vec::new(),
             bottleneck: None,

@@ -159,6 +159,8 @@ impl<'a> Variants<'a> {
             }
             Err(why) => left_out.push(why.clone()),
         }
+        let only = &self.config.only;
+        all.retain(|v| only.is_empty() || v.name == "base" || only.iter().any(|name| name == v.name));
         Ok((all, left_out))
     }
 
@@ -298,6 +300,14 @@ mod tests {
         // Only what was merged is new memory.
         let shared = |name: &str| model.tensor(name).unwrap().same_memory(variants.merged.tensor(name).unwrap());
         assert!(shared("transformer.wte.weight") && !shared("transformer.h.1.attn.c_attn.weight"));
+    }
+
+    #[test]
+    fn variants_can_be_chosen() {
+        let (model, config) = (gpt2(), LatencyConfig { only: vec!["lora".into()], ..LatencyConfig::default() });
+        let variants = Variants::new(&*model, &config, &Device::Cpu, DType::F32).unwrap();
+        let names: Vec<_> = variants.of(&SHAPE).unwrap().0.iter().map(|v| v.name).collect();
+        assert_eq!(names, ["base", "lora"]);
     }
 
     #[test]

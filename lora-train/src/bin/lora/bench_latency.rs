@@ -82,6 +82,7 @@ pub(crate) fn run(args: BenchLatencyArgs) -> anyhow::Result<()> {
         shapes: args.shapes,
         rounds: args.rounds,
         warmup: args.warmup,
+        only: Vec::new(),
         rank: args.rank,
         targets: args.targets,
         bottleneck: args.bottleneck,
