@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    alloc::{Layout, alloc_zeroed, dealloc},
+    alloc::{Layout, LayoutError, alloc, dealloc},
     collections::BTreeMap,
     ptr::NonNull,
     sync::Mutex,
@@ -16,6 +16,10 @@ use crate::{Error, Result};
 
 /// Blocks start on a cache line, which is also the widest vector.
 const ALIGN: usize = 64;
+
+/// Large blocks start on a huge page and ask for them: memory is then read at nearly twice the speed of small pages, whose
+/// addresses a processor, above all a virtual one, has to look up so often.
+const HUGE: usize = 2 << 20;
 
 /// What the pool of host memory holds at this moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +63,10 @@ pub(crate) trait Source {
 /// The host's own memory.
 struct Host;
 
+fn layout(bytes: usize) -> std::result::Result<Layout, LayoutError> {
+    Layout::from_size_align(bytes, if cfg!(target_os = "linux") && bytes >= HUGE { HUGE } else { ALIGN })
+}
+
 /// The address of a block of host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct HostPtr(NonNull<u8>);
@@ -70,15 +78,24 @@ impl Source for Host {
     type Ptr = HostPtr;
 
     fn allocate(&self, bytes: usize) -> Result<HostPtr> {
-        let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| self.out_of_memory(bytes))?;
+        let layout = layout(bytes).map_err(|_| self.out_of_memory(bytes))?;
         // SAFETY: the layout has a nonzero size, because `size_class` returns at least ALIGN.
-        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) });
-        ptr.map(HostPtr).ok_or_else(|| self.out_of_memory(bytes))
+        let ptr = NonNull::new(unsafe { alloc(layout) }).ok_or_else(|| self.out_of_memory(bytes))?;
+        #[cfg(target_os = "linux")]
+        if layout.align() == HUGE {
+            // SAFETY: whole pages inside the fresh block. It is advice: where it is not taken, nothing changes.
+            unsafe { libc::madvise(ptr.as_ptr().cast(), bytes / HUGE * HUGE, libc::MADV_HUGEPAGE) };
+        }
+        // SAFETY: the block has so many bytes and nobody else knows it.
+        unsafe { ptr.write_bytes(0, bytes) };
+        Ok(HostPtr(ptr))
     }
 
     unsafe fn free(&self, ptr: HostPtr, bytes: usize) {
-        // SAFETY: `ptr` came from `alloc_zeroed` with this size and alignment, and nobody holds it any more.
-        unsafe { dealloc(ptr.0.as_ptr(), Layout::from_size_align_unchecked(bytes, ALIGN)) };
+        if let Ok(layout) = layout(bytes) {
+            // SAFETY: `ptr` came from `allocate` with this size, so this layout, and nobody holds it any more.
+            unsafe { dealloc(ptr.0.as_ptr(), layout) };
+        }
     }
 
     fn out_of_memory(&self, bytes: usize) -> Error {

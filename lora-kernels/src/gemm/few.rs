@@ -128,7 +128,10 @@ fn on<W: Weight>(
         let part = Part { rows, k, n: c.cols, a: packed, b, beta: beta as f32, ldc: c.ld, c: c.ptr() };
         match vectors {
             // SAFETY: `Part` describes live memory: A packed, a block of B and the uniquely borrowed one of C.
-            Vectors::Portable => simd(#[inline(always)] || unsafe { part.run::<Portable>() }),
+            Vectors::Portable => simd(
+                #[inline(always)]
+                || unsafe { part.run::<Portable>() },
+            ),
             // SAFETY: as above, and the processor has been asked.
             #[cfg(target_arch = "x86_64")]
             Vectors::Avx512 => unsafe { avx512(part) },

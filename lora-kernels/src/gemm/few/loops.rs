@@ -1,10 +1,33 @@
 use super::{
-    Part, Weight,
+    Part, Rows, Weight,
     lanes::{LANES, Lanes, fetch},
 };
 
-/// Rows of B that are read side by side: so often C is loaded and stored.
-const DEPTH: usize = 16;
+/// How a product of m rows reads B.
+#[derive(Clone, Copy)]
+struct Reading {
+    /// Rows of B that are read side by side where B is stored by rows: so often C is loaded and stored.
+    depth: usize,
+    /// So many rows, or columns where they lie together, before their use a cache line is asked for; 0 to leave that to the
+    /// processor.
+    ahead: usize,
+    /// Vectors, or columns, at a time.
+    wide: usize,
+    /// Columns at a time where each lies together.
+    columns: usize,
+}
+
+impl Reading {
+    /// As measured: with one row or two the processor's own prefetching of long runs is the fastest, and what asks for
+    /// lines besides takes its places; with more of them arithmetic lies between two reads, and asking hides them.
+    fn of(rows: Rows) -> Reading {
+        let wide = if rows.most() <= 6 { 4 } else { 3 };
+        match rows.m {
+            1 | 2 => Reading { depth: 16, ahead: 0, wide, columns: 1 },
+            _ => Reading { depth: 8, ahead: 8, wide, columns: wide },
+        }
+    }
+}
 
 /// Calls `$f::<V, W, M, N>` for `$m` rows and `$n` vectors, or columns, in the sizes that 32 registers hold.
 macro_rules! sized {
@@ -25,23 +48,23 @@ impl<W: Weight> Part<'_, W> {
     /// The fields describe memory that can be read and, of C, written by nobody else; the processor has `V`'s vectors.
     #[inline(always)]
     pub(super) unsafe fn run<V: Lanes>(&self) {
-        let wide = if self.rows.most() <= 6 { 4 } else { 3 };
         // SAFETY: as the caller promises.
         unsafe {
             match self.b.transposed {
-                true => self.dots::<V>(wide),
-                false => self.sums::<V>(wide),
+                true => self.dots::<V>(Reading::of(self.rows)),
+                false => self.sums::<V>(Reading::of(self.rows)),
             }
         }
     }
 
-    /// B as stored: rows of B times numbers of A are added to the rows of C, in runs of `DEPTH` rows of B. Within a run
-    /// the reads go along the rows.
+    /// B as stored: rows of B times numbers of A are added to the rows of C, for some rows of B side by side. Reads go
+    /// along the rows.
     #[inline(always)]
-    unsafe fn sums<V: Lanes>(&self, wide: usize) {
-        for p in (0..self.k).step_by(DEPTH) {
-            let depth = DEPTH.min(self.k - p);
-            // What the rows of C begin with: what the run before left there.
+    unsafe fn sums<V: Lanes>(&self, reading: Reading) {
+        let (wide, ahead) = (reading.wide, reading.ahead * self.b.ld);
+        for p in (0..self.k).step_by(reading.depth) {
+            let depth = reading.depth.min(self.k - p);
+            // What the rows of C begin with: what the rows of B before left there.
             let beta = if p == 0 { self.beta } else { 1.0 };
             let mut j = 0;
             while j < self.n {
@@ -53,7 +76,7 @@ impl<W: Weight> Part<'_, W> {
                         let a = self.a.as_ptr().add(first * self.k + p * size);
                         let b = self.b.ptr().add(p * self.b.ld + j);
                         let c = self.c.add(first * self.ldc + j);
-                        sized!(size, vectors, sum_tile(a, b, self.b.ld, depth, beta, c, self.ldc, len));
+                        sized!(size, vectors, sum_tile(a, b, self.b.ld, ahead, depth, beta, c, self.ldc, len));
                     }
                 }
                 j += vectors * LANES;
@@ -61,9 +84,11 @@ impl<W: Weight> Part<'_, W> {
         }
     }
 
-    /// B transposed: its columns, which lie one after the other, times the rows of A.
+    /// B transposed: its columns, which lie one after the other, times the rows of A. With few rows one column at a time,
+    /// so that memory is read from one end to the other; with more, several, because A has to be loaded for each.
     #[inline(always)]
-    unsafe fn dots<V: Lanes>(&self, wide: usize) {
+    unsafe fn dots<V: Lanes>(&self, reading: Reading) {
+        let (wide, ahead) = (reading.columns, reading.ahead * self.b.ld);
         let mut j = 0;
         while j < self.n {
             let columns = if self.n - j >= wide { wide } else { 1 };
@@ -73,7 +98,7 @@ impl<W: Weight> Part<'_, W> {
                     let a = self.a.as_ptr().add(first * self.k);
                     let b = self.b.ptr().add(j * self.b.ld);
                     let c = self.c.add(first * self.ldc + j);
-                    sized!(size, columns, dot_tile(a, b, self.b.ld, self.k, self.beta, c, self.ldc));
+                    sized!(size, columns, dot_tile(a, b, self.b.ld, ahead, self.k, self.beta, c, self.ldc));
                 }
             }
             j += columns;
@@ -88,6 +113,7 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
     b: *const W,
     ldb: usize,
+    ahead: usize,
     depth: usize,
     beta: f32,
     c: *mut f32,
@@ -114,8 +140,9 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
             let mut w = [zero; N];
             for (v, w) in w.iter_mut().enumerate() {
                 *w = W::load(b.add(v * LANES), len);
-                // The same columns in the next run of rows.
-                fetch(b.wrapping_add(DEPTH * ldb + v * LANES));
+                if ahead > 0 {
+                    fetch(b.wrapping_add(ahead + v * LANES));
+                }
             }
             for (i, acc) in acc.iter_mut().enumerate() {
                 let x = V::splat(*a.add(i));
@@ -134,10 +161,12 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
 
 /// C [M, N] = β·C + A [M, k]·B [k, N], A row by row and B column by column.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
     b: *const W,
     ldb: usize,
+    ahead: usize,
     k: usize,
     beta: f32,
     c: *mut f32,
@@ -148,10 +177,10 @@ unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
         let mut acc = [[V::splat(0.0); N]; M];
         let whole = k / LANES * LANES;
         for p in (0..whole).step_by(LANES) {
-            dot_step(a.add(p), k, b.add(p), ldb, &mut acc, LANES);
+            dot_step(a.add(p), k, b.add(p), ldb, ahead, &mut acc, LANES);
         }
         if whole < k {
-            dot_step(a.add(whole), k, b.add(whole), ldb, &mut acc, k - whole);
+            dot_step(a.add(whole), k, b.add(whole), ldb, 0, &mut acc, k - whole);
         }
         for (i, acc) in acc.into_iter().enumerate() {
             for (j, acc) in acc.into_iter().enumerate() {
@@ -169,6 +198,7 @@ unsafe fn dot_step<V: Lanes, W: Weight, const M: usize, const N: usize>(
     lda: usize,
     b: *const W,
     ldb: usize,
+    ahead: usize,
     acc: &mut [[V; N]; M],
     len: usize,
 ) {
@@ -177,8 +207,9 @@ unsafe fn dot_step<V: Lanes, W: Weight, const M: usize, const N: usize>(
         let mut w = [V::splat(0.0); N];
         for (j, w) in w.iter_mut().enumerate() {
             *w = W::load(b.add(j * ldb), len);
-            // The same place in the next columns.
-            fetch(b.wrapping_add((N + j) * ldb));
+            if N > 1 && ahead > 0 {
+                fetch(b.wrapping_add(ahead + j * ldb));
+            }
         }
         for (i, acc) in acc.iter_mut().enumerate() {
             let x = V::load(a.add(i * lda), len);
