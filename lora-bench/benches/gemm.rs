@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
-use lora_bench::{bf16, ceiling, ceiling_bf16, median, numbers};
+use lora_bench::{CEILING, bf16, ceiling, ceiling_bf16, median, numbers};
 use lora_core::Tensor;
 use lora_kernels::gemm;
 
@@ -46,14 +46,14 @@ const SHAPES: &[Shape] = &[
 ];
 
 fn gemms(c: &mut Criterion) {
-    let f32 = ceiling();
+    let f32 = ceiling(CEILING);
     println!("measured ceiling, f32: {:.0} GFLOP/s", f32 / 1e9);
     let mut group = c.benchmark_group("gemm");
     group.sample_size(20);
     for shape in SHAPES {
         measure(&mut group, "f32", shape, &shape.w(), f32);
     }
-    match ceiling_bf16() {
+    match ceiling_bf16(CEILING) {
         Some(ceiling) => {
             println!("measured ceiling, bf16: {:.0} GFLOP/s", ceiling / 1e9);
             for shape in SHAPES.iter().filter(|s| s.frozen) {

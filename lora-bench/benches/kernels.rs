@@ -5,7 +5,7 @@ use std::time::Instant;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime,
 };
-use lora_bench::{ceiling, median, numbers};
+use lora_bench::{CEILING, ceiling, median, numbers};
 use lora_core::Tensor;
 use lora_kernels::{
     Acc, AdamW, Attention, CachedRows, Device, Sequences, adamw, attention, attention_backward, attention_cached,
@@ -40,7 +40,7 @@ fn time(group: &mut BenchmarkGroup<WallTime>, id: BenchmarkId, mut run: impl FnM
 /// Causal attention of GPT-2 small's heads, 1024 tokens in sequences of each length: GFLOP/s over the pairs that see each
 /// other, two products forward and five backward (the scores are made again).
 fn attentions(c: &mut Criterion) {
-    let ceiling = ceiling();
+    let ceiling = ceiling(CEILING);
     let mut group = c.benchmark_group("attention");
     group.sample_size(20).throughput(Throughput::Elements(TOKENS as u64));
     let (qkv, dout) = (numbers(TOKENS, 3 * WIDTH), numbers(TOKENS, WIDTH));
@@ -119,7 +119,7 @@ fn norms(c: &mut Criterion) {
 /// The head with its loss and the gradient of its input, 256 targets.
 fn losses(c: &mut Criterion) {
     const ROWS: usize = 256;
-    let ceiling = ceiling();
+    let ceiling = ceiling(CEILING);
     let mut group = c.benchmark_group("loss head");
     group.sample_size(10).throughput(Throughput::Elements(ROWS as u64));
     let (x, w) = (numbers(ROWS, WIDTH), numbers(VOCABULARY, WIDTH));

@@ -54,25 +54,28 @@ pub fn numbers(rows: usize, cols: usize) -> Tensor {
     Tensor::from_slice(&Device::Cpu, &[rows, cols], &data).expect("memory for a benchmark's matrix")
 }
 
-/// The f32 GEMM ceiling of this machine in FLOP/s, measured now: the best of many products of 1024³, whose operands stay
-/// in cache and whose shape suits every blocking.
+/// How long a ceiling is looked for.
+pub const CEILING: Duration = Duration::from_secs(2);
+
+/// The f32 GEMM ceiling of this machine in FLOP/s, measured for so long: the best of many products of 1024³, whose operands
+/// stay in cache and whose shape suits every blocking.
 ///
 /// # Panics
 /// When there is no memory for three matrices.
-pub fn ceiling() -> f64 {
-    ceiling_of(&numbers(1024, 1024)).expect("f32")
+pub fn ceiling(during: Duration) -> f64 {
+    ceiling_of(&numbers(1024, 1024), during).expect("f32")
 }
 
 /// The same with one factor of bf16: `None` where the CPU has no such product.
-pub fn ceiling_bf16() -> Option<f64> {
-    ceiling_of(&bf16(&numbers(1024, 1024))?).ok()
+pub fn ceiling_bf16(during: Duration) -> Option<f64> {
+    ceiling_of(&bf16(&numbers(1024, 1024))?, during).ok()
 }
 
-fn ceiling_of(b: &Tensor) -> lora_kernels::Result<f64> {
+fn ceiling_of(b: &Tensor, during: Duration) -> lora_kernels::Result<f64> {
     let (a, mut c) = (numbers(1024, 1024), numbers(1024, 1024));
     let start = Instant::now();
     let mut best = f64::INFINITY;
-    while start.elapsed() < Duration::from_secs(2) {
+    while best.is_infinite() || start.elapsed() < during {
         let t = Instant::now();
         gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared"))?;
         best = best.min(t.elapsed().as_secs_f64());
@@ -117,11 +120,20 @@ pub fn peak_memory_mib() -> Option<f64> {
 
 /// Seconds of processor time that all threads of this process have taken so far; `None` where the system does not tell.
 pub fn processor_seconds() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // After the name, which may hold anything: user and system time are fields 14 and 15, in hundredths.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-    let mut next = || fields.next()?.parse::<f64>().ok();
-    Some((next()? + next()?) / 100.0)
+    // User and system time, in hundredths.
+    Some((stat(14)? + stat(15)?) / 100.0)
+}
+
+/// Pages that the system had to give to this process so far, none of them from a disk; `None` where it does not tell.
+pub fn page_faults() -> Option<f64> {
+    stat(10)
+}
+
+/// A field of /proc/self/stat by its number in the manual.
+fn stat(field: usize) -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The second is the program's name, which may hold anything.
+    text.rsplit_once(')')?.1.split_whitespace().nth(field - 3)?.parse().ok()
 }
 
 /// The JSON object that a program prints as its last line.
@@ -148,5 +160,19 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn the_system_tells_what_a_process_took() {
+        let Some(before) = processor_seconds() else { return };
+        let (start, faults) = (Instant::now(), page_faults().unwrap());
+        let mut x = vec![0u8; 64 << 20];
+        while start.elapsed() < Duration::from_millis(500) {
+            x.iter_mut().for_each(|x| *x = std::hint::black_box(x.wrapping_add(1)));
+        }
+        let took = processor_seconds().unwrap() - before;
+        // Other tests run beside it, and other processes.
+        assert!(took > 0.0 && took < 1e4, "{took} s");
+        assert!(page_faults().unwrap() > faults);
     }
 }

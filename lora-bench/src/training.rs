@@ -13,7 +13,7 @@ use lora_train::{
 };
 use serde_json::{Value, json};
 
-use crate::{median, peak_memory_mib, processor_seconds};
+use crate::{median, page_faults, peak_memory_mib, processor_seconds};
 
 /// The sequences of a file of `context||reference` lines.
 ///
@@ -75,6 +75,8 @@ pub struct Measured {
     pub allocations: Vec<u64>,
     /// Bytes that they asked for.
     pub allocated: Vec<u64>,
+    /// Pages that the system had to give to the process.
+    pub faults: Vec<f64>,
     /// Loss of the last step.
     pub loss: f64,
     /// Cores that the counted steps kept busy: fewer than there are when others took them, or threads waited.
@@ -93,11 +95,11 @@ pub fn measure(model: &dyn Model, data: &Dataset, config: &TrainConfig) -> Resul
     let steps = trainer.total_steps();
     let mut m = Measured::default();
     let mut begun = None;
-    for step in 0..steps {
-        if step == 1 {
+    for counted in 0..steps {
+        if counted == 1 {
             begun = processor_seconds();
         }
-        let (heap, start) = (heap_stats(), Instant::now());
+        let (heap, faults, start) = (heap_stats(), page_faults(), Instant::now());
         // Reads the loss back: the step is done when it returns.
         let step = trainer.step(data)?;
         m.seconds.push(start.elapsed().as_secs_f64());
@@ -106,6 +108,7 @@ pub fn measure(model: &dyn Model, data: &Dataset, config: &TrainConfig) -> Resul
         m.misses.push(pool_stats().misses);
         m.allocations.push(after.calls - heap.calls);
         m.allocated.push(after.bytes - heap.bytes);
+        m.faults.extend(faults.zip(page_faults()).map(|(from, to)| to - from));
         m.loss = step.loss;
     }
     m.cores = begun.zip(processor_seconds()).map(|(from, to)| (to - from) / m.seconds[1..].iter().sum::<f64>());
@@ -130,6 +133,7 @@ impl Measured {
             "pool_misses": self.misses,
             "allocations": self.allocations,
             "allocated_bytes": self.allocated,
+            "page_faults": self.faults,
             "seconds": self.seconds,
             "loss": self.loss,
         })

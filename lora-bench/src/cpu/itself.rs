@@ -40,7 +40,7 @@ impl Bench {
         let mut points = Vec::new();
         for i in 0..sizes.sizes {
             let work = Work { kind: Kind::Train, batch: sizes.batch << i, ..self.placed(&sizes, "gpt2")? };
-            let result = self.ours(&Work { steps: 2, ..work.clone() })?;
+            let result = self.ours(&Work { steps: 2, ceiling_ms: 0, ..work.clone() })?;
             let peak = result["peak_rss_mib"].as_f64().context("the system tells no peak of memory")?;
             points.push([(work.batch * work.tokens) as f64, peak * f64::from(1 << 20)]);
         }
@@ -63,10 +63,13 @@ impl Bench {
 
     /// What steps of one shape ask the pool and the allocator for, from the third on.
     pub(super) fn steady(&mut self) -> Result<Vec<Row>> {
-        let work = self.placed(&rows::steady(self.config.tiny), "gpt2")?;
+        let mut work = self.placed(&rows::steady(self.config.tiny), "gpt2")?;
+        // Two steps to settle, two to count.
+        work.steps = work.steps.max(4);
         let result = self.ours(&work)?;
         let [misses, calls, bytes] = ["pool_misses", "allocations", "allocated_bytes"].map(|key| numbers(&result[key]));
         let (misses, calls, bytes) = (misses?, calls?, bytes?);
+        let faults = numbers(&result["page_faults"])?;
         self.report.rounds.insert("steady".into(), result);
         let (warm, last) = (misses.get(1).context("too few steps")?, misses.last().context("too few steps")?);
         let steps = (misses.len() - 2) as f64;
@@ -89,6 +92,11 @@ impl Bench {
                     steady(&bytes),
                     calls.first().unwrap_or(&0.0)
                 )),
+            Row {
+                ours: Some(steady(&faults)).filter(|n| n.is_finite()),
+                ..Row::new(format!("{what}: pages that the system gives it"), "pages", None)
+            }
+            .noted("of 4 KiB, or huge ones"),
         ])
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::work::{Kind, Lines, Type, Work};
-use crate::report::Goal;
+use crate::{CEILING, report::Goal};
 
 /// The modules of a Llama that are linear maps.
 const ALL_LINEAR: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -51,6 +51,7 @@ fn work(kind: Kind, dtype: Type, [batch, tokens, steps]: [usize; 3]) -> Work {
         new: 64,
         beams: 1,
         sizes: 1,
+        ceiling_ms: CEILING.as_millis() as u64,
     }
 }
 
@@ -148,6 +149,6 @@ fn make_tiny(w: &mut Work) {
     w.batch = w.batch.min(2);
     w.tokens = w.tokens.min(8);
     w.steps = w.steps.min(4);
-    (w.new, w.rank, w.sizes) = (4, 2, w.sizes.min(3));
+    (w.new, w.rank, w.sizes, w.ceiling_ms) = (4, 2, w.sizes.min(3), 0);
     w.beams = w.beams.min(3);
 }

@@ -1,6 +1,9 @@
 //! What a process measures: described in JSON, so that this side and its peer get the same words.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use lora_core::peft::Adapted;
@@ -101,6 +104,8 @@ pub struct Work {
     pub beams: usize,
     /// Sizes of batches.
     pub sizes: usize,
+    /// For how many milliseconds the GEMM ceiling is looked for after training.
+    pub ceiling_ms: u64,
 }
 
 impl Work {
@@ -173,9 +178,10 @@ impl Work {
         result["gemm_flops_per_s"] = json!(total / seconds);
         result["gemm_flops_of_last_step"] = json!(flops[(measured.seconds.len() - 1) % flops.len()]);
         // After the steps, because the peak of memory is theirs.
+        let during = Duration::from_millis(self.ceiling_ms);
         result["ceiling"] = json!(match self.dtype {
-            Type::F32 => Some(ceiling()),
-            Type::Bf16 => ceiling_bf16(),
+            Type::F32 => Some(ceiling(during)),
+            Type::Bf16 => ceiling_bf16(during),
         });
         Ok(result)
     }
