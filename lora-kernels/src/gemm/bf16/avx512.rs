@@ -166,7 +166,7 @@ pub(super) fn pack_panel<T: Source>(b: HostMat<T>, ks: Range<usize>, cols: Range
             };
             // SAFETY: only called where `available`; n elements from k on lie in each lane's row; the panel has sixteen
             // rows of pairs here, or as many as it has left.
-            unsafe { transpose(std::array::from_fn(|i| lane(i)), n, &mut to[half * 16..]) };
+            unsafe { transpose(std::array::from_fn(lane), n, &mut to[half * 16..]) };
         }
     }
 }

@@ -233,6 +233,9 @@ mod tests {
         }
     }
 
+    /// A way to compute a product.
+    type Way = fn(f64, Operand, Operand, f64, HostMut<f32>) -> Result<()>;
+
     /// One product of numbers that bf16 holds, so that only the sums are rounded, against loops in f64; by `how`.
     fn check(
         rng: &mut ChaCha8Rng,
@@ -240,7 +243,7 @@ mod tests {
         types: [DType; 2],
         [ta, tb]: [bool; 2],
         (alpha, beta): (f64, f64),
-        how: fn(f64, Operand, Operand, f64, HostMut<f32>) -> Result<()>,
+        how: Way,
     ) {
         let (a, b) = (
             if ta { Padded::random(rng, types[0], k, m) } else { Padded::random(rng, types[0], m, k) },
@@ -288,7 +291,7 @@ mod tests {
     #[test]
     fn equals_plain_loops_in_all_types_transposes_sizes_and_scalars() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let ways: &[fn(f64, Operand, Operand, f64, HostMut<f32>) -> Result<()>] = &[
+        let ways: &[Way] = &[
             widened,
             #[cfg(target_arch = "x86_64")]
             |alpha, a, b, beta, c| {

@@ -77,8 +77,8 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
         let mut y = b.0;
-        for l in 0..LANES {
-            y[l] = f32::mul_add(self.0[l], a.0[l], y[l]);
+        for ((y, x), a) in y.iter_mut().zip(self.0).zip(a.0) {
+            *y = f32::mul_add(x, a, *y);
         }
         Portable(y)
     }
@@ -164,13 +164,14 @@ impl Lanes for Avx512 {
     }
 }
 
-/// Asks for the cache line of an address, which need not be one of the program's.
+/// Asks for the cache line of an address, which need not be one of the program's. It waits in the second cache, so that
+/// what the loops use again stays in the first.
 #[inline(always)]
 pub(super) fn fetch<T>(p: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which reads nothing.
     unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(p.cast())
+        _mm_prefetch::<_MM_HINT_T1>(p.cast())
     };
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;

@@ -1,33 +1,13 @@
 use super::{
-    Part, Rows, Weight,
+    Part, Weight,
     lanes::{LANES, Lanes, fetch},
 };
 
-/// How a product of m rows reads B.
-#[derive(Clone, Copy)]
-struct Reading {
-    /// Rows of B that are read side by side where B is stored by rows: so often C is loaded and stored.
-    depth: usize,
-    /// So many rows, or columns where they lie together, before their use a cache line is asked for; 0 to leave that to the
-    /// processor.
-    ahead: usize,
-    /// Vectors, or columns, at a time.
-    wide: usize,
-    /// Columns at a time where each lies together.
-    columns: usize,
-}
+/// Rows of B that are read side by side where B is stored by rows: so often C is loaded and stored.
+const DEPTH: usize = 8;
 
-impl Reading {
-    /// As measured: with one row or two the processor's own prefetching of long runs is the fastest, and what asks for
-    /// lines besides takes its places; with more of them arithmetic lies between two reads, and asking hides them.
-    fn of(rows: Rows) -> Reading {
-        let wide = if rows.most() <= 6 { 4 } else { 3 };
-        match rows.m {
-            1 | 2 => Reading { depth: 16, ahead: 0, wide, columns: 1 },
-            _ => Reading { depth: 8, ahead: 8, wide, columns: wide },
-        }
-    }
-}
+/// So many rows of B, or columns where they lie together, before its use a cache line is asked for.
+const AHEAD: usize = 8;
 
 /// Calls `$f::<V, W, M, N>` for `$m` rows and `$n` vectors, or columns, in the sizes that 32 registers hold.
 macro_rules! sized {
@@ -48,22 +28,24 @@ impl<W: Weight> Part<'_, W> {
     /// The fields describe memory that can be read and, of C, written by nobody else; the processor has `V`'s vectors.
     #[inline(always)]
     pub(super) unsafe fn run<V: Lanes>(&self) {
+        let wide = if self.rows.most() <= 6 { 4 } else { 3 };
         // SAFETY: as the caller promises.
         unsafe {
             match self.b.transposed {
-                true => self.dots::<V>(Reading::of(self.rows)),
-                false => self.sums::<V>(Reading::of(self.rows)),
+                // One row is fastest with memory read from one end to the other, as the processor foresees; with more,
+                // several columns together, because A has to be loaded for each.
+                true => self.dots::<V>(if self.rows.m == 1 { 1 } else { wide }),
+                false => self.sums::<V>(wide),
             }
         }
     }
 
-    /// B as stored: rows of B times numbers of A are added to the rows of C, for some rows of B side by side. Reads go
-    /// along the rows.
+    /// B stored by rows: rows of B times numbers of A are added to the rows of C, for some rows of B side by side. Reads go
+    /// along the rows, as far as they reach: longer runs are worth more than a C that stays in the nearest cache.
     #[inline(always)]
-    unsafe fn sums<V: Lanes>(&self, reading: Reading) {
-        let (wide, ahead) = (reading.wide, reading.ahead * self.b.ld);
-        for p in (0..self.k).step_by(reading.depth) {
-            let depth = reading.depth.min(self.k - p);
+    unsafe fn sums<V: Lanes>(&self, wide: usize) {
+        for p in (0..self.k).step_by(DEPTH) {
+            let depth = DEPTH.min(self.k - p);
             // What the rows of C begin with: what the rows of B before left there.
             let beta = if p == 0 { self.beta } else { 1.0 };
             let mut j = 0;
@@ -76,7 +58,7 @@ impl<W: Weight> Part<'_, W> {
                         let a = self.a.as_ptr().add(first * self.k + p * size);
                         let b = self.b.ptr().add(p * self.b.ld + j);
                         let c = self.c.add(first * self.ldc + j);
-                        sized!(size, vectors, sum_tile(a, b, self.b.ld, ahead, depth, beta, c, self.ldc, len));
+                        sized!(size, vectors, sum_tile(a, b, self.b.ld, depth, beta, c, self.ldc, len));
                     }
                 }
                 j += vectors * LANES;
@@ -84,11 +66,9 @@ impl<W: Weight> Part<'_, W> {
         }
     }
 
-    /// B transposed: its columns, which lie one after the other, times the rows of A. With few rows one column at a time,
-    /// so that memory is read from one end to the other; with more, several, because A has to be loaded for each.
+    /// B transposed: its columns, which lie one after the other, times the rows of A.
     #[inline(always)]
-    unsafe fn dots<V: Lanes>(&self, reading: Reading) {
-        let (wide, ahead) = (reading.columns, reading.ahead * self.b.ld);
+    unsafe fn dots<V: Lanes>(&self, wide: usize) {
         let mut j = 0;
         while j < self.n {
             let columns = if self.n - j >= wide { wide } else { 1 };
@@ -98,7 +78,7 @@ impl<W: Weight> Part<'_, W> {
                     let a = self.a.as_ptr().add(first * self.k);
                     let b = self.b.ptr().add(j * self.b.ld);
                     let c = self.c.add(first * self.ldc + j);
-                    sized!(size, columns, dot_tile(a, b, self.b.ld, ahead, self.k, self.beta, c, self.ldc));
+                    sized!(size, columns, dot_tile(a, b, self.b.ld, self.k, self.beta, c, self.ldc));
                 }
             }
             j += columns;
@@ -113,7 +93,6 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
     b: *const W,
     ldb: usize,
-    ahead: usize,
     depth: usize,
     beta: f32,
     c: *mut f32,
@@ -140,9 +119,7 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
             let mut w = [zero; N];
             for (v, w) in w.iter_mut().enumerate() {
                 *w = W::load(b.add(v * LANES), len);
-                if ahead > 0 {
-                    fetch(b.wrapping_add(ahead + v * LANES));
-                }
+                fetch(b.wrapping_add(AHEAD * ldb + v * LANES));
             }
             for (i, acc) in acc.iter_mut().enumerate() {
                 let x = V::splat(*a.add(i));
@@ -161,12 +138,10 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
 
 /// C [M, N] = β·C + A [M, k]·B [k, N], A row by row and B column by column.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
     b: *const W,
     ldb: usize,
-    ahead: usize,
     k: usize,
     beta: f32,
     c: *mut f32,
@@ -177,10 +152,10 @@ unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
         let mut acc = [[V::splat(0.0); N]; M];
         let whole = k / LANES * LANES;
         for p in (0..whole).step_by(LANES) {
-            dot_step(a.add(p), k, b.add(p), ldb, ahead, &mut acc, LANES);
+            dot_step(a.add(p), k, b.add(p), ldb, &mut acc, LANES);
         }
         if whole < k {
-            dot_step(a.add(whole), k, b.add(whole), ldb, 0, &mut acc, k - whole);
+            dot_step(a.add(whole), k, b.add(whole), ldb, &mut acc, k - whole);
         }
         for (i, acc) in acc.into_iter().enumerate() {
             for (j, acc) in acc.into_iter().enumerate() {
@@ -198,7 +173,6 @@ unsafe fn dot_step<V: Lanes, W: Weight, const M: usize, const N: usize>(
     lda: usize,
     b: *const W,
     ldb: usize,
-    ahead: usize,
     acc: &mut [[V; N]; M],
     len: usize,
 ) {
@@ -207,8 +181,8 @@ unsafe fn dot_step<V: Lanes, W: Weight, const M: usize, const N: usize>(
         let mut w = [V::splat(0.0); N];
         for (j, w) in w.iter_mut().enumerate() {
             *w = W::load(b.add(j * ldb), len);
-            if N > 1 && ahead > 0 {
-                fetch(b.wrapping_add(ahead + j * ldb));
+            if N > 1 {
+                fetch(b.wrapping_add((AHEAD + j) * ldb));
             }
         }
         for (i, acc) in acc.iter_mut().enumerate() {
