@@ -25,6 +25,10 @@ use crate::{
 /// The most rows. With more of them arithmetic outweighs reading, and a product in blocks is as fast.
 const ROWS: usize = 16;
 
+/// The most products of a sum. It is taken in one run, which over the vocabulary of a head would lose more digits than the
+/// sums of parts that a product in blocks takes.
+const TERMS: usize = 1 << 14;
+
 /// Elements of B that are worth waking another thread for: some microseconds of reading.
 const SHARE: usize = 1 << 15;
 
@@ -33,7 +37,7 @@ const COLS: usize = 1024;
 
 /// Whether [`product`] is made for A [m, k] times B [k, n].
 pub(crate) fn fits(m: usize, k: usize, n: usize) -> bool {
-    (1..=ROWS).contains(&m) && k > 0 && n > 0
+    (1..=ROWS).contains(&m) && (1..=TERMS).contains(&k) && n > 0
 }
 
 /// What B may consist of.

@@ -319,7 +319,7 @@ mod tests {
         let x = Buffer::from_slice(&Device::Cpu, &x).unwrap();
         let mut y = Buffer::empty(&Device::Cpu, DType::F32, 2).unwrap();
         let (x, to) = (Mat::new(&x, 0, 2, 1), MatMut::new(&mut y, 0, 2, 1));
-        super::super::gemm(1.0, x, Mat::new(&one, 0, 1, 1), 0.0, to).unwrap();
+        product(1.0, Operand::of(x).unwrap(), Operand::of(Mat::new(&one, 0, 1, 1)).unwrap(), 0.0, to).unwrap();
         assert_eq!(y.to_vec::<f32>(0..2).unwrap(), [1.0, 1.0 + 2f32.powi(-7)]);
     }
 
@@ -339,8 +339,9 @@ mod tests {
                     for first in (0..m).step_by(rows) {
                         let end = (first + rows).min(m);
                         let to = MatMut::new(&mut c, first * n, end - first, n);
-                        let part = a.mat().rows_in(first..end);
-                        pool.install(|| super::super::gemm(1.0, part, b.mat().t_if(tb), 0.0, to)).unwrap();
+                        let part = Operand::of(a.mat().rows_in(first..end)).unwrap();
+                        let all = Operand::of(b.mat().t_if(tb)).unwrap();
+                        pool.install(|| product(1.0, part, all, 0.0, to)).unwrap();
                     }
                     c.to_vec::<f32>(0..m * n).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
                 };
