@@ -25,15 +25,18 @@ use crate::{
 /// The most rows. With more of them arithmetic outweighs reading, and a product in blocks is as fast.
 const ROWS: usize = 16;
 
+/// The longest sum. One over all tokens or all of a vocabulary would lose more digits here than in blocks of blocks.
+const LONG: usize = 1 << 15;
+
 /// Elements of B that are worth waking another thread for: some microseconds of reading.
 const SHARE: usize = 1 << 15;
 
 /// Columns of C for one task when those of B lie one after the other: enough to read on without a stop.
 const COLS: usize = 1024;
 
-/// Whether [`product`] is made for A [m, k] times B [k, n].
+/// Whether [`product`] is made for A [m, k] times B [k, n]: few rows, and a B that does not lie in a near cache already.
 pub(crate) fn fits(m: usize, k: usize, n: usize) -> bool {
-    (1..=ROWS).contains(&m) && k > 0 && n > 0
+    (1..=ROWS).contains(&m) && k <= LONG && k * n >= SHARE
 }
 
 /// What B may consist of.
@@ -61,8 +64,7 @@ impl Weight for bf16 {
     }
 }
 
-/// `C = α·A·B + β·C` in f32, for shapes that [`fits`] accepts. With β = 0 the old contents of C are not read; α is
-/// multiplied into A.
+/// `C = α·A·B + β·C` in f32; fast for shapes that [`fits`] accepts. With β = 0 the old contents of C are not read.
 ///
 /// # Panics
 /// When the shapes do not fit.
@@ -109,11 +111,13 @@ fn on<W: Weight>(
     let (m, k) = if a.transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
     let (k2, n) = if b.transposed { (b.cols, b.rows) } else { (b.rows, b.cols) };
     assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
-    assert!(fits(m, k, n), "gemm: {m}×{k}×{n} is no product with few rows");
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
     let rows = Rows { m, groups: m.div_ceil(vectors.tall()) };
     let mut scratch = Buffer::empty(&Device::Cpu, DType::F32, m * k)?;
     let packed = scratch.host_mut::<f32>();
-    pack(alpha as f32, a, rows, b.transposed, packed);
+    pack(a, rows, b.transposed, packed);
     let threads = rayon::current_num_threads();
     let step = match n * k / SHARE {
         _ if threads == 1 => n,
@@ -125,7 +129,8 @@ fn on<W: Weight>(
     let work = |(i, mut c): (usize, HostMut<f32>)| {
         let (from, to) = (i * step, i * step + c.cols);
         let b = if b.transposed { b.t().block(from..to, 0..k).t() } else { b.block(0..k, from..to) };
-        let part = Part { rows, k, n: c.cols, a: packed, b, beta: beta as f32, ldc: c.ld, c: c.ptr() };
+        let part =
+            Part { rows, k, n: c.cols, a: packed, b, alpha: alpha as f32, beta: beta as f32, ldc: c.ld, c: c.ptr() };
         match vectors {
             // SAFETY: `Part` describes live memory: A packed, a block of B and the uniquely borrowed one of C.
             Vectors::Portable => simd(
@@ -175,8 +180,8 @@ impl Rows {
     }
 }
 
-/// α·A as the loops read it: group after group. In a group whole rows where B is transposed, else column after column.
-fn pack(alpha: f32, a: HostMat<f32>, rows: Rows, whole: bool, to: &mut [f32]) {
+/// A as the loops read it: group after group. In a group whole rows where B is transposed, else column after column.
+fn pack(a: HostMat<f32>, rows: Rows, whole: bool, to: &mut [f32]) {
     let (m, k) = if a.transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
     let (row_step, col_step) = if a.transposed { (1, a.ld) } else { (a.ld, 1) };
     // SAFETY: the element (i, p) lies inside A for i < m and p < k.
@@ -186,13 +191,13 @@ fn pack(alpha: f32, a: HostMat<f32>, rows: Rows, whole: bool, to: &mut [f32]) {
         if whole || size == 1 {
             for i in first..first + size {
                 for (p, to) in (0..k).zip(&mut to) {
-                    *to = alpha * at(i, p);
+                    *to = at(i, p);
                 }
             }
         } else {
             for p in 0..k {
                 for (i, to) in (first..first + size).zip(&mut to) {
-                    *to = alpha * at(i, p);
+                    *to = at(i, p);
                 }
             }
         }
@@ -206,6 +211,7 @@ struct Part<'a, W> {
     n: usize,
     a: &'a [f32],
     b: HostMat<'a, W>,
+    alpha: f32,
     beta: f32,
     c: *mut f32,
     ldc: usize,
