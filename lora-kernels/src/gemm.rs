@@ -26,7 +26,7 @@ use crate::{
 ///
 /// C has the type of A and B, or their [accumulator's](crate::DType::accumulator): sums are taken in that one anyway. On the
 /// CPU C is the accumulator's, and of A and B one may be bf16 and the other f32, which is then rounded to bf16 (each of its
-/// elements to within 2⁻⁹ of itself), unless C has few rows: those are bound by reading B, and nothing is rounded.
+/// elements to within 2⁻⁹ of itself).
 ///
 /// Each element is summed in an order that depends only on the shapes: the result has the same bits for any number of
 /// threads. Error: |ΔC| ≤ about k·ε·|α|·|A|·|B| elementwise, as for any summation of k products.

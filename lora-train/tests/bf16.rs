@@ -37,12 +37,12 @@ fn data() -> Dataset {
 fn config() -> TrainConfig {
     TrainConfig {
         rank: 4,
-        alpha: 8.0,
+        alpha: 32.0,
         targets: ["c_attn", "c_fc", "mlp.c_proj"].map(String::from).to_vec(),
         steps: Some(200),
         batch_size: 8,
         grad_accum: 2,
-        lr: 5e-3,
+        lr: 1e-2,
         warmup: 10,
         base_dropout: Some(0.0),
         ..TrainConfig::default()

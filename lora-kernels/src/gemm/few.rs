@@ -3,9 +3,9 @@
 //! Products with few rows, on the host: one new token of some sequences times a weight. They are bound by reading B, so
 //! each element of it is read once, nearly in the order of memory and asked for ahead, and used for all rows of A.
 //!
-//! B may be bf16, which is widened exactly; A and all sums are f32. An element of C is summed in an order that depends on
-//! k and on how B is stored alone: neither threads, nor the other rows, nor the width of the processor's vectors change a
-//! bit of it.
+//! B may be bf16; A is then rounded to bf16, as it is in products of many rows, so that a token's numbers do not depend on
+//! how many come with it. Sums are f32. An element of C is summed in an order that depends on k and on how B is stored
+//! alone: neither threads, nor the other rows, nor the width of the processor's vectors change a bit of it.
 
 mod lanes;
 mod loops;
@@ -25,9 +25,8 @@ use crate::{
 /// The most rows. With more of them arithmetic outweighs reading, and a product in blocks is as fast.
 const ROWS: usize = 16;
 
-/// The most products of a sum. It is taken in one run, which over the vocabulary of a head would lose more digits than the
-/// sums of parts that a product in blocks takes.
-const TERMS: usize = 1 << 14;
+/// The longest sum. One over all tokens or all of a vocabulary would lose more digits here than in blocks of blocks.
+const LONG: usize = 1 << 15;
 
 /// Elements of B that are worth waking another thread for: some microseconds of reading.
 const SHARE: usize = 1 << 15;
@@ -35,9 +34,9 @@ const SHARE: usize = 1 << 15;
 /// Columns of C for one task when those of B lie one after the other: enough to read on without a stop.
 const COLS: usize = 1024;
 
-/// Whether [`product`] is made for A [m, k] times B [k, n].
+/// Whether [`product`] is made for A [m, k] times B [k, n]: few rows, and a B that does not lie in a near cache already.
 pub(crate) fn fits(m: usize, k: usize, n: usize) -> bool {
-    (1..=ROWS).contains(&m) && (1..=TERMS).contains(&k) && n > 0
+    (1..=ROWS).contains(&m) && k <= LONG && k * n >= SHARE
 }
 
 /// What B may consist of.
@@ -47,6 +46,8 @@ pub(crate) trait Weight: Element {
     /// # Safety
     /// They can be read, and the processor has the vectors of `V`.
     unsafe fn load<V: Lanes>(p: *const Self, n: usize) -> V;
+    /// A number of A as it is multiplied.
+    fn beside(a: f32) -> f32;
 }
 
 impl Weight for f32 {
@@ -54,6 +55,10 @@ impl Weight for f32 {
     unsafe fn load<V: Lanes>(p: *const f32, n: usize) -> V {
         // SAFETY: as the caller promises.
         unsafe { V::load(p, n) }
+    }
+    #[inline(always)]
+    fn beside(a: f32) -> f32 {
+        a
     }
 }
 
@@ -63,10 +68,13 @@ impl Weight for bf16 {
         // SAFETY: as the caller promises.
         unsafe { V::widen(p, n) }
     }
+    #[inline(always)]
+    fn beside(a: f32) -> f32 {
+        bf16::from_f32(a).to_f32()
+    }
 }
 
-/// `C = α·A·B + β·C` in f32, for shapes that [`fits`] accepts. With β = 0 the old contents of C are not read; α is
-/// multiplied into A.
+/// `C = α·A·B + β·C` in f32; fast for shapes that [`fits`] accepts. With β = 0 the old contents of C are not read.
 ///
 /// # Panics
 /// When the shapes do not fit.
@@ -113,11 +121,13 @@ fn on<W: Weight>(
     let (m, k) = if a.transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
     let (k2, n) = if b.transposed { (b.cols, b.rows) } else { (b.rows, b.cols) };
     assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
-    assert!(fits(m, k, n), "gemm: {m}×{k}×{n} is no product with few rows");
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
     let rows = Rows { m, groups: m.div_ceil(vectors.tall()) };
     let mut scratch = Buffer::empty(&Device::Cpu, DType::F32, m * k)?;
     let packed = scratch.host_mut::<f32>();
-    pack(alpha as f32, a, rows, b.transposed, packed);
+    pack::<W>(a, rows, b.transposed, packed);
     let threads = rayon::current_num_threads();
     let step = match n * k / SHARE {
         _ if threads == 1 => n,
@@ -129,7 +139,8 @@ fn on<W: Weight>(
     let work = |(i, mut c): (usize, HostMut<f32>)| {
         let (from, to) = (i * step, i * step + c.cols);
         let b = if b.transposed { b.t().block(from..to, 0..k).t() } else { b.block(0..k, from..to) };
-        let part = Part { rows, k, n: c.cols, a: packed, b, beta: beta as f32, ldc: c.ld, c: c.ptr() };
+        let part =
+            Part { rows, k, n: c.cols, a: packed, b, alpha: alpha as f32, beta: beta as f32, ldc: c.ld, c: c.ptr() };
         match vectors {
             // SAFETY: `Part` describes live memory: A packed, a block of B and the uniquely borrowed one of C.
             Vectors::Portable => simd(
@@ -179,24 +190,24 @@ impl Rows {
     }
 }
 
-/// α·A as the loops read it: group after group. In a group whole rows where B is transposed, else column after column.
-fn pack(alpha: f32, a: HostMat<f32>, rows: Rows, whole: bool, to: &mut [f32]) {
+/// A as the loops read it: group after group. In a group whole rows where B is transposed, else column after column.
+fn pack<W: Weight>(a: HostMat<f32>, rows: Rows, whole: bool, to: &mut [f32]) {
     let (m, k) = if a.transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
     let (row_step, col_step) = if a.transposed { (1, a.ld) } else { (a.ld, 1) };
     // SAFETY: the element (i, p) lies inside A for i < m and p < k.
-    let at = |i: usize, p: usize| unsafe { *a.ptr().add(i * row_step + p * col_step) };
+    let at = |i: usize, p: usize| W::beside(unsafe { *a.ptr().add(i * row_step + p * col_step) });
     let mut to = to[..m * k].iter_mut();
     for (first, size) in rows.groups() {
         if whole || size == 1 {
             for i in first..first + size {
                 for (p, to) in (0..k).zip(&mut to) {
-                    *to = alpha * at(i, p);
+                    *to = at(i, p);
                 }
             }
         } else {
             for p in 0..k {
                 for (i, to) in (first..first + size).zip(&mut to) {
-                    *to = alpha * at(i, p);
+                    *to = at(i, p);
                 }
             }
         }
@@ -210,6 +221,7 @@ struct Part<'a, W> {
     n: usize,
     a: &'a [f32],
     b: HostMat<'a, W>,
+    alpha: f32,
     beta: f32,
     c: *mut f32,
     ldc: usize,

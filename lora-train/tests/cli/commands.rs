@@ -372,12 +372,12 @@ fn where_to_compute() {
         let quiet = lab.lora(&format!("{} --device auto --quiet", command.replace("--out ", "--out quiet-")));
         assert!(quiet.status.success() && quiet.stderr.is_empty(), "{}", String::from_utf8_lossy(&quiet.stderr));
         let elsewhere = command.replace("--out ", "--out other-");
-        lab.fails(&format!("{elsewhere} --dtype bf16"), &["dtype = bf16", "--device cuda"]);
+        lab.fails(&format!("{elsewhere} --dtype f16"), &["dtype = f16", "--device cuda"]);
         lab.fails(&format!("{elsewhere} --device gpu"), &["device = gpu", "cuda:N or auto"]);
         lab.fails(&format!("{elsewhere} --device cuda:77"), &["CUDA"]);
         if let Some(why) = &why {
             lab.fails(&format!("{elsewhere} --device cuda"), &[why]);
-            lab.fails(&format!("{elsewhere} --device auto --dtype bf16"), &["dtype = bf16", "computing on the CPU"]);
+            lab.fails(&format!("{elsewhere} --device auto --dtype f16"), &["dtype = f16", "computing on the CPU"]);
         }
     }
     assert!(!lab.path("other-run").exists() && !lab.path("other-new").exists(), "a device that is not there");

@@ -3,7 +3,8 @@ use super::{
     lanes::{LANES, Lanes, fetch},
 };
 
-/// Rows of B that are read side by side where B is stored by rows: so often C is loaded and stored.
+/// Rows of B that are read side by side where B is stored by rows. Their products are summed before they are added to C,
+/// so that a long sum keeps its digits.
 const DEPTH: usize = 8;
 
 /// So many rows of B, or columns where they lie together, before its use a cache line is asked for.
@@ -58,7 +59,7 @@ impl<W: Weight> Part<'_, W> {
                         let a = self.a.as_ptr().add(first * self.k + p * size);
                         let b = self.b.ptr().add(p * self.b.ld + j);
                         let c = self.c.add(first * self.ldc + j);
-                        sized!(size, vectors, sum_tile(a, b, self.b.ld, depth, beta, c, self.ldc, len));
+                        sized!(size, vectors, sum_tile(a, b, self.b.ld, depth, self.alpha, beta, c, self.ldc, len));
                     }
                 }
                 j += vectors * LANES;
@@ -78,7 +79,7 @@ impl<W: Weight> Part<'_, W> {
                     let a = self.a.as_ptr().add(first * self.k);
                     let b = self.b.ptr().add(j * self.b.ld);
                     let c = self.c.add(first * self.ldc + j);
-                    sized!(size, columns, dot_tile(a, b, self.b.ld, self.k, self.beta, c, self.ldc));
+                    sized!(size, columns, dot_tile(a, b, self.b.ld, self.k, self.alpha, self.beta, c, self.ldc));
                 }
             }
             j += columns;
@@ -86,7 +87,7 @@ impl<W: Weight> Part<'_, W> {
     }
 }
 
-/// C [M, 16·N] = β·C + A [M, depth]·B [depth, 16·N], A column by column; with N = 1 only `len` columns.
+/// C [M, 16·N] = β·C + α·A [M, depth]·B [depth, 16·N], A column by column; with N = 1 only `len` columns.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
@@ -94,6 +95,7 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     b: *const W,
     ldb: usize,
     depth: usize,
+    alpha: f32,
     beta: f32,
     c: *mut f32,
     ldc: usize,
@@ -104,16 +106,6 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     unsafe {
         let zero = V::splat(0.0);
         let mut acc = [[zero; N]; M];
-        if beta != 0.0 {
-            for (i, acc) in acc.iter_mut().enumerate() {
-                for (v, acc) in acc.iter_mut().enumerate() {
-                    *acc = V::load(c.add(i * ldc + v * LANES), len);
-                    if beta != 1.0 {
-                        *acc = acc.mul_add(V::splat(beta), zero);
-                    }
-                }
-            }
-        }
         for p in 0..depth {
             let (a, b) = (a.add(p * M), b.add(p * ldb));
             let mut w = [zero; N];
@@ -130,19 +122,27 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
         }
         for (i, acc) in acc.into_iter().enumerate() {
             for (v, acc) in acc.into_iter().enumerate() {
-                acc.store(c.add(i * ldc + v * LANES), len);
+                let c = c.add(i * ldc + v * LANES);
+                let old = match beta {
+                    0.0 => zero,
+                    1.0 => V::load(c, len),
+                    beta => V::load(c, len).mul_add(V::splat(beta), zero),
+                };
+                acc.mul_add(V::splat(alpha), old).store(c, len);
             }
         }
     }
 }
 
-/// C [M, N] = β·C + A [M, k]·B [k, N], A row by row and B column by column.
+/// C [M, N] = β·C + α·A [M, k]·B [k, N], A row by row and B column by column.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
     b: *const W,
     ldb: usize,
     k: usize,
+    alpha: f32,
     beta: f32,
     c: *mut f32,
     ldc: usize,
@@ -160,7 +160,7 @@ unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
         for (i, acc) in acc.into_iter().enumerate() {
             for (j, acc) in acc.into_iter().enumerate() {
                 let (c, sum) = (c.add(i * ldc + j), acc.sum());
-                *c = if beta == 0.0 { sum } else { beta.mul_add(*c, sum) };
+                *c = alpha.mul_add(sum, if beta == 0.0 { 0.0 } else { beta * *c });
             }
         }
     }
