@@ -397,9 +397,9 @@ fn where_to_compute() {
     lab.write("run/run.toml", &run.replace(&format!("dtype = \"{}\"", kept[1]), "dtype = \"auto\""));
     lab.ok(&format!("{train} --out run --resume --device auto"));
     assert_eq!(lab.read("run/run.toml"), run);
-    // One that another machine began in bf16 says what it needs.
-    lab.write("run/run.toml", &run.replace("\"f32\"", "\"bf16\""));
-    lab.fails(&format!("{train} --out run --resume"), &["dtype = bf16", "the run was started", "--device cuda"]);
+    // One that another machine began in f16 says what it needs.
+    lab.write("run/run.toml", &run.replace("\"f32\"", "\"f16\""));
+    lab.fails(&format!("{train} --out run --resume"), &["dtype = f16", "the run was started", "--device cuda"]);
 }
 
 /// The command on the emulated device: what it trains there is read everywhere.
