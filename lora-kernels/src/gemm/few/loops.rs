@@ -45,7 +45,8 @@ impl<W: Weight> Part<'_, W> {
     /// along the rows, as far as they reach: longer runs are worth more than a C that stays in the nearest cache.
     #[inline(always)]
     unsafe fn sums<V: Lanes>(&self, wide: usize) {
-        for p in (0..self.k).step_by(DEPTH) {
+        // Once even for no products at all, because C takes its β in any case.
+        for p in (0..self.k.max(1)).step_by(DEPTH) {
             let depth = DEPTH.min(self.k - p);
             // What the rows of C begin with: what the rows of B before left there.
             let beta = if p == 0 { self.beta } else { 1.0 };
