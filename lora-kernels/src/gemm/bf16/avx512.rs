@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{KC, MR, NR};
+use super::blocked::{KC, MR, NR};
 use crate::{
     Element,
     mat::{HostMat, HostMut},

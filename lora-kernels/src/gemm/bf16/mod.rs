@@ -3,30 +3,18 @@
 //! Operands that are f32 are rounded to bf16 while they are packed; products of bf16 numbers are exact in f32, and sums
 //! are taken in f32. So an element is off by at most about (2⁻⁸ + k·2⁻²⁴)·Σ|a||b|, of which the first term is what
 //! rounding an f32 operand costs (none, for one that was bf16).
-//!
-//! Work is cut into blocks of C. Each task packs what it needs of A (rows of [`KC`] elements) and B (panels of [`NR`]
-//! columns, pairs along k side by side) just before it is used, so frozen weights are read once and nothing is kept in a
-//! second layout. Every element's sum goes over k in the same order wherever a block begins.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod blocked;
 
 use half::bf16;
 
 use crate::{
     Buffer, DType, Device, Element, Error, Mat, MatMut, Result,
     mat::{HostMat, HostMut},
-    reduce::run,
 };
-
-/// Elements along k that are packed at a time: a panel of B then fits the first cache, a block of A the second.
-const KC: usize = 384;
-/// Columns of C that a kernel computes at a time: two vectors.
-const NR: usize = 32;
-/// Rows of C that a kernel computes at a time: with two vectors each, 24 of the 32 registers hold sums.
-const MR: usize = 12;
-/// Most rows of a task.
-const ROWS: usize = 20 * MR;
 
 /// A matrix of either type.
 #[derive(Clone, Copy)]
@@ -70,89 +58,9 @@ pub(super) fn product(alpha: f64, a: Operand, b: Operand, beta: f64, c: MatMut) 
     assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
     #[cfg(target_arch = "x86_64")]
     if avx512::available() {
-        return blocked(alpha, a, b, beta, c);
+        return blocked::product(alpha, a, b, beta, c);
     }
     widened(alpha, a, b, beta, c)
-}
-
-/// The product in blocks that are computed side by side.
-#[cfg(target_arch = "x86_64")]
-fn blocked(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()> {
-    let (m, n, k) = (c.rows, c.cols, a.shape().1);
-    let threads = if m * n * k > 1 << 18 { rayon::current_num_threads() } else { 1 };
-    let rows = even(m, ROWS, MR);
-    // Two tasks a thread, so that one that is held up does not hold up all; columns are cut where rows do not suffice.
-    let stripes = (2 * threads).div_ceil(rows.len().saturating_sub(1).max(1));
-    let cols = even(n, n.div_ceil(if threads > 1 { stripes } else { 1 }).max(4 * NR), NR);
-    let places: Vec<(usize, usize)> =
-        rows.windows(2).flat_map(|r| cols.windows(2).map(move |c| (r[0], c[0]))).collect();
-    let tasks: Vec<_> = places.into_iter().zip(c.grid(&rows, &cols)).collect();
-    let done: std::sync::Mutex<Result<()>> = std::sync::Mutex::new(Ok(()));
-    run(tasks, |_, ((i, j), c)| {
-        if let Err(e) = block(alpha as f32, (a, i), (b, j), k, beta as f32, c) {
-            *done.lock().unwrap_or_else(|e| e.into_inner()) = Err(e);
-        }
-    });
-    done.into_inner().unwrap_or_else(|e| e.into_inner())
-}
-
-/// Boundaries 0 to n of parts as even as multiples of `unit` allow, none above `most`, which is rounded up to such.
-#[cfg(target_arch = "x86_64")]
-fn even(n: usize, most: usize, unit: usize) -> Vec<usize> {
-    let parts = n.div_ceil(most.next_multiple_of(unit)).max(1);
-    let step = n.div_ceil(parts).next_multiple_of(unit).max(unit);
-    let mut bounds: Vec<usize> = (0..n).step_by(step).collect();
-    if n == 0 {
-        bounds.push(0);
-    }
-    bounds.push(n);
-    bounds
-}
-
-/// One block of C, whose first row and column stand beside A and B.
-#[cfg(target_arch = "x86_64")]
-fn block(
-    alpha: f32,
-    (a, i0): (Operand, usize),
-    (b, j0): (Operand, usize),
-    k: usize,
-    beta: f32,
-    mut c: HostMut<f32>,
-) -> Result<()> {
-    // All tasks ask for the same sizes, so that the pool serves every one of them from the same few blocks.
-    let mut left = Buffer::empty(&Device::Cpu, DType::Bf16, ROWS * KC)?;
-    let mut right = Buffer::empty(&Device::Cpu, DType::U32, KC / 2 * NR)?;
-    let (left, right) = (left.host_mut::<bf16>(), right.host_mut::<u32>());
-    // An empty sum is still a sum: C = β·C.
-    for k0 in (0..k.max(1)).step_by(KC) {
-        let kc = KC.min(k - k0);
-        let beta = if k0 == 0 { beta } else { 1.0 };
-        let rows = i0..i0 + c.rows;
-        match a {
-            Operand::F32(a) => avx512::pack_rows(a, rows, k0..k0 + kc, left),
-            Operand::Bf16(a) => avx512::pack_rows(a, rows, k0..k0 + kc, left),
-        }
-        for j in (0..c.cols).step_by(NR) {
-            let cols = NR.min(c.cols - j);
-            let places = j0 + j..j0 + j + cols;
-            match b {
-                Operand::F32(b) => avx512::pack_panel(b, k0..k0 + kc, places, right),
-                Operand::Bf16(b) => avx512::pack_panel(b, k0..k0 + kc, places, right),
-            }
-            let next = j0 + (j + NR).min(c.cols)..j0 + (j + 2 * NR).min(c.cols);
-            let tiles = c.rows.div_ceil(MR);
-            for (t, i) in (0..c.rows).step_by(MR).enumerate() {
-                match b {
-                    Operand::F32(b) => avx512::prefetch_panel(b, k0..k0 + kc, next.clone(), (t, tiles)),
-                    Operand::Bf16(b) => avx512::prefetch_panel(b, k0..k0 + kc, next.clone(), (t, tiles)),
-                }
-                let rows = MR.min(c.rows - i);
-                let tile = c.block_mut(i..i + rows, j..j + cols);
-                avx512::tile(kc.div_ceil(2), &left[i * KC..], right, alpha, beta, tile);
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The same where the processor has no bf16: the operands are rounded and widened, and multiplied in f32.
@@ -295,7 +203,7 @@ mod tests {
             widened,
             #[cfg(target_arch = "x86_64")]
             |alpha, a, b, beta, c| {
-                if avx512::available() { blocked(alpha, a, b, beta, c) } else { widened(alpha, a, b, beta, c) }
+                if avx512::available() { blocked::product(alpha, a, b, beta, c) } else { widened(alpha, a, b, beta, c) }
             },
         ];
         for shape in SHAPES {
