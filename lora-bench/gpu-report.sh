@@ -32,9 +32,8 @@ build() {
   # name of the file, package, target as cargo and its messages call it
   local targets=(
     "kernels lora-kernels --lib lora_kernels"
-    "golden lora-model --test=golden golden"
-    "generate lora-model --test=generate generate"
-    "train lora-train --test=device device"
+    "model lora-model --test=it it"
+    "train lora-train --test=it it"
   )
   local peer=${PEER:-} data=${DATA:-} tokenizer=${TOKENIZER:-}
   set -e
@@ -59,7 +58,7 @@ build() {
   done
   file=$(cargo build --release --message-format json -p lora-bench --features cuda --bin gpu | executable gpu bin)
   install -m 755 "$file" "$folder/gpu"
-  for name in kernels golden generate train gpu; do
+  for name in kernels model train gpu; do
     strip "$folder/$name"
     gzip -9 --force "$folder/$name"
   done
@@ -141,7 +140,7 @@ run() {
   : >"$log"
   work=$(mktemp -d) || exit 1
   trap 'rm -rf "$work"' EXIT
-  for bin in gpu kernels golden generate train; do
+  for bin in gpu kernels model train; do
     if ! gunzip -c "$folder/$bin.gz" >"$work/$bin" || ! chmod +x "$work/$bin"; then
       echo "there is no whole $folder/$bin.gz: run 'gpu-report.sh build' first" >&2
       exit 2
@@ -173,9 +172,9 @@ run() {
   tests=(cuda:: engines:: --skip cuda::module --skip engines::tests::wgmma --skip lora::)
   step "parity: kernels" 75 "$work/kernels" "${tests[@]}" --test-threads 4
   step "parity: LoRA" 40 "$work/kernels" lora::cuda --test-threads 4
-  step "parity: models and gradients" 60 "$work/golden" --test-threads 2
-  step "parity: generation" 30 "$work/generate" --test-threads 2
-  step "parity: training" 40 "$work/train" --test-threads 2
+  step "parity: models and gradients" 60 "$work/model" golden:: --test-threads 2
+  step "parity: generation" 30 "$work/model" generate:: --test-threads 2
+  step "parity: training" 40 "$work/train" device:: --skip task_device:: --test-threads 2
 
   # The sanitizer makes kernels many times slower: a few tests, one at a time.
   tests=(norm::cuda activation::cuda elementwise::cuda gather::cuda loss::cuda engines::tests::base_in_bf16

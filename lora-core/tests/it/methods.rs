@@ -1,0 +1,573 @@
+//! Every method of the table that needs no tokens passes the same list, on a tiny model with a fused projection stored
+//! [in, out] and a plain one stored [out, in]. On whole architectures the methods are tested in `lora-model`.
+
+use std::collections::BTreeMap;
+
+use crate::common::{NOISE, bits, ids, make_noisy, random, relative, tensor};
+use lora_core::{
+    Error, Grads, Params, Result, Tape, Tensor, Var, gradcheck,
+    lowrank::Layout,
+    ops,
+    peft::{
+        Adapted, Base, BaseTensor, Frozen, Layers, Linear, LinearSite, METHODS, MethodRow, Options, Outline, Part,
+        Site, SiteKind, Start, find,
+    },
+};
+use lora_kernels::{AdamW, Attention, DType, Device, Sequences, adamw, axpby};
+
+const CPU: Device = Device::Cpu;
+const D: usize = 4;
+const LAYERS: usize = 2;
+
+/// A transformer of two layers: h += c_proj(attention(c_attn(ln(h)))), a tied head.
+struct Toy {
+    tensors: BTreeMap<String, Tensor>,
+    outline: Outline,
+}
+
+impl Toy {
+    fn new(dtype: DType) -> Toy {
+        let (mut tensors, mut sites) = (BTreeMap::new(), Vec::new());
+        let mut add = |name: String, shape: &[usize], around: f64| {
+            let values = random(tensors.len() as u64, shape.iter().product(), 0.5);
+            let values: Vec<f64> = values.iter().map(|v| f64::from((around + v) as f32)).collect();
+            tensors.insert(name, tensor(dtype, shape, &values));
+        };
+        add("wte.weight".into(), &[7, D], 0.0);
+        for i in 0..LAYERS {
+            add(format!("layers.{i}.ln.weight"), &[D], 1.0);
+            add(format!("layers.{i}.ln.bias"), &[D], 0.0);
+            add(format!("layers.{i}.c_attn.weight"), &[D, 3 * D], 0.0);
+            add(format!("layers.{i}.c_attn.bias"), &[3 * D], 0.0);
+            add(format!("layers.{i}.c_proj.weight"), &[D, D], 0.0);
+            add(format!("layers.{i}.c_proj.bias"), &[D], 0.0);
+            let parts = vec![("q", 0..D), ("k", D..2 * D), ("v", 2 * D..3 * D)];
+            let mut site = |name: String, kind| sites.push(Site { name, layer: Some(i), kind });
+            let linear = |outputs, layout, parts| SiteKind::Linear(LinearSite { inputs: D, outputs, layout, parts });
+            site(format!("layers.{i}.c_attn"), linear(3 * D, Layout::InOut, parts));
+            let halves = vec![("left", 0..2), ("right", 2..D)];
+            site(format!("layers.{i}.c_proj"), linear(D, Layout::OutIn, halves));
+            // Its only sublayer, so that the adapters of either kind find a place in one layer or the other.
+            let part = if i == 0 { Part::Attention } else { Part::Mlp };
+            site(format!("layers.{i}"), SiteKind::Sublayer { part, width: D });
+        }
+        let outline = Outline {
+            architecture: "toy".into(),
+            layers: LAYERS,
+            max_positions: 9,
+            tensors: tensors.iter().map(|(name, t)| base_tensor(name, t)).collect(),
+            sites,
+            default_targets: targets(&["c_attn"]),
+            ..Outline::default()
+        };
+        Toy { tensors, outline }
+    }
+
+    /// The model with some of its tensors replaced.
+    fn with(&self, changed: impl IntoIterator<Item = (String, Tensor)>) -> Toy {
+        let mut tensors = self.tensors.clone();
+        for (name, t) in changed {
+            let old = tensors.insert(name.clone(), t);
+            assert!(old.is_some(), "{name} is no tensor of the base");
+        }
+        Toy { tensors, outline: self.outline.clone() }
+    }
+
+    fn hidden(&self, t: &mut Tape, adapted: &Adapted) -> Result<Var> {
+        let var = |t: &Tape, name: &str| adapted.weight(t, name, &self.tensors[name]).unwrap();
+        let table = var(t, "wte.weight");
+        let mut h = ops::gather(t, &table, &ids(&[3, 0, 6, 3, 1, 2]))?;
+        for i in 0..LAYERS {
+            let of = |t: &Tape, name: &str| var(t, &format!("layers.{i}.{name}"));
+            let (gamma, beta) = (of(t, "ln.weight"), of(t, "ln.bias"));
+            let x = ops::layer_norm(t, &h, &gamma, &beta, 1e-5)?;
+            let (w, b) = (of(t, "c_attn.weight"), of(t, "c_attn.bias"));
+            let base = Linear { w, layout: Layout::InOut, bias: Some(b) };
+            let qkv = adapted.project(t, &format!("layers.{i}.c_attn"), &x, &base)?;
+            let cfg = Attention { heads: 2, kv_heads: 2, head_dim: D / 2, scale: 0.7, causal: true, dropout: None };
+            let x = ops::attention(t, cfg, &Sequences::new(&[4, 2]), ops::Qkv::Fused(&qkv))?;
+            let (w, b) = (of(t, "c_proj.weight"), of(t, "c_proj.bias"));
+            let base = Linear { w, layout: Layout::OutIn, bias: Some(b) };
+            let y = adapted.project(t, &format!("layers.{i}.c_proj"), &x, &base)?;
+            h = adapted.join(t, &format!("layers.{i}"), h, y, None)?;
+        }
+        Ok(h)
+    }
+
+    fn loss(&self, t: &mut Tape, adapted: &Adapted) -> Result<Var> {
+        let h = self.hidden(t, adapted)?;
+        let h = ops::gather(t, &h, &ids(&[1, 2, 3, 5]))?;
+        let w = adapted.weight(t, "wte.weight", &self.tensors["wte.weight"]).unwrap();
+        ops::loss_head(t, &h, &w, None, &ids(&[6, 3, 1, 0]), 0.0, 0.25)
+    }
+
+    /// The hidden states outside of training.
+    fn output(&self, adapted: &Adapted) -> Tensor {
+        self.hidden(&mut Tape::inference(&adapted.params), adapted).unwrap().into_value()
+    }
+
+    fn bits(&self) -> Vec<Vec<u64>> {
+        self.tensors.values().map(bits).collect()
+    }
+}
+
+impl Base for Toy {
+    fn tensors(&self) -> Box<dyn Iterator<Item = (&str, &Tensor)> + '_> {
+        Box::new(self.tensors.iter().map(|(name, t)| (name.as_str(), t)))
+    }
+
+    fn outline(&self) -> &Outline {
+        &self.outline
+    }
+}
+
+fn base_tensor(name: &str, t: &Tensor) -> BaseTensor {
+    let layer = name.strip_prefix("layers.").and_then(|n| n.split('.').next()?.parse().ok());
+    BaseTensor { name: name.into(), shape: t.shape().into(), layer, norm: name.contains(".ln.") }
+}
+
+fn targets(names: &[&str]) -> Vec<String> {
+    names.iter().map(|n| n.to_string()).collect()
+}
+
+/// A change of plain options.
+type Change = fn(&mut Options);
+
+/// What each method is tried with, besides the plain options; a method that does not read an option runs unchanged.
+const VARIANTS: &[(&str, Change)] = &[
+    ("whole modules", |_| {}),
+    ("parts", |o| o.targets = targets(&["c_attn.v", "c_attn.q"])),
+    ("parts of more rank together than the module", |o| o.targets = targets(&["c_attn.q", "c_attn.k", "c_attn.v"])),
+    ("a part stored [out, in]", |o| o.targets = targets(&["c_proj.right"])),
+    ("mixed", |o| o.targets = targets(&["c_proj", "layers.0.c_attn.k"])),
+    ("one layer", |o| o.targets = targets(&["layers.1.c_attn"])),
+    ("rsLoRA", |o| o.rslora = true),
+    ("dropout", |o| o.dropout = 0.3),
+    ("one trained layer", |o| o.layers = Layers::Of(vec![0])),
+    ("norms train too", |o| o.train_norms = true),
+    ("a narrow bottleneck", |o| o.bottleneck = 1),
+    ("dropped layers", |o| o.drop_layers = Some(Layers::First(1))),
+];
+
+/// Options that are senseless to whoever reads them.
+const BAD: &[(&str, Change)] = &[
+    ("rank", |o| o.rank = 0),
+    ("rank", |o| o.rank = D + 1),
+    ("rank", |o| o.rank = usize::MAX),
+    ("alpha", |o| o.alpha = f64::NAN),
+    ("alpha", |o| o.alpha = f64::INFINITY),
+    ("alpha", |o| o.alpha = 0.0),
+    ("alpha", |o| o.alpha = -1.0),
+    ("dropout", |o| o.dropout = 1.0),
+    ("dropout", |o| o.dropout = -0.1),
+    ("dropout", |o| o.dropout = f64::NAN),
+    ("targets", |o| o.targets = targets(&[" "])),
+    ("target", |o| o.targets = targets(&["c_attn", "query"])),
+    ("target", |o| o.targets = targets(&["c_attn.x"])),
+    ("target", |o| o.targets = targets(&["c_attn", "c_attn.q"])),
+    ("bottleneck", |o| o.bottleneck = 0),
+    ("bottleneck", |o| o.bottleneck = usize::MAX),
+    ("layers", |o| o.layers = Layers::NONE),
+    ("layers", |o| o.layers = Layers::Last(LAYERS + 1)),
+    ("drop-layers", |o| o.drop_layers = Some(Layers::Of(vec![LAYERS]))),
+    ("drop-layers", |o| o.drop_layers = Some(Layers::All)),
+];
+
+/// Plain options, with adapters to combine.
+fn options(base: &Toy) -> Options {
+    let adapter = |name: &str, bottleneck: usize| {
+        let o = Options { bottleneck, ..Options::default() };
+        let mut adapted = adapt(find("adapter-p").unwrap(), base, base.dtype(), &o, bottleneck as u64);
+        disturb(&mut adapted.params);
+        Frozen { name: name.into(), bottleneck, tensors: adapted.adapter_tensors().unwrap().into_iter().collect() }
+    };
+    let fuse = vec![adapter("first", 3), adapter("second", 1)];
+    Options {
+        fuse,
+        rank: 2,
+        alpha: 3.0,
+        targets: targets(&["c_attn", "c_proj"]),
+        bottleneck: 3,
+        layers: Layers::Last(1),
+        drop_layers: Some(Layers::NONE),
+        ..Options::default()
+    }
+}
+
+fn try_adapt(row: &MethodRow, base: &Toy, dtype: DType, options: &Options, seed: u64) -> Result<Adapted> {
+    Adapted::new((row.build)(options)?.as_ref(), base, &CPU, dtype, seed)
+}
+
+fn adapt(row: &MethodRow, base: &Toy, dtype: DType, options: &Options, seed: u64) -> Adapted {
+    try_adapt(row, base, dtype, options, seed).unwrap_or_else(|e| panic!("{}: {e}", row.name))
+}
+
+/// Moves every parameter away from where it began: nothing is zero any more.
+fn disturb(params: &mut Params) {
+    let noise = tensor(params.dtype(), &[1, params.count()], &random(77, params.count(), 0.7));
+    axpby(1.0, noise.mat(), 1.0, params.flat_mut().unwrap()).unwrap();
+}
+
+/// The methods that a model without tokens has a place for.
+fn fitting(base: &Toy) -> Vec<&'static MethodRow> {
+    let fits = |row: &&MethodRow| match try_adapt(row, base, base.dtype(), &options(base), 0) {
+        Ok(_) => true,
+        Err(Error::DoesNotFit { .. }) => false,
+        Err(e) => panic!("{}: {e}", row.name),
+    };
+    METHODS.iter().filter(fits).collect()
+}
+
+/// Runs `check` for every method with every set of options.
+fn for_all(dtype: DType, check: impl Fn(&str, &Toy, &MethodRow, &Options)) {
+    let base = Toy::new(dtype);
+    for row in fitting(&base) {
+        for (variant, change) in VARIANTS {
+            let mut o = options(&base);
+            change(&mut o);
+            check(&format!("{}, {variant}", row.name), &base, row, &o);
+        }
+    }
+    assert_eq!(base.bits(), Toy::new(dtype).bits(), "the base was written");
+}
+
+// ---- the list ----
+
+#[test]
+fn at_initialisation_the_output_is_what_the_method_says() {
+    for_all(DType::F32, |what, base, row, o| {
+        let adapted = adapt(row, base, DType::F32, o, 1);
+        let (want, got) = (base.output(&Adapted::none(&CPU).unwrap()), base.output(&adapted));
+        let error = relative(&got.to_f64().unwrap(), &want.to_f64().unwrap());
+        match (row.build)(o).unwrap().start() {
+            Start::Base => assert_eq!(bits(&got), bits(&want), "{what}"),
+            Start::NearBase => assert!(error < 0.02 && bits(&got) != bits(&want), "{what}: {error}"),
+            Start::Elsewhere => assert!(error > 0.02, "{what}: {error}"),
+        }
+        if adapted.is_mergeable() {
+            let merged = base.with(adapted.merged(base).unwrap());
+            assert_eq!(merged.bits(), base.bits(), "{what}, merged");
+        }
+        // Of the seed, nothing shows but the values themselves.
+        let [a, b, c] = [1, 1, 2].map(|seed| bits(&adapt(row, base, DType::F32, o, seed).params.flat()));
+        assert_eq!(a, b, "{what}: same seed");
+        assert!(a != c || adapted.site_count() == 0, "{what}: the seed has no effect");
+    });
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    for_all(DType::F64, |what, base, row, o| {
+        let mut adapted = adapt(row, base, DType::F64, o, 1);
+        disturb(&mut adapted.params);
+        for noisy in [false, true] {
+            let start = |t: &mut Tape| {
+                if noisy {
+                    make_noisy(t, NOISE)
+                }
+            };
+            let hidden = gradcheck(&adapted.params, |t| {
+                start(t);
+                base.hidden(t, &adapted)
+            });
+            let loss = gradcheck(&adapted.params, |t| {
+                start(t);
+                base.loss(t, &adapted)
+            });
+            for worst in [hidden.unwrap(), loss.unwrap()] {
+                assert!(worst.error <= 1e-8 && worst.largest > 0.01, "{what}: {worst:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn what_is_saved_loads_bit_for_bit() {
+    for_all(DType::F32, |what, base, row, o| {
+        let mut adapted = adapt(row, base, DType::F32, o, 1);
+        disturb(&mut adapted.params);
+        let saved: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+        assert!(!saved.is_empty(), "{what}");
+        let mut loaded = adapt(row, base, DType::F32, o, 2);
+        loaded.load_adapter_tensors(saved).unwrap();
+        assert_eq!(bits(&loaded.params.flat()), bits(&adapted.params.flat()), "{what}");
+        assert_eq!(bits(&base.output(&loaded)), bits(&base.output(&adapted)), "{what}");
+    });
+}
+
+#[test]
+fn merging_equals_applying() {
+    for_all(DType::F32, |what, base, row, o| {
+        let mut adapted = adapt(row, base, DType::F32, o, 1);
+        disturb(&mut adapted.params);
+        let none = Adapted::none(&CPU).unwrap();
+        if !adapted.is_mergeable() {
+            let refusal = adapted.merged(base).unwrap_err();
+            return assert!(matches!(refusal, Error::Structure { .. }), "{what}: {refusal}");
+        }
+        let merged = base.with(adapted.merged(base).unwrap());
+        let of = |base: &Toy, adapted: &Adapted| base.output(adapted).to_f64().unwrap();
+        let applied = of(base, &adapted);
+        let error = relative(&of(&merged, &none), &applied);
+        assert!(error <= 1e-5, "{what}: merged and applied differ by {error}");
+        assert!(relative(&of(base, &none), &applied) > 0.01, "{what}: nothing was adapted");
+    });
+}
+
+/// Ten steps of AdamW; the losses.
+fn train(what: &str, base: &Toy, adapted: &mut Adapted) -> Vec<f64> {
+    let n = adapted.params.count();
+    let mut grads = Grads::new(&adapted.params).unwrap();
+    let [mut m, mut v] = [0, 1].map(|_| Tensor::zeros(&CPU, DType::F32, &[1, n]).unwrap());
+    let step = |step: u64| {
+        grads.reset();
+        let mut t = Tape::new(&adapted.params);
+        let loss = base.loss(&mut t, adapted).unwrap();
+        let value = loss.value().to_f64().unwrap()[0];
+        t.backward(loss, &mut grads).unwrap();
+        assert_eq!(grads.unwritten(), [""; 0], "{what}: trains, but has no gradient in step {step}");
+        let rule = AdamW { lr: 0.03, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
+        let g = grads.flat_mut().unwrap();
+        let p = adapted.params.flat_mut().unwrap();
+        adamw(&rule, p, g.as_mat(), m.make_mut().unwrap(), v.make_mut().unwrap()).unwrap();
+        value
+    };
+    (1..=10).map(step).collect()
+}
+
+#[test]
+fn training_changes_what_trains_and_no_byte_of_what_is_frozen() {
+    for_all(DType::F32, |what, base, row, o| {
+        let mut adapted = adapt(row, base, DType::F32, o, 1);
+        let (frozen, start) = (base.bits(), bits(&adapted.params.flat()));
+        let losses = train(what, base, &mut adapted);
+        assert!(losses[9] < losses[0], "{what}: the loss does not fall: {losses:?}");
+        assert_eq!(base.bits(), frozen, "{what}: the base was written");
+        let end = bits(&adapted.params.flat());
+        for id in adapted.params.ids() {
+            let range = adapted.params.range(id);
+            assert_ne!(start[range.clone()], end[range], "{what}: {} never moved", adapted.params.name(id));
+        }
+        // What the method says it changes is all that it changes.
+        let saved: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+        for (name, tensor) in &base.tensors {
+            let var = adapted.weight(&Tape::new(&adapted.params), name, tensor).unwrap();
+            assert!(!var.is_tracked() || saved.contains_key(name), "{what}: {name} trains and is not saved");
+            assert!(var.is_tracked() || bits(var.value()) == bits(tensor), "{what}: {name} is frozen and differs");
+        }
+    });
+}
+
+#[test]
+fn bad_options_are_refused_by_whoever_reads_them() {
+    let base = Toy::new(DType::F32);
+    for row in fitting(&base) {
+        // In training, so that every option shows.
+        let output = |o: &Options| -> Result<(Vec<u64>, Vec<u64>)> {
+            let mut adapted = try_adapt(row, &base, DType::F32, o, 1)?;
+            disturb(&mut adapted.params);
+            let mut t = Tape::new(&adapted.params).with_noise(NOISE);
+            Ok((bits(&adapted.params.flat()), bits(base.hidden(&mut t, &adapted)?.value())))
+        };
+        let good = output(&options(&base)).unwrap();
+        for (i, (option, change)) in BAD.iter().enumerate() {
+            let mut o = options(&base);
+            change(&mut o);
+            match output(&o) {
+                Err(e) => assert!(e.to_string().contains(option), "{}, {i}: {e}", row.name),
+                Ok(got) => assert!(got == good, "{}: reads {option} and accepts {o:?}", row.name),
+            }
+        }
+    }
+    let error = find("lorra").err().unwrap().to_string();
+    assert!(METHODS.iter().all(|m| error.contains(m.name)), "{error}");
+    assert!(METHODS.iter().all(|m| find(m.name).unwrap().name == m.name));
+}
+
+#[test]
+fn an_adapter_loads_wholly_or_not_at_all() {
+    type Damage = fn(&mut BTreeMap<String, Tensor>, &str);
+    type Expected = fn(&Error, &str) -> bool;
+    let changes: [(&str, Damage, Expected); 4] = [
+        ("missing", |t, name| drop(t.remove(name)), |e, n| matches!(e, Error::Missing { name } if name == n)),
+        (
+            "larger",
+            |t, name| {
+                let [a, b] = [t[name].rows() + 1, t[name].cols()];
+                t.insert(name.into(), Tensor::zeros(&CPU, DType::F32, &[a, b]).unwrap());
+            },
+            |e, n| matches!(e, Error::Shape { name, .. } if name == n),
+        ),
+        (
+            "of one more dimension",
+            |t, name| {
+                let shape: Vec<usize> = [1].into_iter().chain(t[name].shape().iter().copied()).collect();
+                let t_name = t[name].clone().reshape(&shape);
+                t.insert(name.into(), t_name);
+            },
+            |e, n| matches!(e, Error::Shape { name, .. } if name == n),
+        ),
+        (
+            "under another name",
+            |t, name| {
+                let tensor = t[name].clone();
+                t.insert(format!("{name}.stranger"), tensor);
+            },
+            |e, n| matches!(e, Error::Unexpected { names } if *names == [format!("{n}.stranger")]),
+        ),
+    ];
+    for_all(DType::F32, |what, base, row, o| {
+        let mut adapted = adapt(row, base, DType::F32, o, 1);
+        let before = bits(&adapted.params.flat());
+        disturb(&mut adapted.params);
+        let saved: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+        let mut fresh = adapt(row, base, DType::F32, o, 1);
+        for name in saved.keys() {
+            for (change, apply, expected) in &changes {
+                let mut tensors = saved.clone();
+                apply(&mut tensors, name);
+                let error = fresh.load_adapter_tensors(tensors).unwrap_err();
+                assert!(expected(&error, name), "{what}, {name} {change}: {error}");
+                assert!(error.to_string().contains(name), "{what}, {name} {change}: {error}");
+                assert_eq!(bits(&fresh.params.flat()), before, "{what}, {name} {change}: half loaded");
+            }
+        }
+        let mut tensors = saved.clone();
+        for name in ["nobody.a", "nobody.b"] {
+            tensors.insert(name.into(), Tensor::zeros(&CPU, DType::F32, &[1]).unwrap());
+        }
+        let error = fresh.load_adapter_tensors(tensors).unwrap_err().to_string();
+        assert!(error.contains("nobody.a") && error.contains("nobody.b"), "{what}: {error}");
+        assert_eq!(bits(&fresh.params.flat()), before, "{what}: half loaded");
+        fresh.load_adapter_tensors(saved).unwrap();
+    });
+}
+
+// ---- LoRA alone ----
+
+fn lora(base: &Toy, change: impl Fn(&mut Options)) -> Adapted {
+    let mut o = options(base);
+    change(&mut o);
+    adapt(find("lora").unwrap(), base, DType::F32, &o, 1)
+}
+
+#[test]
+fn lora_adapts_its_targets_and_saves_pefts_shapes() {
+    let base = Toy::new(DType::F32);
+    // Targets, trained scalars, saved tensors of layer 0 with their shapes, changed columns of c_attn.
+    type Row = (&'static [&'static str], usize, &'static [(&'static str, [usize; 2])], std::ops::Range<usize>);
+    let table: &[Row] = &[
+        (&["c_attn"], 2 * (8 + 24), &[("c_attn.lora_A.weight", [2, 4]), ("c_attn.lora_B.weight", [12, 2])], 0..12),
+        (&["c_attn.k"], 2 * 16, &[("c_attn.lora_A.weight", [2, 4]), ("c_attn.lora_B.weight", [12, 2])], 4..8),
+        (
+            &["c_attn.k", "c_attn.v"],
+            2 * 32,
+            &[("c_attn.lora_A.weight", [4, 4]), ("c_attn.lora_B.weight", [12, 4])],
+            4..12,
+        ),
+        (
+            &["c_proj", "c_attn.q"],
+            2 * 32,
+            &[
+                ("c_attn.lora_A.weight", [2, 4]),
+                ("c_attn.lora_B.weight", [12, 2]),
+                ("c_proj.lora_A.weight", [2, 4]),
+                ("c_proj.lora_B.weight", [4, 2]),
+            ],
+            0..4,
+        ),
+        (&["layers.1.c_proj"], 16, &[], 0..0),
+    ];
+    for (names, count, tensors, columns) in table {
+        let mut adapted = lora(&base, |o| o.targets = targets(names));
+        assert_eq!(adapted.params.count(), *count, "{names:?}");
+        disturb(&mut adapted.params);
+        let saved = adapted.adapter_tensors().unwrap();
+        let first = saved.iter().filter_map(|(n, t)| Some((n.strip_prefix("layers.0.")?, t.shape())));
+        let want: Vec<(&str, &[usize])> = tensors.iter().map(|(n, s)| (*n, &s[..])).collect();
+        assert_eq!(first.collect::<Vec<_>>(), want, "{names:?}");
+
+        let merged = adapted.merged(&base).unwrap();
+        let name = "layers.0.c_attn.weight";
+        let (was, is) = (bits(&base.tensors[name]), merged.get(name).map(bits));
+        let changed = |c: usize| is.as_ref().is_some_and(|is| (0..D).any(|r| is[r * 12 + c] != was[r * 12 + c]));
+        let changed: Vec<usize> = (0..12).filter(|&c| changed(c)).collect();
+        assert_eq!(changed, columns.clone().collect::<Vec<_>>(), "{names:?}");
+    }
+}
+
+/// ΔW of a module's weight, as merged.
+fn delta(base: &Toy, adapted: &Adapted, name: &str) -> Vec<f64> {
+    let merged = adapted.merged(base).unwrap()[name].to_f64().unwrap();
+    merged.iter().zip(base.tensors[name].to_f64().unwrap()).map(|(m, w)| m - w).collect()
+}
+
+#[test]
+fn the_scale_is_alpha_over_r_or_over_its_root() {
+    let base = Toy::new(DType::F32);
+    for (rslora, scale) in [(false, 3.0 / 2.0), (true, 3.0 / 2f64.sqrt())] {
+        let mut adapted = lora(&base, |o| o.rslora = rslora);
+        disturb(&mut adapted.params);
+        let p = &adapted.params;
+        let of = |name: &str| p.tensor(p.find(name).unwrap()).to_f64().unwrap();
+        // c_proj is stored [out, in], as ΔW = s·B·A is; c_attn [in, out], the transpose.
+        for (module, out) in [("layers.1.c_proj", D), ("layers.1.c_attn", 3 * D)] {
+            let (a, b) = (of(&format!("{module}.lora_A.weight")), of(&format!("{module}.lora_B.weight")));
+            let entry = |o: usize, i: usize| scale * (0..2).map(|k| b[o * 2 + k] * a[k * D + i]).sum::<f64>();
+            let want: Vec<f64> = match out {
+                D => (0..out * D).map(|n| entry(n / D, n % D)).collect(),
+                _ => (0..out * D).map(|n| entry(n % out, n / out)).collect(),
+            };
+            let error = relative(&delta(&base, &adapted, &format!("{module}.weight")), &want);
+            assert!(error < 1e-6, "{module}, rsLoRA {rslora}: off by {error}");
+        }
+    }
+}
+
+#[test]
+fn dropout_is_active_in_training_alone() {
+    let base = Toy::new(DType::F32);
+    let with = |dropout: f64, noise: Option<lora_core::Noise>| {
+        let mut adapted = lora(&base, |o| o.dropout = dropout);
+        disturb(&mut adapted.params);
+        let mut t = Tape::new(&adapted.params);
+        if let Some(noise) = noise {
+            t = t.with_noise(noise);
+        }
+        bits(base.hidden(&mut t, &adapted).unwrap().value())
+    };
+    let plain = with(0.0, None);
+    assert_eq!(with(0.5, None), plain, "dropout outside of training");
+    assert_eq!(with(0.0, Some(NOISE)), plain, "dropout of rate 0");
+    assert_ne!(with(0.5, Some(NOISE)), plain, "no dropout in training");
+    assert_eq!(with(0.5, Some(NOISE)), with(0.5, Some(NOISE)));
+    assert_ne!(with(0.5, Some(NOISE)), with(0.5, Some(lora_core::Noise { step: NOISE.step + 1, ..NOISE })));
+}
+
+#[test]
+fn parts_refuse_an_adapter_that_is_not_theirs() {
+    let base = Toy::new(DType::F32);
+    let mut adapted = lora(&base, |o| o.targets = targets(&["c_attn.q", "c_attn.v"]));
+    disturb(&mut adapted.params);
+    let before = bits(&adapted.params.flat());
+    let mut tensors: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+    let name = "layers.1.c_attn.lora_B.weight";
+    let mut b = tensors[name].to_f64().unwrap();
+    // Row 4 belongs to k, which is no target.
+    b[4 * 4] = 0.5;
+    tensors.insert(name.into(), tensor(DType::F32, &[12, 4], &b));
+    let a = "layers.0.c_attn.lora_A.weight";
+    tensors.insert(a.into(), Tensor::zeros(&CPU, DType::F32, &[4, D]).unwrap());
+    let error = adapted.load_adapter_tensors(tensors).unwrap_err();
+    assert!(matches!(&error, Error::Structure { name: n, .. } if n == name), "{error}");
+    assert_eq!(bits(&adapted.params.flat()), before);
+}
+
+#[test]
+fn an_unknown_target_is_answered_with_what_there_is() {
+    let base = Toy::new(DType::F32);
+    let o = Options { targets: targets(&["q_proj"]), ..options(&base) };
+    let error = try_adapt(find("lora").unwrap(), &base, DType::F32, &o, 1).unwrap_err();
+    let modules = ["c_attn", "c_attn.k", "c_attn.q", "c_attn.v", "c_proj", "c_proj.left", "c_proj.right"];
+    assert!(matches!(&error, Error::NoSuchTarget { modules: m, .. } if *m == modules), "{error}");
+}

@@ -1,0 +1,85 @@
+//! What the tests on golden models share.
+
+use std::path::{Path, PathBuf};
+
+use lora_core::Tensor;
+use lora_kernels::{DType, Device};
+use lora_model::checkpoint::TensorFile;
+
+pub(crate) const CPU: Device = Device::Cpu;
+
+/// Where a model computes.
+#[derive(Clone)]
+pub(crate) struct Place {
+    pub device: Device,
+    pub dtype: DType,
+    /// Largest |x − ref| / |ref| of logits, losses and the whole gradient.
+    pub close: f64,
+    /// The same of one parameter's gradient. In bf16 PyTorch 2.15 under autocast reaches 4.3e-2 on the small GPT-2, and
+    /// 2.0e-2 over the whole gradient.
+    pub each: f64,
+}
+
+/// The host and every GPU, in f32 and bf16.
+pub(crate) fn places() -> Vec<Place> {
+    let both = |device: Device| {
+        let single = Place { device: device.clone(), dtype: DType::F32, close: 1e-5, each: 1e-5 };
+        [single, Place { device, dtype: DType::Bf16, close: 2e-2, each: 4e-2 }]
+    };
+    std::iter::once(CPU).chain(gpus()).flat_map(both).collect()
+}
+
+/// With their features the emulated device and the first CUDA device.
+pub(crate) fn gpus() -> Vec<Device> {
+    let gpus: Vec<Device> = [
+        #[cfg(feature = "emulator")]
+        lora_kernels::cuda::Gpu::emulated(0).map(Device::Cuda),
+        #[cfg(feature = "cuda")]
+        Device::cuda(0),
+    ]
+    .into_iter()
+    .filter_map(|gpu: Result<Device, lora_kernels::Error>| {
+        gpu.inspect_err(|e| println!("skipped: no CUDA device ({e})")).ok()
+    })
+    .collect();
+    let required = std::env::var_os("LORA_GATES").is_some_and(|v| v == "required");
+    assert!(!(required && gpus.is_empty()), "required, but there is no CUDA device");
+    gpus
+}
+
+/// The folder of all goldens.
+pub(crate) fn goldens() -> PathBuf {
+    // As cargo says when the test runs, so that a copied executable finds a copied folder.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("tests/golden")
+}
+
+/// A tensor of a golden file.
+pub(crate) fn reference(file: &TensorFile, name: &str) -> Tensor {
+    let info = file.info(name).unwrap_or_else(|| panic!("no {name} in {}", file.path().display()));
+    file.tensor(name, &info.shape, &CPU).unwrap()
+}
+
+/// |x − ref| / |ref|.
+pub(crate) fn relative(x: &Tensor, reference: &Tensor) -> f64 {
+    distance(x, reference) / norm(reference)
+}
+
+/// |x − ref|.
+pub(crate) fn distance(x: &Tensor, reference: &Tensor) -> f64 {
+    assert_eq!(x.shape(), reference.shape());
+    let (x, r) = (x.to_f64().unwrap(), reference.to_f64().unwrap());
+    x.iter().zip(&r).map(|(x, r)| (x - r).powi(2)).sum::<f64>().sqrt()
+}
+
+/// |x|.
+pub(crate) fn norm(x: &Tensor) -> f64 {
+    x.to_f64().unwrap().iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+#[track_caller]
+pub(crate) fn within(what: &str, error: f64, most: f64) {
+    // Not `error > most`: a NaN is not within anything.
+    assert!(error <= most, "{what}: {error:.2e} is above {most:.0e}");
+    println!("{what}: {error:.2e}");
+}

@@ -1,0 +1,18 @@
+//! Tests from outside, all in one program: it links once.
+
+mod adapter;
+mod architectures;
+mod chat;
+mod checkpoint;
+mod common;
+mod config;
+mod convert;
+mod counts;
+mod generate;
+mod golden;
+mod heads;
+mod join;
+mod methods;
+mod rows;
+mod tokenizer;
+mod virtual_tokens;

@@ -1,0 +1,92 @@
+//! `lora convert`, and what its folder is good for.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::cli::lab::{Lab, lines, names};
+
+/// The folder `stories260k` in the folder of test data that `LORA_DATA` names, or else in `shared/data` beside the
+/// workspace.
+fn stories() -> Option<PathBuf> {
+    let data = std::env::var_os("LORA_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from);
+    let folder = data.join("stories260k");
+    if folder.join("stories260K.bin").is_file() {
+        return Some(folder);
+    }
+    eprintln!("skipped: no {}; set LORA_DATA to a folder with stories260k", folder.display());
+    None
+}
+
+#[test]
+fn a_converted_model_is_a_base_like_any_other() {
+    let Some(folder) = stories() else { return };
+    let lab = Lab::new();
+    for (from, to) in [("stories260K.bin", "model.bin"), ("tok512.bin", "vocab.bin")] {
+        fs::copy(folder.join(from), lab.path(to)).unwrap();
+    }
+    let convert = "convert --from llama2.c model.bin --tokenizer vocab.bin --out stories";
+    let summary = lab.json(&format!("{convert} --json"));
+    assert_eq!(summary["architecture"], "llama");
+    assert_eq!((summary["parameters"].as_u64(), summary["vocab_size"].as_u64()), (Some(260_032), Some(512)));
+    let files =
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    assert_eq!(names(&lab.path("stories")), files);
+    lab.fails(convert, &["stories", "not empty"]);
+
+    // A text begins with the token that the model begins texts with, which the prompt does not name.
+    let begin = lab.lora_with("generate --model stories --max-new-tokens 12 --prompt", "Once upon a time");
+    let begin = crate::cli::lab::success("generate", begin);
+    assert_eq!(begin, ", there was a little girl named Lily. She\n");
+    let nothing =
+        crate::cli::lab::success("", lab.lora_with("generate --model stories --max-new-tokens 4 --prompt", ""));
+    assert_eq!(nothing, "Once upon a time\n");
+
+    // LoRA on q and v, which nobody had to name: A [4, 64] and B [64, 4], B [32, 4] in each of five layers.
+    let run = "train --model stories --data train.txt --valid valid.txt --out run --rank 4 --steps 12 --lr 0.01 --json";
+    let trained = lab.json(&format!("{run} --log log.jsonl"));
+    assert_eq!(trained["steps"], 12);
+    let losses = lab.logged("log.jsonl", "loss");
+    assert!(losses[11] < 0.8 * losses[0], "{losses:?}");
+    let info = lab.json("info run --json");
+    let info = &info["adapter"];
+    assert_eq!(info["targets"], serde_json::json!(["q_proj", "v_proj"]));
+    assert_eq!(info["trainable"], 5 * (4 * (64 + 64) + 4 * (64 + 32)));
+
+    // Merged it is the same, and generation takes both.
+    lab.ok("merge --model stories --adapter run --out merged");
+    let loss = |args: &str| lab.json(&format!("eval --data valid.txt --json {args}"))["loss"].as_f64().unwrap();
+    let (beside, merged) = (loss("--model stories --adapter run"), loss("--model merged"));
+    assert!((beside - merged).abs() < 1e-5, "{beside} {merged}");
+    lab.write("prompts.txt", &lines(3, 2));
+    let texts = |args: &str| lab.ok(&format!("generate {args} --data prompts.txt --max-new-tokens 8"));
+    assert_eq!(texts("--model stories --adapter run"), texts("--model merged"));
+}
+
+#[test]
+fn what_is_no_model_is_refused_and_leaves_nothing() {
+    let lab = Lab::new();
+    let header: Vec<u8> = [8, 6, 1, 2, 1, 264, 5].iter().flat_map(|n: &i32| n.to_le_bytes()).collect();
+    fs::write(lab.path("short.bin"), &header).unwrap();
+    let whole = [&header[..], &vec![0; 4 * (264 * 8 + 2 * 8 + 192 + 3 * 48 + 8 + 20)]].concat();
+    fs::write(lab.path("whole.bin"), whole).unwrap();
+    fs::write(lab.path("vocab.bin"), [7, 0, 0, 0]).unwrap();
+    let before = names(&lab.path("."));
+    for (args, parts) in [
+        ("short.bin --tokenizer vocab.bin", &["short.bin", "28 bytes", "cut off"][..]),
+        ("whole.bin --tokenizer vocab.bin", &["vocab.bin", "ends within token 0"]),
+        ("whole.bin --tokenizer missing.bin", &["missing.bin", "could not read"]),
+        ("missing.bin --tokenizer vocab.bin", &["missing.bin", "could not read"]),
+        ("base --tokenizer vocab.bin", &["base", "could not read"]),
+        ("base/config.json --tokenizer vocab.bin", &["config.json", "llama2.c"]),
+        ("whole.bin", &["--tokenizer"]),
+    ] {
+        lab.fails(&format!("convert --from llama2.c --out out {args}"), parts);
+        assert_eq!(names(&lab.path(".")), before, "{args}");
+    }
+    lab.fails("convert --from gguf whole.bin --tokenizer vocab.bin --out out", &["gguf", "llama2.c"]);
+    lab.fails("convert --from llama2.c whole.bin --tokenizer vocab.bin --out base", &["base", "not empty"]);
+    lab.fails("convert --from llama2.c whole.bin --tokenizer vocab.bin --out train.txt", &["train.txt", "folder"]);
+}

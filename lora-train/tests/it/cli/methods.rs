@@ -1,0 +1,194 @@
+//! The methods and the architectures on the command line: what `info` says of them, and what generation and evaluation do
+//! with them.
+
+use std::{fs, path::Path};
+
+use lora_core::peft::METHODS;
+use lora_model::config::RawConfig;
+use serde_json::{Value, json};
+
+use crate::{
+    cli::bad_input::refused,
+    cli::lab::Lab,
+    common::{self, golden},
+};
+
+impl Lab {
+    /// A model of a golden configuration, with random weights and a tokenizer.
+    pub(crate) fn golden(&self, case: &str, to: &str, change: impl FnOnce(&mut RawConfig)) {
+        let found = golden().into_iter().find(|model| model.ends_with(Path::new(case).join("model")));
+        common::base(&found.unwrap_or_else(|| panic!("no {case}")), &self.path(to), change);
+    }
+}
+
+#[test]
+fn the_help_says_which_methods_read_an_option() {
+    let help = Lab::new().ok("train --help");
+    for row in METHODS {
+        assert!(help.contains(&format!("- {}:", row.name)), "{} is not there", row.name);
+        for option in row.options {
+            let from = help.find(&format!("      --{option}")).unwrap_or_else(|| panic!("--{option} is not there"));
+            let about = help[from..].split("\n\n").next().unwrap();
+            let readers =
+                about.split_once('\n').and_then(|(_, text)| text.trim().split_once(": ")).unwrap_or_default().0;
+            let reads = |method: &str| readers.split(", ").any(|reader| reader == method);
+            assert!(row.name.split('+').any(reads), "{} is not among those of --{option}: {about}", row.name);
+        }
+    }
+}
+
+#[test]
+fn adapters_are_dropped_for_evaluation_and_generation() {
+    let lab = Lab::new();
+    lab.train("run", "--method adapter-p --bottleneck 4 --steps 8 --lr 0.03");
+    let loss = |more: &str| lab.json(&format!("eval --model base --data valid.txt --json {more}"))["loss"].clone();
+    let (base, whole) = (loss(""), loss("--adapter run"));
+    let one = loss("--adapter run --drop-layers 0");
+    assert!(one != base && one != whole && base != whole, "{base}, {one}, {whole}");
+    assert_eq!(loss("--adapter run --drop-layers none"), whole);
+    assert_eq!(loss("--adapter run --drop-layers first:2"), base);
+    let text = |more: &str| lab.ok(&format!("generate --model base --prompt a --max-new-tokens 8 {more}"));
+    assert_eq!(text("--adapter run --drop-layers all"), text(""));
+    // An encoder with its task.
+    lab.golden("bert_regression", "bert", |_| ());
+    lab.write("pairs.tsv", &common::pairs(|i| format!("{}.5", i % 4)));
+    let task = "--model bert --data pairs.tsv --task values";
+    lab.ok(&format!("train {task} --out rated --method adapter-p --bottleneck 4 --steps 4 --lr 0.03"));
+    let rated = |more: &str| lab.json(&format!("eval {task} --adapter rated --json {more}"))["loss"].clone();
+    assert!(rated("--drop-layers 0") != rated(""));
+    assert_eq!(rated("--drop-layers none"), rated(""));
+    lab.fails(&format!("eval {task} --adapter rated --drop-layers 2"), &["drop-layers = 2", "2 layers"]);
+    lab.train("prefix", "--method pre-layer --prefix 2 --steps 1");
+    lab.train("some", "--method adapter-d --bottleneck 4 --drop-layers 0 --steps 1");
+    for (args, parts) in [
+        ("--drop-layers 0", ["--adapter", "required"]),
+        ("--adapter run --drop-layers 2", ["drop-layers = 2", "2 layers"]),
+        ("--adapter run --drop-layers last:3", ["drop-layers = last:3", "2 layers"]),
+        ("--adapter run --drop-layers upper", ["--drop-layers", "last:N"]),
+        ("--adapter prefix --drop-layers 1", ["drop-layers = 1", "no adapter"]),
+        ("--adapter some --drop-layers 0", ["drop-layers = 0", "layer 0 has no adapter"]),
+    ] {
+        lab.fails(&format!("eval --model base --data valid.txt {args}"), &parts);
+        lab.fails(&format!("generate --model base --prompt a {args}"), &parts);
+    }
+}
+
+#[test]
+fn a_text_ends_at_any_of_the_tokens_that_the_folder_names() {
+    let lab = Lab::new();
+    lab.golden("llama3", "model", |_| ());
+    let made = |more: &str| lab.json(&format!("generate --model model --prompt a --max-new-tokens 9 --json {more}"));
+    let free = made("--eos none")["tokens"].as_array().unwrap().clone();
+    assert_eq!(free.len(), 9);
+    let end = lab.read("model/config.json").parse::<Value>().unwrap()["eos_token_id"].clone();
+    let cut = |token: &Value| free.iter().position(|t| t == token).unwrap() + 1;
+    let check = |what: &str, ends: &[&Value]| {
+        let n = ends.iter().map(|t| cut(t)).min().unwrap_or(9);
+        let (got, finished) = (made(""), !ends.is_empty());
+        assert_eq!(got["tokens"].as_array().unwrap(), &free[..n], "{what}");
+        assert_eq!(got["finished"], json!(finished), "{what}");
+    };
+    assert!(!free.contains(&end));
+    check("one that does not come", &[]);
+    lab.set("model/config.json", "eos_token_id", json!([end, free[4]]));
+    check("a list", &[&free[4]]);
+    lab.write("model/generation_config.json", &json!({"eos_token_id": [end, free[8], free[2]]}).to_string());
+    check("that of generation_config.json instead", &[&free[8], &free[2]]);
+    lab.write("model/generation_config.json", &json!({"eos_token_id": end}).to_string());
+    check("a single one there", &[]);
+    lab.write("model/generation_config.json", &json!({"eos_token_id": [-1]}).to_string());
+    lab.fails("generate --model model --prompt a", &["model/generation_config.json", "eos_token_id", "[-1]"]);
+}
+
+/// Every kind of model, and adapters of every method, as objects and as text.
+#[test]
+fn info_tells_of_every_architecture_and_every_method() {
+    let lab = Lab::new();
+    for model in golden() {
+        let path = model.display();
+        let info = lab.json(&format!("info {path} --methods --json"));
+        assert_eq!(info["parameters"], info["elements"], "{path}");
+        let raw: Value = serde_json::from_str(&fs::read_to_string(model.join("config.json")).unwrap()).unwrap();
+        for key in ["num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters"] {
+            assert_eq!(info[key], raw[key], "{path}");
+        }
+        let class = raw["architectures"][0].as_str().unwrap();
+        let head = match raw["id2label"].as_object().map(|names| names.len()) {
+            Some(1) => "rating sequences",
+            Some(_) if class.ends_with("ForSequenceClassification") => "classifying sequences: 3 labels",
+            _ if class.ends_with("ForMaskedLM") => "filling in hidden tokens",
+            _ => "continuing text",
+        };
+        assert_eq!(info["head"], head, "{path}");
+        assert_eq!(info["labels"].as_array().is_some_and(|l| l.len() == 3), head.starts_with("classifying"), "{path}");
+        let rows = info["methods"].as_array().unwrap();
+        assert_eq!(rows.len(), METHODS.len());
+        assert!(rows.iter().all(|row| row["trainable"].is_u64() != row["note"].is_string()), "{path}: {rows:?}");
+        let text = lab.ok(&format!("info {path} --methods"));
+        assert!(text.contains(head) && METHODS.iter().all(|m| text.contains(m.name)), "{text}");
+    }
+    // An encoder without a head: what stands in its file, and what a classifier would train.
+    lab.golden("bert_regression", "bare", |_| ());
+    let whole = lab.json("info bare --json")["parameters"].as_u64().unwrap();
+    lab.set("bare/config.json", "architectures", json!(["BertModel"]));
+    let bare = lab.json("info bare --methods --json");
+    assert_eq!((&bare["parameters"], &bare["task_type"]), (&json!(whole), &Value::Null));
+    assert!(bare["head"].as_str().unwrap().starts_with("none"));
+    assert_eq!(bare["methods"].as_array().unwrap().len(), METHODS.len());
+
+    for name in ["first", "second"] {
+        lab.train(name, "--method adapter-p --bottleneck 3 --steps 1");
+    }
+    for row in METHODS.iter().filter(|m| !m.whole_model) {
+        let fuse = if row.name == "fusion" { "--fuse first,second" } else { "" };
+        lab.write("options.toml", "bottleneck = 4\nprefix = 2\n");
+        lab.train("run", &format!("--config options.toml --method {} {fuse} --steps 1 --save-every 1", row.name));
+        let run = lab.json("info run --json");
+        let adapter = &run["adapter"];
+        assert_eq!((&adapter["method"], &adapter["architecture"]), (&json!(row.name), &json!("gpt2")));
+        // Targets that were not named are the architecture's.
+        for option in row.options.iter().filter(|o| !["fuse", "targets"].contains(*o)) {
+            assert_eq!(adapter[*option], run["config"][*option], "{}: {option}", row.name);
+        }
+        let trainable = adapter["trainable"].as_u64();
+        assert!(trainable.is_some_and(|n| n > 0), "{adapter}");
+        let checkpoint = lab.json("info run/checkpoints/step-00000001 --json");
+        assert_eq!(checkpoint["trainable"].as_u64(), trainable, "{}", row.name);
+        for path in ["run", "run/checkpoints/step-00000001"] {
+            assert!(lab.ok(&format!("info {path}")).contains(row.name));
+        }
+        if row.name == "fusion" {
+            assert_eq!(adapter["fuse"], json!({"first": 3, "second": 3}));
+        }
+        fs::remove_dir_all(lab.path("run")).unwrap();
+    }
+    // A base that has become another one is told of; one that is asked for has to fit.
+    lab.model("base", |c| c.n_embd = 32);
+    let info = lab.json("info first --json");
+    assert!(info["adapter"]["note"].as_str().unwrap().contains("[3, 32]"), "{info}");
+    lab.fails("info first --model base", &["first/adapter_model.safetensors", "[3, 32]"]);
+}
+
+/// A fusion trains on from its own folder, whatever became of the adapters that it combines.
+#[test]
+fn a_fusion_trains_on() {
+    let lab = Lab::new();
+    for name in ["first", "second"] {
+        lab.train(name, "--method adapter-p --bottleneck 3 --steps 1");
+    }
+    lab.train("fused", "--method fusion --fuse first,second --steps 2");
+    let loss =
+        |out: &str| lab.json(&format!("eval --model base --adapter {out} --data valid.txt --json"))["loss"].clone();
+    refused(&lab, "--init-adapter fused --fuse first", &["fuse = first", "the adapter fused has first,second"]);
+    for name in ["first", "second"] {
+        fs::remove_dir_all(lab.path(name)).unwrap();
+    }
+    lab.train("more", "--init-adapter fused --steps 4 --lr 0.01 --save-every 2");
+    assert!(loss("more").as_f64() < loss("fused").as_f64());
+    assert_eq!(lab.json("info more --json")["adapter"]["fuse"], json!({"first": 3, "second": 3}));
+    // Interrupted after its second step, it goes on to the same result.
+    let end = lab.bytes("more/adapter_model.safetensors");
+    fs::remove_dir_all(lab.path("more/checkpoints/step-00000004")).unwrap();
+    lab.train("more", "--init-adapter fused --steps 4 --lr 0.01 --save-every 2 --resume");
+    assert!(lab.bytes("more/adapter_model.safetensors") == end);
+}

@@ -1,0 +1,114 @@
+//! `--task`: an encoder from labelled lines to its metrics.
+
+use serde_json::json;
+
+use crate::{
+    cli::lab::{Lab, names},
+    common,
+};
+
+/// `encoder` without a head, `train.tsv` and `valid.tsv` with labels.
+fn lab() -> Lab {
+    let lab = Lab::new();
+    let golden = common::golden().into_iter().find(|g| g.parent().unwrap().ends_with("bert_classification")).unwrap();
+    common::base(&golden, &lab.path("encoder"), |raw| raw.set("architectures", vec!["BertModel"]));
+    let labels = |i: usize| (if i.is_multiple_of(3) { "yes" } else { "no" }).to_owned();
+    lab.write("train.tsv", &common::pairs(labels));
+    lab.write("valid.tsv", &common::pairs(labels));
+    lab.write("numbers.tsv", &common::pairs(|i| format!("{}.5", i % 4)));
+    lab
+}
+
+const RUN: &str = "--model encoder --batch-size 6 --max-length 20 --steps 6 --lr 0.01";
+
+#[test]
+fn a_task_from_training_to_its_metrics() {
+    let lab = lab();
+    let base = names(&lab.path("encoder"));
+    let train = format!("train --task labels --data train.tsv --valid valid.tsv {RUN} --json");
+    for (method, model) in [("lora", "encoder --adapter out-lora"), ("full", "out-full")] {
+        let summary = lab.json(&format!("{train} --method {method} --out out-{method} --log {method}.jsonl"));
+        let judged = &summary["evaluation"];
+        assert!(
+            judged["accuracy"].is_f64() && judged["matthews"].is_f64() && judged["perplexity"].is_null(),
+            "{judged}"
+        );
+        assert_eq!(
+            lab.logged(&format!("{method}.jsonl"), "eval_accuracy").last(),
+            judged["accuracy"].as_f64().as_ref()
+        );
+        let eval = format!("eval --task labels --model {model} --data valid.tsv --max-length 20 --batch-size 6");
+        assert_eq!(&lab.json(&format!("{eval} --json")), judged, "{method}");
+        let text = lab.ok(&eval);
+        let lines: Vec<&str> = text.lines().map(|l| l.split_whitespace().next().unwrap()).collect();
+        assert_eq!(lines, ["loss", "accuracy", "matthews", "targets"], "{text}");
+    }
+    assert_eq!(names(&lab.path("encoder")), base, "the base is as it was");
+
+    // Merged, it is a whole model that knows its labels.
+    lab.ok("merge --model encoder --adapter out-lora --out merged");
+    let eval = "--task labels --data valid.tsv --max-length 20 --json";
+    let merged = lab.json(&format!("eval --model merged {eval}"));
+    let loss = lab.json(&format!("eval --model encoder --adapter out-lora {eval}"))["loss"].as_f64().unwrap();
+    assert!((merged["loss"].as_f64().unwrap() - loss).abs() < 1e-5, "{merged}, {loss}");
+
+    let numbers = lab.json(&format!("train --task values --data numbers.tsv --valid numbers.tsv {RUN} --out n --json"));
+    assert!(numbers["evaluation"]["pearson"].is_f64() && numbers["evaluation"]["spearman"].is_f64(), "{numbers}");
+}
+
+#[test]
+fn tasks_and_models_that_do_not_fit() {
+    let lab = lab();
+    lab.ok(&format!("train --task labels --data train.tsv {RUN} --out labels"));
+    lab.ok(&format!("train --task values --data numbers.tsv {RUN} --out values"));
+    lab.ok(&format!("train --task labels --data train.tsv {RUN} --method full --out whole"));
+    lab.write("other.tsv", "a\tb\tyes\na\tb\tperhaps\n");
+    lab.write("words.tsv", "a\tb\t1.5\na\tb\thigh\n");
+    lab.write("one.tsv", "a\tyes\nb\tyes\n");
+    lab.write("ragged.tsv", "a\tyes\nb\tc\tno\n");
+    let train = format!("train {RUN} --out out");
+    for (args, parts) in [
+        (format!("{train} --data train.tsv"), &["task = not given", "is an encoder", "sst2"][..]),
+        (format!("{train} --task glue --data train.tsv"), &["--task", "sst2"]),
+        ("train --model base --task labels --data train.tsv --out out".into(), &["task = labels", "continues text"]),
+        (format!("{train} --task labels --data train.tsv --format e2e"), &["train.tsv", "has no labels"]),
+        (format!("{train} --task labels --data none.tsv"), &["none.tsv", "cannot read"]),
+        (format!("{train} --task labels --data one.tsv"), &["one.tsv", "every example has the label \"yes\""]),
+        (format!("{train} --task labels --data ragged.tsv"), &["ragged.tsv:2:", "3 columns"]),
+        (format!("{train} --task sst2 --data train.tsv"), &["train.tsv:1:", "no column sentence"]),
+        (format!("{train} --task values --data words.tsv"), &["words.tsv:2:3:", "\"high\" is no number"]),
+        (format!("{train} --task labels --data train.tsv --valid other.tsv"), &["other.tsv:2:", "\"perhaps\""]),
+        (
+            "train --model encoder --out out --task labels --data train.tsv --max-length 4".into(),
+            &["length of 4", "at least 5"],
+        ),
+        ("train --model base --data train.tsv --format tsv --out out".into(), &["train.tsv", "--task"]),
+        (format!("{train} --task values --data numbers.tsv --init-adapter labels"), &["was trained for labels"]),
+        ("eval --model encoder --adapter labels --data train.tsv".into(), &["task = not given"]),
+        ("eval --model encoder --task labels --data train.tsv".into(), &["encoder", "id2label"]),
+        ("eval --model encoder --task sst2 --data train.tsv".into(), &["no column sentence"]),
+        ("eval --model encoder --task values --data numbers.tsv".into(), &["no head", "--adapter", "--method full"]),
+        ("eval --model encoder --adapter values --task labels --data train.tsv".into(), &["trained for values"]),
+        ("eval --model encoder --adapter whole --task labels --data train.tsv".into(), &["give it as --model"]),
+        ("eval --model whole --task values --data numbers.tsv".into(), &["a head of 2 outputs"]),
+        ("eval --model whole --task labels --data other.tsv".into(), &["other.tsv:2:", "\"no\", \"yes\""]),
+        ("eval --model base --task labels --data train.tsv".into(), &["continues text"]),
+        ("generate --model whole --prompt a".into(), &["whole is for classifying sequences"]),
+    ] {
+        lab.fails(&args, parts);
+        assert!(!lab.path("out").exists(), "{args}: wrote to its output");
+    }
+    // A run goes on as what it was.
+    lab.ok(&format!("train --task labels --data train.tsv {RUN} --save-every 2 --out run"));
+    lab.fails(&format!("train --task values --data numbers.tsv {RUN} --out run --resume"), &["task = \"labels\""]);
+    // One label is another.
+    lab.write("train.tsv", &lab.read("train.tsv").replacen("\tyes\n", "\tno\n", 1));
+    lab.fails(
+        &format!("train --task labels --data train.tsv {RUN} --save-every 2 --out run --resume"),
+        &["data has changed"],
+    );
+
+    // What an adapter remembers may be damaged.
+    lab.set("labels/task.json", "labels", json!(["only"]));
+    lab.fails("eval --model encoder --adapter labels --task labels --data train.tsv", &["task.json", "\"labels\""]);
+}

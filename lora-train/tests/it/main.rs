@@ -1,0 +1,14 @@
+//! Tests from outside, all in one program: it links once.
+
+mod bf16;
+mod cli;
+mod common;
+mod data;
+mod demo;
+#[cfg(feature = "cuda")]
+mod device;
+mod methods;
+mod metrics;
+#[cfg(feature = "cuda")]
+mod task_device;
+mod tasks;
