@@ -15,11 +15,14 @@
 //! different numbers of parts, `rank_pattern` and `alpha_pattern` say so. The header of the safetensors file remembers the
 //! parts under [`PARTS_KEY`], and loading restores them exactly: an adapter trains on as what it was.
 
+mod combine;
 mod config;
+mod extract;
 mod options;
 mod own;
 mod peft;
 mod save;
+mod updates;
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +41,11 @@ use crate::{
     config::RawConfig,
 };
 
+pub use combine::{COMBINATIONS, Combined, Recipe, Weighted, combine};
+pub use extract::{Extracted, Extraction, extract};
 pub use save::save;
+pub(crate) use updates::short_name;
+pub use updates::{Update, Updates};
 
 /// The adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";

@@ -124,7 +124,7 @@ fn modules(file: &TensorFile, saved: &[String]) -> Result<(Pairs, Vec<String>)> 
 }
 
 /// Whether a tensor belongs to a module that PEFT's `modules_to_save` names: by the end of its path.
-fn is_of(tensor: &str, module: &str) -> bool {
+pub(super) fn is_of(tensor: &str, module: &str) -> bool {
     let parts: Vec<&str> = tensor.split('.').collect();
     let wanted: Vec<&str> = module.split('.').collect();
     parts.windows(wanted.len()).any(|w| w == wanted)

@@ -4,6 +4,7 @@ mod adapter;
 mod architectures;
 mod chat;
 mod checkpoint;
+mod combine;
 mod common;
 mod config;
 mod convert;

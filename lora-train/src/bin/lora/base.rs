@@ -109,6 +109,11 @@ pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place) -> anyho
     load_for(hub::resolve(model)?, adapter, place, task.map(|task| task.head()))
 }
 
+/// Reads a model, with a head for a task.
+pub(crate) fn load_for_task(model: &Path, task: Option<&Fitted>) -> anyhow::Result<Loaded> {
+    load_for(hub::resolve(model)?, None, &Place::CPU, task.map(Fitted::head))
+}
+
 fn load_for(dir: PathBuf, adapter: Option<&Path>, place: &Place, head: Option<Task>) -> anyhow::Result<Loaded> {
     let device = &place.device;
     let options =
