@@ -57,6 +57,22 @@ pub struct Weighted {
     pub updates: Updates,
 }
 
+/// Refuses adapters that were trained on different bases, by their fingerprints, as far as their files tell.
+///
+/// # Errors
+/// [`Error::Adapters`] with the first two.
+pub fn check_one_base(parts: &[Weighted]) -> Result<()> {
+    let mut known = parts.iter().filter_map(|p| Some((&p.name, p.updates.base_fingerprint.as_ref()?)));
+    let Some((name, base)) = known.next() else { return Ok(()) };
+    match known.find(|(_, other)| *other != base) {
+        None => Ok(()),
+        Some((other, found)) => refused(format!(
+            "{name} and {other} were trained on different bases, with fingerprints {base} and {found}; what they add does not \
+             belong together"
+        )),
+    }
+}
+
 /// What merging gives.
 #[derive(Clone, Debug)]
 pub struct Combined {
@@ -214,9 +230,13 @@ fn described(parts: &[Weighted]) -> Result<Updates> {
         architecture: agreed("architecture", &|u| u.architecture.as_ref())?,
         task_type: agreed("task", &|u| u.task_type.as_ref())?,
         base_model_name_or_path: first.base_model_name_or_path.clone(),
+        base_fingerprint: parts.iter().find_map(|p| p.updates.base_fingerprint.clone()),
         fan_in_fan_out: first.fan_in_fan_out,
         ..Updates::default()
     };
+    if check_one_base(parts).is_err() {
+        result.base_fingerprint = None;
+    }
     let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
     for part in parts {
         let own = part.updates.whole.keys().map(|name| (name.as_str(), part.name.as_str()));

@@ -14,7 +14,7 @@ use super::{
     Update, Updates,
     updates::{array, short_name},
 };
-use crate::{Error, Result, error::List};
+use crate::{Error, Result, error::List, fingerprint};
 
 /// An adapter that was taken out of a tuned model, and what of the tuning it does not hold.
 #[derive(Clone, Debug)]
@@ -136,6 +136,7 @@ pub fn extract(
     let mut updates = Updates {
         architecture: Some(outline.architecture.clone()),
         task_type: outline.task_type.map(str::to_owned),
+        base_fingerprint: Some(fingerprint::of_base(base)?),
         fan_in_fan_out: chosen.iter().any(|s| s.1 == Layout::InOut),
         modules_to_save: outline.modules_to_save.clone(),
         targets,

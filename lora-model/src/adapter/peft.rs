@@ -54,6 +54,7 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         tensors,
         architecture: file.metadata().get(ARCHITECTURE_KEY).cloned(),
         task_type: config.task_type,
+        base_fingerprint: None,
         raw,
         weights: file.path().to_owned(),
     })

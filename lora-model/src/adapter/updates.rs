@@ -10,7 +10,9 @@ use lora_core::{
 use lora_kernels::{DType, Device};
 use ndarray::{Array2, ArrayView2};
 
-use super::{ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, PREFIX, WEIGHTS_FILE, config::PeftConfig, own::strings};
+use super::{
+    ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE, config::PeftConfig, own::strings,
+};
 use crate::{
     Error, Result,
     checkpoint::{TensorSpec, write_tensors},
@@ -47,6 +49,8 @@ pub struct Updates {
     pub base_model_name_or_path: Option<String>,
     /// The architecture that it was trained on, where its files say so.
     pub architecture: Option<String>,
+    /// The [fingerprint](crate::fingerprint::of_base) of the base that it was trained on, where its files say so.
+    pub base_fingerprint: Option<String>,
     /// PEFT's `task_type`.
     pub task_type: Option<String>,
     /// PEFT's flag for weights stored [in, out].
@@ -76,6 +80,7 @@ impl AdapterFile {
         let mut updates = Updates {
             base_model_name_or_path: self.base_model_name_or_path.clone(),
             architecture: self.architecture.clone(),
+            base_fingerprint: self.base_fingerprint.clone(),
             task_type: self.task_type.clone(),
             fan_in_fan_out: raw.bool("fan_in_fan_out")?.unwrap_or(false),
             modules_to_save,
@@ -157,7 +162,11 @@ impl Updates {
         }
         tensors.extend(self.whole.iter().map(|(name, t)| (format!("{PREFIX}{name}"), t.clone())));
         let specs: Vec<TensorSpec> = tensors.iter().map(|(n, t)| TensorSpec::new(n.as_str(), t.shape())).collect();
-        let metadata = [("format", Some("pt")), (ARCHITECTURE_KEY, self.architecture.as_deref())];
+        let metadata = [
+            ("format", Some("pt")),
+            (ARCHITECTURE_KEY, self.architecture.as_deref()),
+            (FINGERPRINT_KEY, self.base_fingerprint.as_deref()),
+        ];
         let metadata: Vec<(&str, &str)> = metadata.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         files::create_folder(dir)?;
         write_tensors(&dir.join(WEIGHTS_FILE), &metadata, &specs, |name| Ok(tensors[name].to_dtype(DType::F32)?))?;
@@ -201,6 +210,14 @@ impl Updates {
             changed.insert(name.clone(), merged(tensors[name.as_str()])?);
         }
         Ok(changed)
+    }
+
+    /// Refuses a base that is not the one that it was trained on, by its fingerprint, as far as its files tell.
+    ///
+    /// # Errors
+    /// [`Error::Adapters`].
+    pub fn check_same_base(&self, base: &dyn Base) -> Result<()> {
+        super::same_base(self.base_fingerprint.as_deref(), base)
     }
 
     /// Refuses a base without the modules that the adapter changes, of another architecture or for another task.

@@ -151,13 +151,10 @@ pub(super) fn similarities(
     let grid = Grid::of(maps.keys().copied());
     let size = grid.size();
     picture(size, |root| {
-        let side = if factor == "A" {
-            "right singular directions, in the input"
-        } else {
-            "left singular directions, in the output"
-        };
+        let side = if factor == "A" { "directions in the input" } else { "directions in the output" };
         let title = format!("Subspace similarity φ(i, j) of {factor}");
-        grid.frame(root, &title, side)?;
+        let about = format!("i of this adapter's {side}, j of the other's");
+        grid.frame(root, &title, &about)?;
         for (module, phi) in &maps {
             let corner = grid.corner(module)?;
             map(root, corner, phi)?;
@@ -197,6 +194,7 @@ fn legend(root: &Area, (x, y): (i32, i32)) -> Drawn {
         let value = 1.0 - f64::from(i) / f64::from(PANEL - 1);
         root.draw(&Rectangle::new([(x, y + i), (x + WIDTH, y + i + 1)], shade(value).filled())).ok()?;
     }
+    text(root, "φ", (x + WIDTH / 2, y - 14), 14, INK, HPos::Center)?;
     for (value, label) in [(1.0, "1"), (0.5, "0.5"), (0.0, "0")] {
         let at = (x + WIDTH + 8, y + (f64::from(PANEL) * (1.0 - value)).round() as i32);
         text(root, label, at, 12, GREY, HPos::Left)?;

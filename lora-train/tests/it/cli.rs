@@ -2,6 +2,7 @@
 
 mod analyze;
 mod bad_input;
+mod base;
 mod chat;
 mod commands;
 mod compare;

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use lora_model::{adapter::Updates, files};
+use lora_model::{
+    adapter::{Updates, Weighted, check_one_base},
+    files,
+};
 use lora_train::{
     analysis::{Analysis, analyse},
     task,
@@ -23,6 +26,9 @@ pub(crate) struct AnalyzeArgs {
     /// Another adapter, of another rank or seed, for the similarity φ(i, j) of their subspaces (section 7.2)
     #[arg(long, value_name = "DIR")]
     against: Option<PathBuf>,
+    /// Refuse a base or another adapter that is not of the base that the adapter was trained on, rather than warn of it
+    #[arg(long)]
+    strict: bool,
     /// Folder for analysis.json and the pictures: singular_values.svg, and with --against similarity_a.svg and _b.svg
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -38,6 +44,17 @@ pub(crate) fn run(args: AnalyzeArgs) -> anyhow::Result<()> {
         None => None,
         Some(model) => Some(base::load_for_task(model, task::of_adapter(&args.adapter)?.as_ref())?),
     };
+    let mut same_base = loaded.as_ref().map_or(Ok(()), |l| adapter.check_same_base(&*l.model));
+    if let (Ok(()), Some(other)) = (&same_base, &against) {
+        let [one, other] = [(&args.adapter, &adapter), (args.against.as_ref().unwrap_or(&args.adapter), other)]
+            .map(|(dir, updates)| Weighted { name: dir.display().to_string(), weight: 1.0, updates: updates.clone() });
+        same_base = check_one_base(&[one, other]);
+    }
+    match same_base {
+        Err(e) if args.strict => return Err(e).context("--strict"),
+        Err(e) => ui::say(format_args!("warning: {e}")),
+        Ok(()) => {}
+    }
     let shown = |what: &Option<PathBuf>, word: &str| {
         what.as_ref().map_or(String::new(), |w| format!(" {word} {}", w.display()))
     };

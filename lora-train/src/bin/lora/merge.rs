@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use indicatif::HumanBytes;
 use lora_core::{Tensor, lowrank::MajoritySign};
@@ -46,9 +46,12 @@ pub(crate) struct MergeArgs {
     adapters: Vec<(PathBuf, f64)>,
     #[command(flatten)]
     how: HowArgs,
+    /// Refuse adapters that were trained on different bases, or on another than --model, rather than warn of it
+    #[arg(long)]
+    strict: bool,
     /// What to write [default: a model if --model is given]
-    #[arg(long, requires = "adapters")]
-    into: Option<Into>,
+    #[arg(long)]
+    into: Option<Written>,
     /// Folder for the merged model or adapter: new, or empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -60,25 +63,25 @@ pub(crate) struct MergeArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Several adapters")]
 struct HowArgs {
-    /// PEFT's combination_type
-    #[arg(long, requires = "adapters", default_value = "linear", value_parser = COMBINATIONS)]
-    how: String,
+    /// PEFT's combination_type [default: linear]
+    #[arg(long, value_parser = COMBINATIONS)]
+    how: Option<String>,
     /// The share of elements that ties, dare and magnitude_prune keep
-    #[arg(long, requires = "adapters", value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE")]
     density: Option<f64>,
     /// What elects signs with ties [default: total]
-    #[arg(long, requires = "adapters", value_name = "BY")]
+    #[arg(long, value_name = "BY")]
     majority_sign: Option<Sign>,
     /// The rank that svd cuts to [default: the highest of the adapters']
-    #[arg(long, requires = "adapters", value_name = "R")]
+    #[arg(long, value_name = "R")]
     svd_rank: Option<usize>,
-    /// What dare drops
-    #[arg(long, requires = "adapters", default_value_t = 0)]
-    seed: u64,
+    /// What dare drops [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Into {
+enum Written {
     Adapter,
     Model,
 }
@@ -111,9 +114,21 @@ pub(crate) fn run(args: MergeArgs) -> anyhow::Result<()> {
 
 /// One adapter into its base.
 fn one(args: &MergeArgs, model: &Path, adapter: &Path) -> anyhow::Result<()> {
+    let HowArgs { how, density, majority_sign, svd_rank, seed } = &args.how;
+    let of_several = [
+        ("how", how.is_some()),
+        ("density", density.is_some()),
+        ("majority-sign", majority_sign.is_some()),
+        ("svd-rank", svd_rank.is_some()),
+        ("seed", seed.is_some()),
+        ("into", args.into.is_some()),
+    ];
+    if let Some((flag, _)) = of_several.into_iter().find(|(_, given)| *given) {
+        bail!("--{flag} is for several adapters: give them as --adapters, not --adapter");
+    }
     let folder = NewFolder::new(&args.out)?;
     let task = task::of_adapter(adapter)?;
-    let loaded = base::load(model, Some(adapter), &Place::CPU)?;
+    let loaded = base::load(model, Some(adapter), &Place::CPU, args.strict)?;
     let changed = loaded.adapted.merged(&*loaded.model);
     let changed = changed.with_context(|| format!("{} with {}", model.display(), adapter.display()))?;
     write_model(args, folder, &loaded, &changed, task.as_ref(), "the adapter", json!({}))
@@ -127,7 +142,8 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         Sign::Total => MajoritySign::Total,
         Sign::Frequency => MajoritySign::Frequency,
     });
-    let recipe = Recipe { how: how.clone(), density: *density, sign, rank: *svd_rank, seed: *seed };
+    let how = how.as_deref().unwrap_or("linear");
+    let recipe = Recipe { how: how.to_owned(), density: *density, sign, rank: *svd_rank, seed: seed.unwrap_or(0) };
     recipe.check()?;
     let mut task: Option<Fitted> = None;
     let mut parts = Vec::new();
@@ -139,6 +155,7 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         }
         parts.push(Weighted { name: dir.display().to_string(), weight: *weight, updates });
     }
+    same(args, adapter::check_one_base(&parts))?;
     let Combined { updates, cut } = adapter::combine(&parts, &recipe)?;
     if cut > 0.0 {
         ui::say(format_args!("cutting to rank {} leaves out {:.2}% of the sum", updates.rank(), 100.0 * cut));
@@ -151,17 +168,21 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
             let loaded = base::load_for_task(model, task.as_ref())?;
             let at = || format!("{} with the merged adapter", model.display());
             updates.check_base(loaded.model.outline()).with_context(at)?;
+            for part in &parts {
+                let same_base = part.updates.check_same_base(&*loaded.model);
+                same(args, same_base.with_context(|| part.name.clone()))?;
+            }
             Some(loaded)
         }
     };
-    match loaded.filter(|_| args.into != Some(Into::Adapter)) {
+    match loaded.filter(|_| args.into != Some(Written::Adapter)) {
         Some(loaded) => {
             let changed = updates.merged(&*loaded.model)?;
             let what = format!("{} adapters", parts.len());
             write_model(args, folder, &loaded, &changed, task.as_ref(), &what, about)
         }
         None => {
-            anyhow::ensure!(args.into != Some(Into::Model), "--into model needs the base: give it as --model");
+            anyhow::ensure!(args.into != Some(Written::Model), "--into model needs the base: give it as --model");
             let bytes = folder.write(|dir| {
                 task.as_ref().map_or(Ok(()), |task| task.save(dir))?;
                 updates.save(dir)?;
@@ -177,6 +198,18 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
             ));
             summary(args, about, json!({"out": args.out, "modules": modules, "bytes": bytes}))
         }
+    }
+}
+
+/// A base that is another than it should be is an error with --strict, and else a warning.
+fn same<E: Into<anyhow::Error>>(args: &MergeArgs, checked: Result<(), E>) -> anyhow::Result<()> {
+    match checked.map_err(Into::into) {
+        Err(e) if args.strict => Err(e.context("--strict")),
+        Err(e) => {
+            ui::say(format_args!("warning: {e:#}"));
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
 }
 

@@ -67,7 +67,7 @@ fn what_cannot_be_extracted_is_refused_and_leaves_nothing() {
     for (args, parts) in [
         ("--model base --tuned base --rank 2", &["nothing changed"][..]),
         ("--model base --tuned biases --rank 2", &["no linear map changed", "bias"]),
-        ("--model base --tuned wide --rank 2", &["wide from base", "[16", "[32"]),
+        ("--model base --tuned wide --rank 2", &["wide from base", "[48]", "[96]"]),
         ("--model base --tuned deep --rank 2", &["deep from base", "h.2"]),
         ("--model base --tuned tuned --rank 17", &["rank 17"]),
         ("--model base --tuned tuned --rank 0", &["rank 0"]),
