@@ -9,6 +9,7 @@ mod common;
 mod config;
 mod convert;
 mod counts;
+mod foreign;
 mod generate;
 mod golden;
 mod heads;

@@ -76,7 +76,7 @@ enum Command {
     Plan(Box<plan::PlanArgs>),
     /// Measure a forward pass of the base, of merged and unmerged LoRA, of adapters and of a prefix: the paper's table 1
     BenchLatency(bench_latency::BenchLatencyArgs),
-    /// Make a Hugging Face folder of a model in another format
+    /// Convert models and adapters from the formats of other programs, and adapters to them
     Convert(convert::ConvertArgs),
     /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is, or which devices there are
     Info(info::InfoArgs),
