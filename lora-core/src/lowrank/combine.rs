@@ -105,7 +105,7 @@ pub fn combine<T: Real>(updates: &[(f64, &LowRank<T>)], how: Combination) -> Res
         }
         Combination::Factors(rule) => {
             check(rule)?;
-            for (_, update) in updates.iter().filter(|(_, u)| u.rank() != first.rank()) {
+            if let Some((_, update)) = updates.iter().find(|(_, u)| u.rank() != first.rank()) {
                 let [left_shape, right_shape] = [update.a().dim().into(), first.a().dim().into()];
                 let rule = "their factors are summed, so they need one rank (cat and svd take any)";
                 return Err(Error::Shape { left: "an A", left_shape, right: "the first", right_shape, rule });

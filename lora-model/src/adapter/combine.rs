@@ -171,17 +171,16 @@ pub fn combine(parts: &[Weighted], recipe: &Recipe) -> Result<Combined> {
             first.name, recipe.how
         ));
     }
-    if !whole && rule != "cat" {
-        if let Some(other) = parts.iter().find(|p| p.updates.rank() != first.updates.rank()) {
-            return refused(format!(
-                "{} needs one rank, but {} has rank {} and {} has rank {}; cat, svd and those that end in svd take any",
-                recipe.how,
-                first.name,
-                first.updates.rank(),
-                other.name,
-                other.updates.rank()
-            ));
-        }
+    let other_rank = parts.iter().find(|p| p.updates.rank() != first.updates.rank());
+    if let Some(other) = other_rank.filter(|_| !whole && rule != "cat") {
+        return refused(format!(
+            "{} needs one rank, but {} has rank {} and {} has rank {}; cat, svd and those that end in svd take any",
+            recipe.how,
+            first.name,
+            first.updates.rank(),
+            other.name,
+            other.updates.rank()
+        ));
     }
     let mut result = described(parts)?;
     let rank = recipe.rank.unwrap_or_else(|| parts.iter().map(|p| p.updates.rank()).max().unwrap_or(1));

@@ -220,7 +220,7 @@ pub fn to_adapterhub(file: &AdapterFile, base: &dyn Base, name: &str, dir: &Path
     let outline = base.outline();
     let mut tensors = BTreeMap::new();
     for (own, hub) in places(outline, kind.method, name) {
-        let tensor = ours.remove(&own).ok_or_else(|| lora_core::Error::Missing { name: own })?;
+        let tensor = ours.remove(&own).ok_or(lora_core::Error::Missing { name: own })?;
         tensors.insert(hub, tensor);
     }
     let width = outline.sites.iter().find_map(|s| match s.kind {

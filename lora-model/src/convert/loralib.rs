@@ -205,7 +205,7 @@ pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
         return refused(format!("it has trained {tensor} as a whole, which a file of loralib has no place for"));
     }
     let values: BTreeMap<&str, Tensor> =
-        adapted.params.ids().into_iter().map(|id| (adapted.params.name(id), adapted.params.tensor(id))).collect();
+        adapted.params.ids().map(|id| (adapted.params.name(id), adapted.params.tensor(id))).collect();
     let (mut tensors, mut enable_lora) = (BTreeMap::new(), BTreeMap::new());
     for (site, linear) in base.outline().linear_sites() {
         let factors = |place: &str| {
