@@ -44,8 +44,6 @@ pub(crate) struct MergeArgs {
     /// Folders of adapters and their weights, which may be negative [default: 1]
     #[arg(long, value_name = "DIR:WEIGHT,...", value_delimiter = ',', value_parser = weighted, conflicts_with = "adapter")]
     adapters: Vec<(PathBuf, f64)>,
-    #[command(flatten)]
-    how: HowArgs,
     /// Refuse adapters that were trained on different bases, or on another than --model, rather than warn of it
     #[arg(long)]
     strict: bool,
@@ -58,6 +56,8 @@ pub(crate) struct MergeArgs {
     /// Print a summary as JSON
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    how: HowArgs,
 }
 
 #[derive(Args)]
