@@ -326,10 +326,11 @@ mod tests {
             }
             .unwrap()
         };
-        // And how many rows a part has: not so few that `few` takes it, whose sums have another order.
+        // And how many rows a part has: not so few that `few` takes it, whose sums have another order. Those of a result of few
+        // columns have an order that depends on all rows.
         let shapes = [
             (400, 768, 2304, 20),
-            (397, 768, 8, 61),
+            (397, 768, 8, 397),
             (397, 8, 768, 61),
             (8, 400, 768, 8),
             (1, 768, 2304, 1),

@@ -8,7 +8,9 @@ mod avx512;
 
 use rayon::prelude::*;
 
-use avx512::{Arithmetic, Bf16, F32, Source};
+use avx512::{Arithmetic, F32, Source};
+pub(super) use avx512::{Bf16, Widened};
+use half::bf16;
 
 use super::bf16::Operand;
 use crate::{
@@ -36,14 +38,25 @@ pub(super) fn f32_product(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f6
     run::<F32, _, _>((alpha as f32, beta as f32), a, b, c)
 }
 
-/// `C = α·A·B + β·C` in bf16, with f32 sums, on a processor that is [`available`].
+/// `C = α·A·B + β·C` of bf16 numbers, to which f32 operands are rounded, with f32 sums, on a processor that is
+/// [`available`].
 pub(super) fn bf16_product(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()> {
+    let by = if avx512::pairs_pay() { bf16_by::<Bf16> } else { bf16_by::<Widened> };
+    by(alpha, a, b, beta, c)
+}
+
+/// The same by one arithmetic.
+pub(super) fn bf16_by<T: Arithmetic>(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()>
+where
+    f32: Source<T>,
+    bf16: Source<T>,
+{
     let scalars = (alpha as f32, beta as f32);
     match (a, b) {
-        (Operand::F32(a), Operand::F32(b)) => run::<Bf16, _, _>(scalars, a, b, c),
-        (Operand::F32(a), Operand::Bf16(b)) => run::<Bf16, _, _>(scalars, a, b, c),
-        (Operand::Bf16(a), Operand::F32(b)) => run::<Bf16, _, _>(scalars, a, b, c),
-        (Operand::Bf16(a), Operand::Bf16(b)) => run::<Bf16, _, _>(scalars, a, b, c),
+        (Operand::F32(a), Operand::F32(b)) => run::<T, _, _>(scalars, a, b, c),
+        (Operand::F32(a), Operand::Bf16(b)) => run::<T, _, _>(scalars, a, b, c),
+        (Operand::Bf16(a), Operand::F32(b)) => run::<T, _, _>(scalars, a, b, c),
+        (Operand::Bf16(a), Operand::Bf16(b)) => run::<T, _, _>(scalars, a, b, c),
     }
 }
 
