@@ -66,6 +66,12 @@ pub enum Error {
         /// The file that was found instead of safetensors.
         file: PathBuf,
     },
+    /// Adapters that do not belong together, or to a base.
+    #[error("{problem}")]
+    Adapters {
+        /// Which, what is wrong and what to do.
+        problem: String,
+    },
     /// A safetensors file, or the index of a sharded one, is damaged.
     #[error("{}: {problem}", file.display())]
     Weights {
@@ -169,10 +175,10 @@ pub enum Error {
         /// The most that the model can place.
         max_positions: usize,
     },
-    /// An option of generation that makes no sense.
+    /// An option that makes no sense.
     #[error("{option} = {value}: {why}")]
     Option {
-        /// The option, by its name in [`GenerationConfig`](crate::generate::GenerationConfig).
+        /// The option, by its name in [`GenerationConfig`](crate::generate::GenerationConfig), or on the command line.
         option: &'static str,
         /// What was given.
         value: String,

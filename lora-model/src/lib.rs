@@ -54,6 +54,7 @@ pub mod convert;
 mod deberta_v2;
 mod error;
 pub mod files;
+pub mod fingerprint;
 pub mod generate;
 mod gpt2;
 mod heads;

@@ -14,11 +14,11 @@ use std::{
 };
 
 use lora_core::{Params, Tensor, hash::fnv1a};
-use lora_kernels::Acc;
 use lora_model::{
     Model,
     checkpoint::{TensorFile, TensorSpec, write_tensors},
     files,
+    fingerprint::{places, sample},
 };
 use serde::{Deserialize, Serialize};
 
@@ -96,27 +96,11 @@ impl Fingerprint {
             s.tokens.iter().copied().chain([goal]).chain(second).chain(runs)
         });
         let hash = fnv1a(words.flat_map(u32::to_le_bytes));
-        // Some elements of every tensor: reading all would touch every page of a mapped file.
-        const SAMPLE: usize = 61;
-        let rows = |t: &Tensor| (0..t.len()).step_by(t.len().div_ceil(SAMPLE).max(1)).map(|i| i as u32);
-        let ids: Vec<u32> = base.tensors().flat_map(|(_, t)| rows(t)).collect();
-        // They are collected where they lie and read together: a device's host waits once, not for every element.
-        let device = base.device();
-        let ids = Tensor::from_slice(&device, &[ids.len(), 1], &ids)?;
-        let mut sample = Tensor::empty(&device, base.dtype(), &[ids.len(), 1])?;
-        let mut at = 0;
-        for (_, t) in base.tensors() {
-            let part = at..at + rows(t).len();
-            let column = t.clone().reshape(&[t.len(), 1]);
-            let to = Acc { to: sample.make_mut()?.rows_in(part.clone()), beta: 0.0 };
-            lora_kernels::gather(column.mat(), ids.rows_in(part.clone()).reshape(&[part.len()]).mat(), to)?;
-            at = part.end;
-        }
-        let sample = sample.to_f64()?;
+        let sample = sample(&base.tensors().map(|(_, t)| t).collect::<Vec<_>>(), base)?;
         let (mut bytes, mut rest) = (Vec::new(), sample.as_slice());
         for (name, t) in base.tensors() {
             bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| n.to_le_bytes())));
-            let (part, after) = rest.split_at(rows(t).len());
+            let (part, after) = rest.split_at(places(t).len());
             bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
             rest = after;
         }

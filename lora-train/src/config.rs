@@ -59,6 +59,8 @@ pub struct TrainConfig {
     pub fuse: Vec<PathBuf>,
     /// An adapter to start from.
     pub init_adapter: Option<PathBuf>,
+    /// Refuse an adapter (`init_adapter`, `fuse`) that was trained on another base, rather than warn of it.
+    pub strict: bool,
     /// Passes over the data; not together with `steps`.
     pub epochs: Option<f64>,
     /// Optimiser steps; not together with `epochs`.
@@ -138,6 +140,7 @@ impl Default for TrainConfig {
             reparam: options.reparam,
             fuse: Vec::new(),
             init_adapter: None,
+            strict: false,
             epochs: None,
             steps: None,
             batch_size: 8,
@@ -333,7 +336,7 @@ impl TrainConfig {
         // Where things are kept and how often is no part of the result; data is known by its contents, wherever it lies.
         let result = |c: &TrainConfig| {
             let mut c = c.clone();
-            (c.out, c.log, c.save_every, c.keep) = Default::default();
+            (c.out, c.log, c.save_every, c.keep, c.strict) = Default::default();
             (c.data, c.valid, c.eval_every) = Default::default();
             // Any device can continue a run; its type stays, and `auto` asks for just that.
             c.device = String::new();

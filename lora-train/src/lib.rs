@@ -4,6 +4,7 @@
 //! - [`Trainer`] does optimiser steps; [`evaluate`] measures held-out loss and, by [`metrics`], predictions.
 //! - [`task`] gives an encoder what it needs to learn a task; [`generation`] makes texts that are judged by their references.
 //! - [`compare`] makes the paper's table of methods and seeds.
+//! - [`analysis`] measures what an adapter has learnt.
 //! - [`plan`] tells what training takes, from a configuration alone; [`latency`] measures what methods cost at inference.
 //! - [`train`] is a whole run in a folder: log, checkpoints, resuming, the finished adapter.
 //!
@@ -45,6 +46,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod analysis;
 pub mod checkpoint;
 pub mod compare;
 mod config;

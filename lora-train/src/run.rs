@@ -113,7 +113,15 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     }
     let model = &*model;
     if config.row()?.options.contains(&"fuse") {
-        config.fuse.iter().try_for_each(|dir| lora_model::adapter::load(dir)?.check_base(model.outline()))?;
+        for dir in &config.fuse {
+            let fused = lora_model::adapter::load(dir)?;
+            fused.check_base(model.outline())?;
+            match fused.check_same_base(model) {
+                Err(e) if config.strict => return Err(e.into()),
+                Err(e) => output.notes.push(format!("{}: {e}", dir.display())),
+                Ok(()) => {}
+            }
+        }
     }
     let adapted = match &config.init_adapter {
         None => {
@@ -131,6 +139,9 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
         }
         Some(dir) => {
             let mut file = lora_model::adapter::load(dir)?;
+            if config.strict {
+                file.check_same_base(model)?;
+            }
             config.clone().adopt(dir, &file, |_| true)?;
             file.options.dropout = config.dropout;
             file.attach(model, &device)?

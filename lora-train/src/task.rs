@@ -220,7 +220,7 @@ impl Fitted {
     ///
     /// # Errors
     /// What writing can cause.
-    pub(crate) fn save(&self, dir: &Path) -> Result<()> {
+    pub fn save(&self, dir: &Path) -> Result<()> {
         let labels = self.labels.as_ref().map(|l| l.names().to_vec());
         let text = json!(Remembered { task: self.task.name.into(), labels });
         Ok(files::write_bytes(&dir.join(FILE), format!("{text:#}\n").as_bytes())?)

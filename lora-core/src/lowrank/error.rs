@@ -62,6 +62,17 @@ pub enum Error {
         rank: usize,
     },
 
+    /// There are no updates to combine.
+    #[error("there are no updates to combine; give at least one")]
+    Nothing,
+
+    /// A share of elements that cannot be kept.
+    #[error("the density {density} is not above 0 and at most 1: it is the share of elements that stay")]
+    Density {
+        /// The share.
+        density: f64,
+    },
+
     /// A matrix is zero, so it has no singular direction to compare.
     #[error("{what} is zero and has no singular directions (an untrained adapter has B = 0: train it first)")]
     Zero {

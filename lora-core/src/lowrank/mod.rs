@@ -7,6 +7,7 @@
 //! | how does the adapted weight become one weight, and W₀ again? | [`merge`], [`Merged::unmerge`] |
 //! | which adapter of rank r is nearest to a given ΔW? | [`truncate`], [`Svd::truncate`] |
 //! | what are the singular values and directions? | [`svd`], [`svd_of`] |
+//! | how do several updates become one? | [`combine`] |
 //! | do two adapters look in the same directions? | [`subspace_similarity`] |
 //! | how strongly does ΔW amplify what W₀ has only a little of? | [`amplification`] |
 //!
@@ -45,6 +46,7 @@
 //! [arXiv:2106.09685](https://arxiv.org/abs/2106.09685).
 
 mod adapter;
+mod combine;
 mod dense;
 mod error;
 mod merge;
@@ -52,6 +54,7 @@ mod subspace;
 mod svd;
 
 pub use adapter::{LowRank, Scaling};
+pub use combine::{Combination, MajoritySign, Rule, combine};
 pub use dense::Real;
 pub use error::{Error, Result};
 pub use merge::{Layout, Merged, merge};

@@ -49,9 +49,14 @@ pub fn svd<T: Real>(m: ArrayView2<'_, T>) -> Result<Svd> {
 /// # Errors
 /// [`Error::Svd`](super::Error::Svd) if f64 overflows.
 pub fn svd_of<T: Real>(adapter: &LowRank<T>) -> Result<Svd> {
-    let (qb, rb) = thin_qr(widen(adapter.b()).view());
-    let (qa, ra) = thin_qr(widen(adapter.a().t()).view());
-    let core = product(adapter.scale(), rb.view(), widen(ra.t()).view());
+    svd_of_factors(widen(adapter.b()).view(), widen(adapter.a()).view(), adapter.scale())
+}
+
+/// The SVD of s·B·A, with at most min(out, r, in) triples.
+pub(super) fn svd_of_factors(b: ArrayView2<'_, f64>, a: ArrayView2<'_, f64>, scale: f64) -> Result<Svd> {
+    let (qb, rb) = thin_qr(b);
+    let (qa, ra) = thin_qr(widen(a.t()).view());
+    let core = product(scale, rb.view(), widen(ra.t()).view());
     let (u, sigma, v) = thin_svd(core.view())?;
     let (u, v) = (product(1.0, qb.view(), u.view()), product(1.0, qa.view(), v.view()));
     Ok(Svd { u, sigma, v }.with_signs())

@@ -15,11 +15,14 @@
 //! different numbers of parts, `rank_pattern` and `alpha_pattern` say so. The header of the safetensors file remembers the
 //! parts under [`PARTS_KEY`], and loading restores them exactly: an adapter trains on as what it was.
 
+mod combine;
 mod config;
+mod extract;
 mod options;
 mod own;
 mod peft;
 mod save;
+mod updates;
 
 use std::{
     collections::BTreeMap,
@@ -36,9 +39,14 @@ use crate::{
     Error, Result,
     checkpoint::{TensorFile, TensorInfo},
     config::RawConfig,
+    fingerprint,
 };
 
+pub use combine::{COMBINATIONS, Combined, Recipe, Weighted, check_one_base, combine};
+pub use extract::{Extracted, Extraction, extract};
 pub use save::save;
+pub(crate) use updates::short_name;
+pub use updates::{Update, Updates};
 
 /// The adapter's configuration in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -50,6 +58,10 @@ pub const PARTS_KEY: &str = "lora_parts";
 /// The key of the safetensors header under which the base's architecture is remembered, where PEFT's configuration has no
 /// place for it.
 pub const ARCHITECTURE_KEY: &str = "architecture";
+
+/// The key of the safetensors header under which the base that was trained on is remembered by its
+/// [fingerprint](crate::fingerprint::of_base).
+pub const FINGERPRINT_KEY: &str = "base_fingerprint";
 
 /// What PEFT puts before the name of every module.
 pub const PREFIX: &str = "base_model.model.";
@@ -71,6 +83,8 @@ pub struct AdapterFile {
     pub architecture: Option<String>,
     /// What its base is for, where the file says so, by PEFT's name.
     pub task_type: Option<String>,
+    /// The [fingerprint](crate::fingerprint::of_base) of the base that it was trained on, where the file says so.
+    pub base_fingerprint: Option<String>,
     raw: RawConfig,
     weights: PathBuf,
 }
@@ -98,7 +112,9 @@ pub fn load(dir: &Path) -> Result<AdapterFile> {
         return Err(Error::PickledAdapter { file: dir.join(PICKLED_FILE) });
     }
     let file = TensorFile::open(&path)?;
-    if own { own::load(raw, &file) } else { peft::load(raw, &file) }
+    let mut adapter = if own { own::load(raw, &file) } else { peft::load(raw, &file) }?;
+    adapter.base_fingerprint = file.metadata().get(FINGERPRINT_KEY).cloned();
+    Ok(adapter)
 }
 
 /// A tensor of an adapter, which has to be all numbers.
@@ -114,6 +130,20 @@ fn finite(file: &TensorFile, info: &TensorInfo) -> Result<Tensor> {
 /// [`load`] and [`AdapterFile::attach`].
 pub fn attach(dir: &Path, base: &dyn Base, device: &Device) -> Result<Adapted> {
     load(dir)?.attach(base, device)
+}
+
+/// Refuses a base of another fingerprint than an adapter remembers.
+fn same_base(trained: Option<&str>, base: &dyn Base) -> Result<()> {
+    let Some(trained) = trained else { return Ok(()) };
+    let found = fingerprint::of_base(base)?;
+    if found == trained {
+        return Ok(());
+    }
+    let problem = format!(
+        "the adapter was trained on a base with fingerprint {trained}, and this one has {found}: other weights, with which it \
+         may do anything; give the base that it was trained on"
+    );
+    Err(Error::Adapters { problem })
 }
 
 impl AdapterFile {
@@ -145,7 +175,16 @@ impl AdapterFile {
         Ok(())
     }
 
-    /// The adapter on its base, to infer with or to train on.
+    /// Refuses a base that is not the one that it was trained on, by its fingerprint, as far as its files tell.
+    ///
+    /// # Errors
+    /// [`Error::Adapters`].
+    pub fn check_same_base(&self, base: &dyn Base) -> Result<()> {
+        same_base(self.base_fingerprint.as_deref(), base)
+    }
+
+    /// The adapter on its base, to infer with or to train on. A base that is not the very one that it was trained on
+    /// ([`check_same_base`](AdapterFile::check_same_base)) is warned of.
     ///
     /// # Errors
     /// [`Error::Config`] when it was trained on another architecture or for another task, or when its options do not fit
@@ -154,6 +193,9 @@ impl AdapterFile {
     pub fn attach(&self, base: &dyn Base, device: &Device) -> Result<Adapted> {
         let outline = base.outline();
         self.check_base(outline)?;
+        if let Err(e) = self.check_same_base(base) {
+            tracing::warn!("{}: {e}", self.weights.display());
+        }
         // PEFT lists these two for every classifier, whatever its head is called.
         const HEADS: [&str; 2] = ["classifier", "score"];
         for module in own::strings(&self.raw, "modules_to_save")?.unwrap_or_default() {

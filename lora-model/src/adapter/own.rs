@@ -91,6 +91,7 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         tensors,
         architecture: raw.str("architecture")?.map(str::to_owned),
         task_type: raw.str("task_type")?.map(str::to_owned),
+        base_fingerprint: None,
         raw,
         weights: file.path().to_owned(),
     };

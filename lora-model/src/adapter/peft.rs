@@ -54,6 +54,7 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         tensors,
         architecture: file.metadata().get(ARCHITECTURE_KEY).cloned(),
         task_type: config.task_type,
+        base_fingerprint: None,
         raw,
         weights: file.path().to_owned(),
     })
@@ -124,7 +125,7 @@ fn modules(file: &TensorFile, saved: &[String]) -> Result<(Pairs, Vec<String>)> 
 }
 
 /// Whether a tensor belongs to a module that PEFT's `modules_to_save` names: by the end of its path.
-fn is_of(tensor: &str, module: &str) -> bool {
+pub(super) fn is_of(tensor: &str, module: &str) -> bool {
     let parts: Vec<&str> = tensor.split('.').collect();
     let wanted: Vec<&str> = module.split('.').collect();
     parts.windows(wanted.len()).any(|w| w == wanted)

@@ -9,7 +9,7 @@ use lora_kernels::DType;
 use serde_json::json;
 
 use super::{
-    ARCHITECTURE_KEY, CONFIG_FILE, PARTS_KEY, PREFIX, WEIGHTS_FILE,
+    ARCHITECTURE_KEY, CONFIG_FILE, FINGERPRINT_KEY, PARTS_KEY, PREFIX, WEIGHTS_FILE,
     config::{self, PeftConfig},
     own,
     peft::Parts,
@@ -17,7 +17,7 @@ use super::{
 use crate::{
     Error, Result,
     checkpoint::{TensorSpec, write_tensors},
-    files,
+    files, fingerprint,
 };
 
 /// Writes what `method` (a row of the table) trained on `base` with `options` into `dir`. The same adapter gives the same
@@ -47,7 +47,8 @@ pub fn save(
         "lora" => peft(options, &tensors, base.outline(), base_model_name),
         _ => (own::text(row, options, base.outline(), base_model_name), None),
     };
-    let mut metadata = vec![("format", "pt")];
+    let fingerprint = fingerprint::of_base(base)?;
+    let mut metadata = vec![("format", "pt"), (FINGERPRINT_KEY, fingerprint.as_str())];
     if row.name == "lora" {
         metadata.push((ARCHITECTURE_KEY, &base.outline().architecture));
     }

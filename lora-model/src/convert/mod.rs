@@ -1,17 +1,25 @@
-//! Models in the formats of other programs, as Hugging Face folders.
+//! Models and adapters in the formats of other programs: models as Hugging Face folders, adapters both ways.
 
+mod adapterhub;
 mod llama2c;
+mod loralib;
 mod sentencepiece;
+mod torch;
 
 use std::path::Path;
 
+use lora_kernels::Device;
 use serde_json::{Value, json};
 
+pub use adapterhub::{from_adapterhub, to_adapterhub};
 pub use llama2c::Llama2c;
+pub use loralib::{Loralib, from_loralib, to_loralib};
 pub use sentencepiece::Vocabulary;
+pub use torch::{StateDict, read_state_dict, write_state_dict};
 
 use crate::{
     Result,
+    checkpoint::TensorFile,
     config::{CONFIG_FILE, RawConfig},
     files,
 };
@@ -47,4 +55,18 @@ pub fn write(model: &Llama2c, vocabulary: &Vocabulary, dir: &Path) -> Result<()>
     write("tokenizer.json", &vocabulary.to_json())?;
     write("tokenizer_config.json", &tokenizer)?;
     write("generation_config.json", &ids)
+}
+
+/// The tensors of a file of safetensors or of `torch.save`, in f32.
+fn tensors_of(path: &Path) -> Result<StateDict> {
+    if path.extension().is_none_or(|e| e != "safetensors") {
+        return read_state_dict(path);
+    }
+    let file = TensorFile::open(path)?;
+    let mut state = StateDict::default();
+    for info in file.names().filter_map(|name| file.info(name)) {
+        let tensor = file.tensor(&info.stored_name, &info.shape, &Device::Cpu)?;
+        state.tensors.insert(info.stored_name, tensor);
+    }
+    Ok(state)
 }

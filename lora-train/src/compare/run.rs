@@ -7,13 +7,13 @@ use std::{
     time::Duration,
 };
 
-use lora_model::files;
+use lora_model::{files, fingerprint};
 
 use super::{
     Comparison, Row, Table,
     cell::{self, Cell, settings},
     config::folder,
-    inputs::{self, Inputs},
+    inputs::Inputs,
     process::{Made, Program, eval_args},
 };
 use crate::{
@@ -159,14 +159,14 @@ impl Place<'_> {
     fn open<'a>(comparison: &'a Comparison, out: &'a Path, program: &'a Program) -> Result<Place<'a>> {
         let first = &comparison.rows[0].config;
         let inputs = Inputs {
-            base: inputs::folder(&hub::resolve(&first.model)?)?,
-            data: inputs::file(&first.data)?,
-            test: Some(inputs::file(&comparison.test)?),
+            base: fingerprint::of_folder(&hub::resolve(&first.model)?)?,
+            data: fingerprint::of_file(&first.data)?,
+            test: Some(fingerprint::of_file(&comparison.test)?),
             adapters: Vec::new(),
         };
         let of_row = |row: &Row| {
             let dirs = row.config.init_adapter.iter().chain(&row.config.fuse);
-            dirs.map(|dir| inputs::folder(dir)).collect::<Result<Vec<_>>>()
+            dirs.map(|dir| Ok(fingerprint::of_folder(dir)?)).collect::<Result<Vec<_>>>()
         };
         let adapters = comparison.rows.iter().map(of_row).collect::<Result<_>>()?;
         Ok(Place { comparison, out, program, inputs, adapters })

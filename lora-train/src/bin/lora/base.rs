@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::Args;
 use lora_core::peft::{Adapted, Layers};
 use lora_model::{LoadOptions, Model, Task, adapter, config::CONFIG_FILE};
@@ -26,6 +26,9 @@ pub(crate) struct BaseArgs {
     /// Folder of an adapter for it
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// Refuse an adapter that was trained on another base than this one, rather than warn of it
+    #[arg(long, requires = "adapter")]
+    strict: bool,
     /// Layers to take the adapter out of (AdapterDrop): first:N, last:N, or numbers from 0 such as 0,2,4-7
     #[arg(long, value_name = "LAYERS", requires = "adapter", value_parser = layers)]
     drop_layers: Option<Layers>,
@@ -62,7 +65,7 @@ impl std::fmt::Display for BaseArgs {
 
 impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
-        let loaded = load(&self.model, self.adapter.as_deref(), &self.place()?)?;
+        let loaded = load(&self.model, self.adapter.as_deref(), &self.place()?, self.strict)?;
         self.dropped(loaded)
     }
 
@@ -78,7 +81,7 @@ impl BaseArgs {
         let adapter = self.adapter.as_deref();
         adapter.map_or(Ok(()), check_adapter)?;
         let fitted = Fitted::trained(task, &dir, adapter)?;
-        let loaded = load_for(dir, adapter, &self.place()?, Some(fitted.head()))?;
+        let loaded = load_for(dir, adapter, &self.place()?, Some(fitted.head()), self.strict)?;
         Ok((fitted, self.dropped(loaded)?))
     }
 
@@ -104,12 +107,23 @@ fn layers(text: &str) -> lora_core::Result<Layers> {
 }
 
 /// Reads a model and what is attached to it; for an adapter that was trained for a task, with a head for that.
-pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place) -> anyhow::Result<Loaded> {
+pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place, strict: bool) -> anyhow::Result<Loaded> {
     let task = adapter.map(task::of_adapter).transpose()?.flatten();
-    load_for(hub::resolve(model)?, adapter, place, task.map(|task| task.head()))
+    load_for(hub::resolve(model)?, adapter, place, task.map(|task| task.head()), strict)
 }
 
-fn load_for(dir: PathBuf, adapter: Option<&Path>, place: &Place, head: Option<Task>) -> anyhow::Result<Loaded> {
+/// Reads a model, with a head for a task.
+pub(crate) fn load_for_task(model: &Path, task: Option<&Fitted>) -> anyhow::Result<Loaded> {
+    load_for(hub::resolve(model)?, None, &Place::CPU, task.map(Fitted::head), false)
+}
+
+fn load_for(
+    dir: PathBuf,
+    adapter: Option<&Path>,
+    place: &Place,
+    head: Option<Task>,
+    strict: bool,
+) -> anyhow::Result<Loaded> {
     let device = &place.device;
     let options =
         LoadOptions { dtype: place.dtype, task: head, head_follows: adapter.is_some(), ..LoadOptions::default() };
@@ -118,7 +132,11 @@ fn load_for(dir: PathBuf, adapter: Option<&Path>, place: &Place, head: Option<Ta
         None => Adapted::none(device)?,
         Some(dir) => {
             check_adapter(dir)?;
-            adapter::attach(dir, &*model, device)?
+            let file = adapter::load(dir)?;
+            if strict {
+                file.check_same_base(&*model).with_context(|| format!("--strict: {}", dir.display()))?;
+            }
+            file.attach(&*model, device)?
         }
     };
     Ok(Loaded { dir, model, adapted })

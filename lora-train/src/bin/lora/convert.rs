@@ -2,44 +2,206 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use anyhow::{Context, ensure};
+use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, HumanCount};
+use lora_core::peft::{Adapted, Options};
 use lora_kernels::Device;
 use lora_model::{
+    Model, adapter,
     convert::{self, Llama2c, Vocabulary},
     tokenizer::Tokenizer,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
+    base::load_for_task,
     new_folder::{NewFolder, go_on, size},
+    part::check_writable,
     ui,
 };
 
 #[derive(Args)]
+#[command(
+    after_help = "Models: --from llama2.c WEIGHTS --tokenizer FILE. Adapters, for their base --model: --from loralib FILE.pt \
+                  --alpha A [--parts q,v], --from adapterhub FOLDER, and back: --to loralib FOLDER --out FILE.pt, --to \
+                  adapterhub FOLDER --name NAME. Files of torch.save are read without running what is in them."
+)]
 pub(crate) struct ConvertArgs {
-    /// File of the weights
-    #[arg(value_name = "FILE")]
-    weights: PathBuf,
-    /// Its format: llama2.c, version 0 of `export.py` (.bin)
-    #[arg(long, value_name = "FORMAT", value_parser = ["llama2.c"])]
-    from: String,
-    /// File of its vocabulary, as `tokenizer.py` of llama2.c writes it (.bin)
-    #[arg(long, value_name = "FILE")]
-    tokenizer: PathBuf,
-    /// Folder for the model as Hugging Face has it: new, or empty
-    #[arg(long, value_name = "DIR")]
+    /// File of the weights, or the adapter's file or folder
+    #[arg(value_name = "FILE|DIR")]
+    input: PathBuf,
+    /// The format that is read
+    #[arg(long, value_name = "FORMAT", required_unless_present = "to", conflicts_with = "to")]
+    from: Option<From>,
+    /// The format that an adapter of this program, or of PEFT, is written in
+    #[arg(long, value_name = "FORMAT")]
+    to: Option<To>,
+    /// llama2.c: file of the vocabulary, as its `tokenizer.py` writes it (.bin)
+    #[arg(long, value_name = "FILE", required_if_eq("from", "llama2.c"))]
+    tokenizer: Option<PathBuf>,
+    /// Adapters: folder of the base, or its id on the Hugging Face hub
+    #[arg(
+        long,
+        value_name = "DIR|HUB_ID",
+        required_if_eq_any([("from", "loralib"), ("from", "adapterhub"), ("to", "loralib"), ("to", "adapterhub")])
+    )]
+    model: Option<PathBuf>,
+    /// loralib: lora_alpha, which its file does not hold
+    #[arg(long, required_if_eq("from", "loralib"))]
+    alpha: Option<f64>,
+    /// loralib: the parts of fused projections that enable_lora enabled
+    #[arg(long, value_name = "q,k,v", value_delimiter = ',')]
+    parts: Vec<String>,
+    /// adapterhub: what the adapter is called there
+    #[arg(long, default_value = "adapter")]
+    name: String,
+    /// Folder for the result, new or empty; with --to loralib a file
+    #[arg(long, value_name = "DIR|FILE")]
     out: PathBuf,
     /// Print a summary as JSON
     #[arg(long)]
     json: bool,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum From {
+    /// Models of llama2.c, version 0 of `export.py` (.bin)
+    #[value(name = "llama2.c")]
+    Llama2c,
+    /// Checkpoints of loralib (.pt, .bin, .safetensors)
+    Loralib,
+    /// Bottleneck adapters of AdapterHub
+    Adapterhub,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum To {
+    /// A checkpoint of loralib (.pt)
+    Loralib,
+    /// An adapter of AdapterHub
+    Adapterhub,
+}
+
 pub(crate) fn run(args: ConvertArgs) -> anyhow::Result<()> {
+    match (args.from, args.to) {
+        (Some(From::Llama2c), _) => llama2c(&args),
+        (Some(From::Loralib), _) => {
+            let alpha = args.alpha.context("--alpha is missing")?;
+            let folder = NewFolder::new(&args.out)?;
+            let base = base(&args, None)?;
+            let (config, adapted) = convert::from_loralib(&args.input, &*base, alpha, &args.parts)?;
+            adapter_folder(&args, folder, &*base, "lora", &Options::from(&config), &adapted)
+        }
+        (Some(From::Adapterhub), _) => {
+            let folder = NewFolder::new(&args.out)?;
+            let base = base(&args, None)?;
+            let (method, options, adapted) = convert::from_adapterhub(&args.input, &*base)?;
+            adapter_folder(&args, folder, &*base, method, &options, &adapted)
+        }
+        (None, Some(To::Loralib)) => to_loralib(&args),
+        (None, Some(To::Adapterhub)) => {
+            let folder = NewFolder::new(&args.out)?;
+            let base = base(&args, Some(()))?;
+            let file = adapter::load(&args.input)?;
+            let bytes = folder.write(|dir| {
+                convert::to_adapterhub(&file, &*base, &args.name, dir)?;
+                size(dir)
+            })?;
+            let method = file.method;
+            ui::say(format_args!(
+                "converted {method} to AdapterHub's {}; {} in {}",
+                args.name,
+                HumanBytes(bytes),
+                args.out.display()
+            ));
+            summary(&args, json!({"out": args.out, "method": method, "name": args.name, "bytes": bytes}))
+        }
+        (None, None) => anyhow::bail!("name a format: --from or --to"),
+    }
+}
+
+/// The base; with the head of the adapter's task when the adapter is one of this program.
+fn base(args: &ConvertArgs, own: Option<()>) -> anyhow::Result<Box<dyn Model>> {
+    let model = args.model.as_deref().context("--model is missing: name the base that the adapter belongs to")?;
+    let task = own.map(|()| lora_train::task::of_adapter(&args.input)).transpose()?.flatten();
+    Ok(load_for_task(model, task.as_ref())?.model)
+}
+
+fn adapter_folder(
+    args: &ConvertArgs,
+    folder: NewFolder,
+    base: &dyn Model,
+    method: &str,
+    options: &Options,
+    adapted: &Adapted,
+) -> anyhow::Result<()> {
+    let name = args.model.as_ref().map(|m| m.to_string_lossy().into_owned());
+    let bytes = folder.write(|dir| {
+        adapter::save(dir, method, options, adapted, base, name.as_deref())?;
+        // Whatever is written is read again.
+        adapter::attach(dir, base, &Device::Cpu)?;
+        size(dir)
+    })?;
+    let parameters = adapted.params.count() as u64;
+    ui::say(format_args!(
+        "converted {} parameters of {method} at {} places; {} in {}",
+        HumanCount(parameters),
+        adapted.site_count(),
+        HumanBytes(bytes),
+        args.out.display()
+    ));
+    let targets = (method == "lora").then_some(&options.targets);
+    summary(
+        args,
+        json!({"out": args.out, "method": method, "parameters": parameters, "places": adapted.site_count(), "targets": targets, "bytes": bytes}),
+    )
+}
+
+fn to_loralib(args: &ConvertArgs) -> anyhow::Result<()> {
+    check_writable("out", &args.out)?;
+    ensure!(!args.out.exists(), "{} is there already; name a new file", args.out.display());
+    let base = base(args, Some(()))?;
+    let converted = convert::to_loralib(&adapter::load(&args.input)?, &*base)?;
+    convert::write_state_dict(&args.out, &converted.tensors)?;
+    let enabled = |flags: &Vec<bool>| {
+        let flags: Vec<&str> = flags.iter().map(|on| if *on { "True" } else { "False" }).collect();
+        format!("[{}]", flags.join(", "))
+    };
+    ui::say(format_args!(
+        "converted {} tensors for loralib in {}: load them with strict=False into modules of r={}, lora_alpha={}{}",
+        converted.tensors.len(),
+        args.out.display(),
+        converted.r,
+        converted.alpha,
+        converted
+            .enable_lora
+            .iter()
+            .map(|(m, f)| format!(", {m} a MergedLinear with enable_lora={}", enabled(f)))
+            .collect::<String>()
+    ));
+    summary(
+        args,
+        json!({
+            "out": args.out,
+            "tensors": converted.tensors.len(),
+            "r": converted.r,
+            "lora_alpha": converted.alpha,
+            "enable_lora": converted.enable_lora,
+        }),
+    )
+}
+
+fn summary(args: &ConvertArgs, summary: Value) -> anyhow::Result<()> {
+    if args.json { ui::print_json(&summary) } else { Ok(()) }
+}
+
+fn llama2c(args: &ConvertArgs) -> anyhow::Result<()> {
     let out = &args.out;
+    let tokenizer = args.tokenizer.as_deref().context("--tokenizer is missing")?;
     let folder = NewFolder::new(out)?;
-    let model = Llama2c::open(&args.weights)?;
-    let vocabulary = Vocabulary::open(&args.tokenizer, model.config().vocab_size)?;
+    let model = Llama2c::open(&args.input)?;
+    let vocabulary = Vocabulary::open(tokenizer, model.config().vocab_size)?;
     let bytes = folder.write(|dir| {
         convert::write(&model, &vocabulary, dir)?;
         go_on()?;
@@ -55,16 +217,15 @@ pub(crate) fn run(args: ConvertArgs) -> anyhow::Result<()> {
         HumanBytes(bytes),
         out.display()
     ));
-    let architecture = config.kind.model_type();
-    match args.json {
-        true => ui::print_json(&json!({
+    summary(
+        args,
+        json!({
             "out": out,
-            "architecture": architecture,
+            "architecture": config.kind.model_type(),
             "parameters": parameters,
             "vocab_size": config.vocab_size,
             "tensors": tensors,
             "bytes": bytes,
-        })),
-        false => Ok(()),
-    }
+        }),
+    )
 }

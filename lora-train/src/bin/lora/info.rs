@@ -217,7 +217,7 @@ fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     info["base_model_name_or_path"] = json!(adapter.base_model_name_or_path);
     summarise(&mut info, &tensors_of(&dir.join(adapter::WEIGHTS_FILE))?, args);
     let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from).filter(|p| p.join(CONFIG_FILE).exists());
-    let beside = |base: &Path| base::load(base, Some(dir), &Place::CPU);
+    let beside = |base: &Path| base::load(base, Some(dir), &Place::CPU, false);
     let loaded = match (&args.model, &named) {
         (Some(base), _) => Some(beside(base)?),
         // What it names may have become another model since.

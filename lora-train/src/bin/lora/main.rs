@@ -1,12 +1,15 @@
 //! The `lora` command: fine-tuning of transformers from a terminal. `lora --help` is its manual.
 
+mod analyze;
 mod base;
 mod bench_latency;
+mod columns;
 mod compare;
 mod completions;
 mod convert;
 mod demo;
 mod eval;
+mod extract;
 mod generate;
 mod info;
 mod merge;
@@ -63,13 +66,17 @@ enum Command {
     Compare(compare::CompareArgs),
     /// Continue a prompt, or the prompts of a data file
     Generate(generate::GenerateArgs),
-    /// Write a model with an adapter merged into its weights
+    /// Merge an adapter into its base, or several adapters into one
     Merge(merge::MergeArgs),
+    /// Take an adapter out of a model that was fine-tuned whole
+    Extract(extract::ExtractArgs),
+    /// Measure what an adapter has learnt: singular values, amplification, subspaces
+    Analyze(analyze::AnalyzeArgs),
     /// Tell what fine-tuning a model takes, from its configuration alone: parameters, checkpoints, training memory
     Plan(Box<plan::PlanArgs>),
     /// Measure a forward pass of the base, of merged and unmerged LoRA, of adapters and of a prefix: the paper's table 1
     BenchLatency(bench_latency::BenchLatencyArgs),
-    /// Make a Hugging Face folder of a model in another format
+    /// Convert models and adapters from the formats of other programs, and adapters to them
     Convert(convert::ConvertArgs),
     /// Tell what a model, an adapter, a run, a checkpoint or a safetensors file is, or which devices there are
     Info(info::InfoArgs),
@@ -96,6 +103,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Compare(args) => compare::run(args, &cli.global),
         Command::Generate(args) => generate::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Extract(args) => extract::run(args),
+        Command::Analyze(args) => analyze::run(args),
         Command::Plan(args) => plan::run(*args),
         Command::BenchLatency(args) => bench_latency::run(args),
         Command::Convert(args) => convert::run(args),

@@ -51,6 +51,10 @@ pub(crate) struct TrainArgs {
     /// An adapter to start from; method, rank, targets and the like are its own
     #[arg(long, value_name = "DIR", help_heading = "Input and output")]
     init_adapter: Option<PathBuf>,
+    /// Refuse an adapter (of --init-adapter or --fuse) that was trained on another base, rather than warn of it
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true, help_heading = "Input and output")]
+    strict: Option<bool>,
     /// File that gets one JSON object per step and per evaluation
     #[arg(long, value_name = "FILE.jsonl", help_heading = "Input and output")]
     log: Option<PathBuf>,

@@ -90,3 +90,55 @@ fn what_is_no_model_is_refused_and_leaves_nothing() {
     lab.fails("convert --from llama2.c whole.bin --tokenizer vocab.bin --out base", &["base", "not empty"]);
     lab.fails("convert --from llama2.c whole.bin --tokenizer vocab.bin --out train.txt", &["train.txt", "folder"]);
 }
+
+/// A LoRA of `c_attn.q,c_attn.v` through loralib's format and back, and an adapter through AdapterHub's.
+#[test]
+fn adapters_travel_to_other_programs_and_back() {
+    let lab = Lab::new();
+    let loss = |adapter: &str| {
+        let eval = lab.json(&format!("eval --model base --adapter {adapter} --data valid.txt --json"));
+        eval["loss"].as_f64().unwrap()
+    };
+    lab.train("run", "--steps 4 --batch-size 4 --lr 0.05 --rank 2 --alpha 6 --targets c_attn.q,c_attn.v,c_fc");
+    let about = lab.json("convert run --to loralib --model base --out run.pt --json");
+    assert_eq!((&about["r"], &about["lora_alpha"]), (&serde_json::json!(2), &serde_json::json!(6.0)));
+    assert_eq!(about["enable_lora"], serde_json::json!({"attn.c_attn": [true, false, true]}));
+    let back = "convert run.pt --from loralib --model base --alpha 6";
+    let found = lab.json(&format!("{back} --parts q,v --out back --json"));
+    assert_eq!(found["targets"], serde_json::json!(["attn.c_attn.q", "attn.c_attn.v", "mlp.c_fc"]));
+    assert_eq!(loss("back"), loss("run"));
+    lab.fails(&format!("{back} --out nowhere"), &["run.pt", "c_attn", "--parts"]);
+    lab.fails("convert run.pt --from loralib --model base --out nowhere", &["--alpha"]);
+    lab.fails("convert run.pt --from loralib --alpha 6 --out nowhere", &["--model"]);
+    lab.fails("convert run --to loralib --model base --out run.pt", &["run.pt", "there already"]);
+    lab.fails("convert run --to loralib --from loralib --model base --out x.pt", &["--from"]);
+
+    for method in ["adapter-p", "adapter-h"] {
+        lab.train(method, &format!("--steps 4 --batch-size 4 --lr 0.05 --method {method} --bottleneck 5"));
+        lab.ok(&format!("convert {method} --to adapterhub --model base --name mine --out hub-{method}"));
+        assert_eq!(names(&lab.path(&format!("hub-{method}"))), ["adapter_config.json", "pytorch_adapter.bin"]);
+        let found =
+            lab.json(&format!("convert hub-{method} --from adapterhub --model base --out back-{method} --json"));
+        assert_eq!(found["method"], method);
+        assert_eq!(loss(&format!("back-{method}")), loss(method));
+    }
+    lab.fails("convert run --to adapterhub --model base --out nowhere", &["method lora", "adapter-p"]);
+    assert!(!lab.path("nowhere").exists());
+}
+
+/// A file that would run a program when Python reads it.
+#[test]
+fn a_file_that_would_run_something_is_refused() {
+    let lab = Lab::new();
+    let marker = lab.path("owned");
+    let command = format!("touch {}", marker.display());
+    // `os.system(command)`, in the stream that PyTorch wrote before 1.6.
+    let mut bytes = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.\x80\x02}.\x80\x02cposix\nsystem\nX".to_vec();
+    bytes.extend((command.len() as u32).to_le_bytes());
+    bytes.extend(command.bytes());
+    bytes.extend(b"\x85R.");
+    fs::write(lab.path("evil.pt"), bytes).unwrap();
+    let convert = "convert evil.pt --from loralib --model base --alpha 1 --out out";
+    lab.fails(convert, &["evil.pt", "posix.system", "no part of a tensor"]);
+    assert!(!marker.exists() && !lab.path("out").exists());
+}

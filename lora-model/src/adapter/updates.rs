@@ -1,0 +1,294 @@
+//! LoRA adapters as what they add to a base: ΔW of every module, whatever base they meet.
+
+use std::{collections::BTreeMap, path::Path};
+
+use lora_core::{
+    Tensor,
+    lowrank::{self, Layout, LowRank, Scaling},
+    peft::{Base, LoraConfig, Outline, names},
+};
+use lora_kernels::{DType, Device};
+use ndarray::{Array2, ArrayView2};
+
+use super::{
+    ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE, config::PeftConfig, own::strings,
+};
+use crate::{
+    Error, Result,
+    checkpoint::{TensorSpec, write_tensors},
+    error::List,
+    files,
+};
+
+/// What PEFT puts behind the name of a module, for A and B: of a linear map, and of an embedding.
+const LINEAR: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
+const EMBEDDING: [&str; 2] = [".lora_embedding_A", ".lora_embedding_B"];
+
+/// An adapter's update of one module.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Update {
+    /// ΔW = s·B·A, [out, in].
+    pub delta: LowRank<f32>,
+    /// Whether the module is an embedding, with a weight [tokens, width] that ΔW [width, tokens] is added to transposed.
+    pub embedding: bool,
+}
+
+/// A LoRA adapter: its updates by module, and what else its files say. It can be merged with others, analysed, saved, and
+/// added to a base.
+#[derive(Clone, Debug, Default)]
+pub struct Updates {
+    /// By the base's name of the module: `transformer.h.0.attn.c_attn`.
+    pub modules: BTreeMap<String, Update>,
+    /// Tensors of modules that were trained whole, under the base's names.
+    pub whole: BTreeMap<String, Tensor>,
+    /// PEFT's `target_modules`: names of modules, or ends of them, that mean exactly [`modules`](Updates::modules).
+    pub targets: Vec<String>,
+    /// PEFT's `modules_to_save`.
+    pub modules_to_save: Vec<String>,
+    /// The base that it was trained on, as its configuration names it.
+    pub base_model_name_or_path: Option<String>,
+    /// The architecture that it was trained on, where its files say so.
+    pub architecture: Option<String>,
+    /// The [fingerprint](crate::fingerprint::of_base) of the base that it was trained on, where its files say so.
+    pub base_fingerprint: Option<String>,
+    /// PEFT's `task_type`.
+    pub task_type: Option<String>,
+    /// PEFT's flag for weights stored [in, out].
+    pub fan_in_fan_out: bool,
+}
+
+impl AdapterFile {
+    /// The adapter as updates of modules.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an adapter that is no LoRA, or a kind of LoRA that is no sum with the base's weights;
+    /// [`Error::Weights`] for a tensor that belongs to neither.
+    pub fn updates(&self) -> Result<Updates> {
+        let raw = &self.raw;
+        if self.method != "lora" || raw.value("peft_type").is_none() {
+            let problem =
+                format!("method {} adds nothing to weights; only LoRA's adapters are updates of them", self.method);
+            return Err(raw.error(super::own::METHOD_KEY, problem));
+        }
+        if raw.bool("use_dora")? == Some(true) {
+            let problem = "DoRA scales the base's own weights, so it is no update that could be added to them";
+            return Err(raw.error("use_dora", problem));
+        }
+        let config = PeftConfig::of_raw(raw)?;
+        let scaling = if raw.bool("use_rslora")? == Some(true) { Scaling::RsLora } else { Scaling::Lora };
+        let modules_to_save = strings(raw, "modules_to_save")?.unwrap_or_default();
+        let mut updates = Updates {
+            base_model_name_or_path: self.base_model_name_or_path.clone(),
+            architecture: self.architecture.clone(),
+            base_fingerprint: self.base_fingerprint.clone(),
+            task_type: self.task_type.clone(),
+            fan_in_fan_out: raw.bool("fan_in_fan_out")?.unwrap_or(false),
+            modules_to_save,
+            ..Updates::default()
+        };
+        for (name, tensor) in &self.tensors {
+            let [a, b] = [0, 1].map(|i| part(name, i));
+            if b.is_some() {
+                continue;
+            }
+            let Some((module, embedding)) = a else {
+                if !updates.modules_to_save.iter().any(|m| super::peft::is_of(name, m)) {
+                    let problem = format!("tensor {PREFIX}{name} is no part of an update of a weight");
+                    return Err(Error::Weights { file: self.weights.clone(), problem });
+                }
+                updates.whole.insert(name.clone(), tensor.clone());
+                continue;
+            };
+            let second = format!("{module}{}", if embedding { EMBEDDING[1] } else { LINEAR[1] });
+            let missing = || lora_core::Error::Missing { name: format!("{PREFIX}{second}") };
+            let (a, b) = (array(tensor)?, array(self.tensors.get(&second).ok_or_else(missing)?)?);
+            let refused = |e: lowrank::Error| Error::Weights {
+                file: self.weights.clone(),
+                problem: format!("module {module}: {e}"),
+            };
+            let scale = scaling.scale(config.alpha(module), config.rank(module)).map_err(refused)?;
+            let delta = LowRank::new(a, b, scale).map_err(refused)?;
+            updates.modules.insert(module.to_owned(), Update { delta, embedding });
+        }
+        // Short names mean the same modules on any base, unless other keys narrow them.
+        let narrowed =
+            ["layers_to_transform", "layers_pattern", "exclude_modules"].iter().any(|k| raw.value(k).is_some());
+        let short = if narrowed { None } else { strings(raw, "target_modules").ok().flatten() };
+        updates.targets = short.unwrap_or_default();
+        if !updates.modules.keys().all(|m| updates.targets.iter().any(|t| names(t, m))) {
+            updates.targets = updates.modules.keys().cloned().collect();
+        }
+        Ok(updates)
+    }
+}
+
+/// The module of factor A (0) or B (1), and whether it is an embedding.
+fn part(name: &str, factor: usize) -> Option<(&str, bool)> {
+    let linear = name.strip_suffix(LINEAR[factor]).map(|module| (module, false));
+    linear.or_else(|| name.strip_suffix(EMBEDDING[factor]).map(|module| (module, true)))
+}
+
+impl Updates {
+    /// Reads the adapter in a folder.
+    ///
+    /// # Errors
+    /// Those of [`load`](super::load) and [`AdapterFile::updates`].
+    pub fn load(dir: &Path) -> Result<Updates> {
+        super::load(dir)?.updates()
+    }
+
+    /// The highest rank of a module.
+    pub fn rank(&self) -> usize {
+        self.modules.values().map(|u| u.delta.rank()).max().unwrap_or(0)
+    }
+
+    /// Writes PEFT's two files. All modules get the highest rank, those of lower ones with directions of zero, and α equal
+    /// to it: the scale is 1, and a scale that was another goes into A.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let rank = self.rank();
+        let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
+        for (module, Update { delta, embedding }) in &self.modules {
+            let at = |m: ArrayView2<'_, f32>, (i, j): (usize, usize)| m.get((i, j)).copied().unwrap_or(0.0);
+            let (out, cols) = delta.dim();
+            let scale = delta.scale();
+            let a = Array2::from_shape_fn((rank, cols), |i| (scale * f64::from(at(delta.a(), i))) as f32);
+            let b = Array2::from_shape_fn((out, rank), |i| at(delta.b(), i));
+            let [a_name, b_name] = if *embedding { EMBEDDING } else { LINEAR };
+            tensors.insert(format!("{PREFIX}{module}{a_name}"), tensor(&a)?);
+            tensors.insert(format!("{PREFIX}{module}{b_name}"), tensor(&b)?);
+        }
+        tensors.extend(self.whole.iter().map(|(name, t)| (format!("{PREFIX}{name}"), t.clone())));
+        let specs: Vec<TensorSpec> = tensors.iter().map(|(n, t)| TensorSpec::new(n.as_str(), t.shape())).collect();
+        let metadata = [
+            ("format", Some("pt")),
+            (ARCHITECTURE_KEY, self.architecture.as_deref()),
+            (FINGERPRINT_KEY, self.base_fingerprint.as_deref()),
+        ];
+        let metadata: Vec<(&str, &str)> = metadata.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
+        files::create_folder(dir)?;
+        write_tensors(&dir.join(WEIGHTS_FILE), &metadata, &specs, |name| Ok(tensors[name].to_dtype(DType::F32)?))?;
+        files::write_bytes(&dir.join(CONFIG_FILE), self.config(rank).as_bytes())
+    }
+
+    /// The text of `adapter_config.json`.
+    fn config(&self, rank: usize) -> String {
+        let config =
+            LoraConfig { rank, alpha: rank as f64, dropout: 0.0, rslora: false, targets: self.targets.clone() };
+        let sites = self.modules.keys().map(|module| (module.as_str(), 1)).collect();
+        const TASKS: [&str; 2] = ["CAUSAL_LM", "SEQ_CLS"];
+        let outline = Outline {
+            task_type: TASKS.into_iter().find(|t| Some(*t) == self.task_type.as_deref()),
+            modules_to_save: self.modules_to_save.clone(),
+            ..Outline::default()
+        };
+        PeftConfig::of(&config, &sites, self.base_model_name_or_path.clone(), &outline).text(self.fan_in_fan_out)
+    }
+
+    /// The base's tensors that the adapter changes, as they are with it.
+    ///
+    /// # Errors
+    /// [`Error::Adapters`] for modules that the base does not have or that have another shape there;
+    /// [`lora_core::Error::Merge`] for a weight that is not finite.
+    pub fn merged(&self, base: &dyn Base) -> Result<BTreeMap<String, Tensor>> {
+        self.check_base(base.outline())?;
+        let tensors: BTreeMap<&str, &Tensor> = base.tensors().collect();
+        let layouts: BTreeMap<&str, Layout> =
+            base.outline().linear_sites().map(|(site, linear)| (site.name.as_str(), linear.layout)).collect();
+        let mut changed = self.whole.clone();
+        for (module, update) in &self.modules {
+            let name = format!("{module}.weight");
+            // An embedding's weight is stored [tokens, width]: as inputs and outputs.
+            let layout = if update.embedding { Layout::InOut } else { layouts[module.as_str()] };
+            let merged = |w: &Tensor| -> Result<Tensor> {
+                let w = array(w)?;
+                let merged = lowrank::merge(w.view(), &update.delta, layout);
+                tensor(merged.map_err(|reason| lora_core::Error::Merge { name: name.clone(), reason })?.into_weight())
+            };
+            changed.insert(name.clone(), merged(tensors[name.as_str()])?);
+        }
+        Ok(changed)
+    }
+
+    /// Refuses a base that is not the one that it was trained on, by its fingerprint, as far as its files tell.
+    ///
+    /// # Errors
+    /// [`Error::Adapters`].
+    pub fn check_same_base(&self, base: &dyn Base) -> Result<()> {
+        super::same_base(self.base_fingerprint.as_deref(), base)
+    }
+
+    /// Refuses a base without the modules that the adapter changes, of another architecture or for another task.
+    ///
+    /// # Errors
+    /// [`Error::Adapters`] with the first that does not fit.
+    pub fn check_base(&self, outline: &Outline) -> Result<()> {
+        let refused = |problem: String| Err(Error::Adapters { problem });
+        if let Some(trained) = self.architecture.as_ref().filter(|a| **a != outline.architecture) {
+            return refused(format!("it was trained on architecture {trained}, not on {}", outline.architecture));
+        }
+        if let (Some(trained), Some(task)) = (self.task_type.as_deref(), outline.task_type)
+            && trained != task
+        {
+            return refused(format!("it was trained for {trained}, and this base is for {task}"));
+        }
+        let shapes: BTreeMap<&str, &[usize]> =
+            outline.tensors.iter().map(|t| (t.name.as_str(), t.shape.as_slice())).collect();
+        let linear: BTreeMap<&str, Layout> =
+            outline.linear_sites().map(|(site, linear)| (site.name.as_str(), linear.layout)).collect();
+        let mut missing = Vec::new();
+        for (module, update) in &self.modules {
+            let name = format!("{module}.weight");
+            let layout = if update.embedding { Some(Layout::InOut) } else { linear.get(module.as_str()).copied() };
+            let (Some(layout), Some(shape)) = (layout, shapes.get(name.as_str())) else {
+                missing.push(module.clone());
+                continue;
+            };
+            let (out, cols) = update.delta.dim();
+            let wanted = match layout {
+                Layout::OutIn => [out, cols],
+                Layout::InOut => [cols, out],
+            };
+            if **shape != wanted {
+                return refused(format!(
+                    "its update of {module} is for a weight of shape {wanted:?}, and the base's is {shape:?}; they belong \
+                     to different models"
+                ));
+            }
+        }
+        missing.extend(
+            self.whole.iter().filter(|(n, t)| shapes.get(n.as_str()) != Some(&t.shape())).map(|(n, _)| n.clone()),
+        );
+        match missing.is_empty() {
+            true => Ok(()),
+            false => refused(format!("the base has no such modules: {}", List(&missing))),
+        }
+    }
+}
+
+/// The name of a module within its layer: what follows the last number in its path.
+pub(crate) fn short_name(module: &str) -> &str {
+    let mut rest = module;
+    let mut name = module;
+    while let Some((head, tail)) = rest.split_once('.') {
+        if head.parse::<usize>().is_ok() {
+            name = tail;
+        }
+        rest = tail;
+    }
+    name
+}
+
+/// A matrix on the host, in f32.
+pub(super) fn array(t: &Tensor) -> Result<Array2<f32>> {
+    let t = t.to_dtype(DType::F32)?;
+    Ok(Array2::from_shape_vec((t.rows(), t.cols()), t.to_vec()?).expect("as many elements as the shape says"))
+}
+
+fn tensor(m: impl std::borrow::Borrow<Array2<f32>>) -> Result<Tensor> {
+    let m = m.borrow();
+    let data: Vec<f32> = m.iter().copied().collect();
+    Ok(Tensor::from_slice(&Device::Cpu, m.shape(), &data)?)
+}

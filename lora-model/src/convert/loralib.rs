@@ -1,0 +1,250 @@
+//! Checkpoints of loralib, the LoRA paper's own code: `torch.save(lora.lora_state_dict(model), path)`.
+//!
+//! A `Linear` has `lora_A` [r, in] and `lora_B` [out, r], as PEFT does under other names. A `MergedLinear` is a fused
+//! projection of which `enable_lora` says the adapted parts: with n of them `lora_A` is [n·r, in] and `lora_B` [n·w, r], where
+//! w is the width of a part, and part k gets s·B_k·A_k of its own rows (loralib computes them as a convolution in n groups).
+//! That is what parts of a fused projection are here (`c_attn.q`, `c_attn.v`), and for PEFT one update of the whole module of
+//! rank n·r and α·n, with B zero outside of its blocks. The file holds neither α nor `enable_lora`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use lora_core::{
+    Tensor,
+    peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Outline, names},
+};
+use lora_kernels::{DType, Device};
+
+use super::tensors_of;
+use crate::{
+    Error, Result,
+    adapter::{AdapterFile, short_name},
+    error::List,
+};
+
+const FACTORS: [&str; 2] = [".lora_A", ".lora_B"];
+
+/// An adapter in loralib's form.
+#[derive(Clone, Debug)]
+pub struct Loralib {
+    /// `lora_A` and `lora_B` of every module.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// `r`.
+    pub r: usize,
+    /// `lora_alpha`.
+    pub alpha: f64,
+    /// By name within a layer: `enable_lora` of the modules that are a `MergedLinear`; the others are a `Linear`.
+    pub enable_lora: BTreeMap<String, Vec<bool>>,
+}
+
+/// Reads a checkpoint of loralib for a base: the configuration and the adapter. `parts` names what `enable_lora` enabled of
+/// fused projections (`q`, `v`); it may be empty where the shapes leave no choice.
+///
+/// # Errors
+/// [`Error::Weights`] for tensors that belong to no linear map of the base, have another shape than it needs, or are none of
+/// loralib's; and those of [`read_state_dict`](super::read_state_dict).
+pub fn from_loralib(path: &Path, base: &dyn Base, alpha: f64, parts: &[String]) -> Result<(LoraConfig, Adapted)> {
+    let state = tensors_of(path)?;
+    let bad = |problem: String| Error::Weights { file: path.to_owned(), problem };
+    let mut found: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+    let mut strange = state.others;
+    for (name, tensor) in state.tensors {
+        // As a model that was trained on several devices names them.
+        let own = name.strip_prefix("module.").unwrap_or(&name);
+        match FACTORS.iter().position(|f| own.ends_with(f)) {
+            Some(i) => {
+                let module = own[..own.len() - FACTORS[i].len()].to_owned();
+                found.entry(module).or_default()[i] = Some(tensor);
+            }
+            None => strange.push(name),
+        }
+    }
+    if !strange.is_empty() {
+        let biases = strange.iter().all(|n| n.ends_with(".bias"));
+        let why = if biases { "trained biases are not converted" } else { "save lora.lora_state_dict(model) alone" };
+        return Err(bad(format!("it holds what is no lora_A or lora_B: {}; {why}", List(&strange))));
+    }
+    let outline = base.outline();
+    let sites: BTreeMap<&str, &LinearSite> = outline.linear_sites().map(|(s, l)| (s.name.as_str(), l)).collect();
+    let unknown: Vec<String> = found.keys().filter(|m| !sites.contains_key(m.as_str())).cloned().collect();
+    if !unknown.is_empty() {
+        return Err(bad(format!("the base has no linear maps {}; it belongs to another model", List(&unknown))));
+    }
+    let mut rank = None;
+    let (mut tensors, mut targets) = (BTreeMap::new(), BTreeMap::<String, Vec<&str>>::new());
+    for (module, pair) in found {
+        let [Some(a), Some(b)] = pair else {
+            return Err(bad(format!("module {module} has only one of lora_A and lora_B")));
+        };
+        let linear = sites[module.as_str()];
+        let [[rows, inputs], [outputs, r]] = [&a, &b].map(|t| match t.shape() {
+            [rows, cols] => [*rows, *cols],
+            _ => [0, 0],
+        });
+        if inputs != linear.inputs || r == 0 || rows == 0 || !rows.is_multiple_of(r) {
+            return Err(bad(format!(
+                "module {module}: lora_A {:?} and lora_B {:?} are no factors for a map of {} inputs to {} outputs",
+                a.shape(),
+                b.shape(),
+                linear.inputs,
+                linear.outputs
+            )));
+        }
+        match *rank.get_or_insert(r) {
+            first if first == r => {}
+            first => return Err(bad(format!("module {module} has r = {r}, others have r = {first}; one r is read"))),
+        }
+        let chosen = enabled(linear, rows / r, outputs, parts).map_err(|why| bad(format!("module {module}: {why}")))?;
+        let b = match &chosen {
+            None => b,
+            Some(chosen) => blocks(&b, linear, chosen, r)?,
+        };
+        let names = chosen.map(|chosen| chosen.into_iter().map(|i| linear.parts[i].0).collect()).unwrap_or_default();
+        targets.insert(module.clone(), names);
+        tensors.insert(format!("{module}.lora_A.weight"), a);
+        tensors.insert(format!("{module}.lora_B.weight"), b);
+    }
+    let Some(rank) = rank else { return Err(bad("it holds no tensors".into())) };
+    let targets = named(outline, &targets);
+    let config = LoraConfig { rank, alpha, dropout: 0.0, rslora: false, targets };
+    let mut adapted = Adapted::new(&Lora::new(config.clone())?, base, &Device::Cpu, DType::F32, 0)?;
+    // What the base's head has is as the base begins it.
+    for (name, tensor) in adapted.adapter_tensors()? {
+        if outline.is_saved_module(&name) {
+            tensors.insert(name, tensor);
+        }
+    }
+    adapted.load_adapter_tensors(tensors)?;
+    Ok((config, adapted))
+}
+
+/// Which parts of a fused projection n updates with `outputs` rows in all are of; `None` for the whole module.
+fn enabled(
+    linear: &LinearSite,
+    n: usize,
+    outputs: usize,
+    parts: &[String],
+) -> std::result::Result<Option<Vec<usize>>, String> {
+    if n == 1 && outputs == linear.outputs {
+        return Ok(None);
+    }
+    let all: Vec<&str> = linear.parts.iter().map(|(name, _)| *name).collect();
+    if all.is_empty() {
+        return Err(format!("its {n} updates of {outputs} outputs are for a fused projection, and this is none"));
+    }
+    let chosen: Vec<usize> = match parts {
+        [] if n == all.len() => (0..n).collect(),
+        [] => {
+            return Err(format!(
+                "it adapts {n} of the parts {}, and the file does not say which; name what enable_lora enabled (--parts)",
+                all.join(", ")
+            ));
+        }
+        parts => (0..all.len()).filter(|i| parts.iter().any(|p| p == all[*i])).collect(),
+    };
+    if let Some(other) = parts.iter().find(|p| !all.contains(&p.as_str())) {
+        return Err(format!("it has no part {other}; it has {}", all.join(", ")));
+    }
+    let rows: usize = chosen.iter().map(|i| linear.parts[*i].1.len()).sum();
+    let names: Vec<&str> = chosen.iter().map(|i| all[*i]).collect();
+    match chosen.len() == n && rows == outputs {
+        true => Ok(Some(chosen)),
+        false => Err(format!(
+            "it has {n} updates of {outputs} outputs in all, and the parts {} have {rows}",
+            names.join(", ")
+        )),
+    }
+}
+
+/// B [outputs, n·r] with the blocks of `b` [n·w, r] in their places, and zero elsewhere.
+fn blocks(b: &Tensor, linear: &LinearSite, chosen: &[usize], r: usize) -> Result<Tensor> {
+    let (values, cols) = (b.to_vec::<f32>()?, chosen.len() * r);
+    let mut wide = vec![0f32; linear.outputs * cols];
+    let mut from = 0;
+    for (k, part) in chosen.iter().enumerate() {
+        for row in linear.parts[*part].1.clone() {
+            let at = row * cols + k * r;
+            wide[at..at + r].copy_from_slice(&values[from..from + r]);
+            from += r;
+        }
+    }
+    Ok(Tensor::from_slice(&Device::Cpu, &[linear.outputs, cols], &wide)?)
+}
+
+/// PEFT's targets for these modules and their parts: names within a layer, where those mean nothing else.
+fn named(outline: &Outline, targets: &BTreeMap<String, Vec<&str>>) -> Vec<String> {
+    let short: BTreeMap<&str, &Vec<&str>> = targets.iter().map(|(m, parts)| (short_name(m), parts)).collect();
+    let exact = outline.linear_sites().all(|(site, _)| {
+        let of_site = short.iter().filter(|(name, _)| names(name, &site.name));
+        of_site.count() == usize::from(targets.contains_key(&site.name))
+    }) && targets.iter().all(|(module, parts)| short[short_name(module)] == parts);
+    let all = targets.iter().map(|(module, parts)| (if exact { short_name(module) } else { module.as_str() }, parts));
+    let names: BTreeSet<String> = all
+        .flat_map(|(module, parts)| match parts.is_empty() {
+            true => vec![module.to_owned()],
+            false => parts.iter().map(|p| format!("{module}.{p}")).collect(),
+        })
+        .collect();
+    names.into_iter().collect()
+}
+
+/// A LoRA adapter in loralib's form, for the base that it belongs to.
+///
+/// # Errors
+/// Those of [`AdapterFile::attach`]; [`Error::Adapters`] for an adapter that is no LoRA, or has a trained head beside it, which
+/// loralib's file has no place for.
+pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
+    let refused = |problem: String| Err(Error::Adapters { problem });
+    if file.method != "lora" {
+        return refused(format!("loralib knows LoRA alone, not method {}", file.method));
+    }
+    let adapted = file.attach(base, &Device::Cpu)?;
+    if let Some(tensor) = adapted.trained().next() {
+        return refused(format!("it has trained {tensor} as a whole, which a file of loralib has no place for"));
+    }
+    let values: BTreeMap<&str, Tensor> =
+        adapted.params.ids().map(|id| (adapted.params.name(id), adapted.params.tensor(id))).collect();
+    let (mut tensors, mut enable_lora) = (BTreeMap::new(), BTreeMap::new());
+    for (site, linear) in base.outline().linear_sites() {
+        let factors = |place: &str| {
+            let of = |factor| values.get(format!("{place}.{factor}.weight").as_str()).cloned();
+            Some([of("lora_A")?, of("lora_B")?])
+        };
+        let pair = match factors(&site.name) {
+            Some(pair) => pair,
+            None => {
+                let parts: Vec<_> = linear.parts.iter().map(|(p, _)| factors(&format!("{}.{p}", site.name))).collect();
+                if parts.iter().all(Option::is_none) {
+                    continue;
+                }
+                let widths: BTreeSet<usize> = linear.parts.iter().map(|(_, cols)| cols.len()).collect();
+                if widths.len() > 1 {
+                    return refused(format!(
+                        "the parts of {} have different widths, which a MergedLinear cannot",
+                        site.name
+                    ));
+                }
+                enable_lora.insert(short_name(&site.name).to_owned(), parts.iter().map(Option::is_some).collect());
+                let below = |i: usize| -> Result<Tensor> {
+                    let all: Vec<&Tensor> = parts.iter().flatten().map(|pair| &pair[i]).collect();
+                    let rows: usize = all.iter().map(|t| t.rows()).sum();
+                    let mut values = Vec::new();
+                    for t in &all {
+                        values.extend(t.to_vec::<f32>()?);
+                    }
+                    Ok(Tensor::from_slice(&Device::Cpu, &[rows, all[0].cols()], &values)?)
+                };
+                [below(0)?, below(1)?]
+            }
+        };
+        for (factor, tensor) in FACTORS.into_iter().zip(pair) {
+            tensors.insert(format!("{}{factor}", site.name), tensor);
+        }
+    }
+    let (r, alpha) = (file.options.rank, file.options.alpha);
+    // loralib's scale is always α/r.
+    let alpha = if file.options.rslora { alpha * (r as f64).sqrt() } else { alpha };
+    Ok(Loralib { tensors, r, alpha, enable_lora })
+}

@@ -1,0 +1,140 @@
+//! What tells whether a base, a folder or a file is still the same, wherever it lies: FNV-1a, in hexadecimal. It finds
+//! accidents, not attacks.
+
+use std::{
+    fs::{self, File},
+    io::{BufReader, Read},
+    path::{Path, PathBuf},
+};
+
+use half::bf16;
+use lora_core::{Tensor, hash::fnv1a, peft::Base};
+use lora_kernels::Acc;
+
+use crate::{Error, Result};
+
+/// Elements of every tensor that are looked at: reading all would touch every page of a mapped file.
+const SAMPLE: usize = 61;
+
+/// The fingerprint of a base for the adapters that are trained on it: names, shapes and a sample of the elements of all
+/// tensors but those of modules that adapters bring themselves (a classifier's head). The sample is rounded to bf16, so that a
+/// copy of the base in another type is the same base, on every device.
+///
+/// # Errors
+/// What reading from a device can cause.
+pub fn of_base(base: &dyn Base) -> Result<String> {
+    let outline = base.outline();
+    let own = || base.tensors().filter(|(name, _)| !outline.is_saved_module(name));
+    let sample = sample(&own().map(|(_, t)| t).collect::<Vec<_>>(), base)?;
+    let (mut bytes, mut rest) = (Vec::new(), sample.as_slice());
+    for (name, t) in own() {
+        bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| (*n as u64).to_le_bytes())));
+        let (part, after) = rest.split_at(places(t).len());
+        bytes.extend(part.iter().flat_map(|v| bf16::from_f64(*v).to_le_bytes()));
+        rest = after;
+    }
+    Ok(format!("{:016x}", fnv1a(bytes)))
+}
+
+/// Places of the elements that are looked at.
+pub fn places(t: &Tensor) -> impl ExactSizeIterator<Item = u32> + use<> {
+    (0..t.len()).step_by(t.len().div_ceil(SAMPLE).max(1)).map(|i| i as u32)
+}
+
+/// The elements of tensors of `base` at their [`places`], one tensor after the other.
+///
+/// # Errors
+/// What reading from a device can cause.
+pub fn sample(tensors: &[&Tensor], base: &dyn Base) -> Result<Vec<f64>> {
+    let Some(device) = tensors.first().map(|t| t.device()) else { return Ok(Vec::new()) };
+    let ids: Vec<u32> = tensors.iter().flat_map(|t| places(t)).collect();
+    // They are collected where they lie and read together: a device's host waits once, not for every element.
+    let ids = Tensor::from_slice(&device, &[ids.len(), 1], &ids)?;
+    let mut sample = Tensor::empty(&device, base.dtype(), &[ids.len(), 1])?;
+    let mut at = 0;
+    for t in tensors {
+        let part = at..at + places(t).len();
+        let column = (*t).clone().reshape(&[t.len(), 1]);
+        let to = Acc { to: sample.make_mut()?.rows_in(part.clone()), beta: 0.0 };
+        lora_kernels::gather(column.mat(), ids.rows_in(part.clone()).reshape(&[part.len()]).mat(), to)?;
+        at = part.end;
+    }
+    Ok(sample.to_f64()?)
+}
+
+/// The fingerprint of a file's contents.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn of_file(path: &Path) -> Result<String> {
+    let hash = contents(path).map_err(|e| Error::io("read", path, e))?;
+    Ok(format!("{hash:016x}"))
+}
+
+/// The fingerprint of the files in a model's folder, by their names: configuration, tokenizer, chat template and weights.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn of_folder(dir: &Path) -> Result<String> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
+        let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
+        let part = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .is_some_and(|e| ["json", "safetensors", "model", "txt", "jinja"].contains(&e));
+        if part && path.is_file() {
+            files.push(path);
+        }
+    }
+    files.sort();
+    let mut bytes = Vec::new();
+    for path in &files {
+        bytes.extend(path.file_name().unwrap_or_default().as_encoded_bytes());
+        bytes.extend(contents(path).map_err(|e| Error::io("read", path, e))?.to_le_bytes());
+    }
+    Ok(format!("{:016x}", fnv1a(bytes)))
+}
+
+fn contents(path: &Path) -> std::io::Result<u64> {
+    let mut bytes = BufReader::with_capacity(1 << 20, File::open(path)?).bytes();
+    let mut failed = None;
+    let hash = fnv1a(std::iter::from_fn(|| match bytes.next()? {
+        Ok(byte) => Some(byte),
+        Err(e) => {
+            failed = Some(e);
+            None
+        }
+    }));
+    failed.map_or(Ok(hash), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_known_by_its_files_not_by_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |name: &str, files: &[(&str, &[u8])]| {
+            let dir = dir.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            files.iter().for_each(|(name, bytes)| fs::write(dir.join(name), bytes).unwrap());
+            of_folder(&dir).unwrap()
+        };
+        let a = of("a", &[("config.json", b"{}"), ("model.safetensors", b"12")]);
+        assert_eq!(a, of("b", &[("model.safetensors", b"12"), ("config.json", b"{}"), ("README.md", b"x")]));
+        assert_ne!(a, of("c", &[("model.safetensors", b"13"), ("config.json", b"{}")]));
+        assert_ne!(a, of("d", &[("config.json", b"{}")]));
+        assert!(of_folder(&dir.path().join("none")).unwrap_err().to_string().contains("none"));
+        let template: [(&str, &[u8]); 3] =
+            [("config.json", b"{}"), ("model.safetensors", b"12"), ("chat_template.jinja", b"x")];
+        assert_ne!(a, of("e", &template));
+        let one = dir.path().join("one");
+        let of_bytes = |bytes: &[u8]| {
+            fs::write(&one, bytes).unwrap();
+            of_file(&one).unwrap()
+        };
+        assert_ne!(of_bytes(&[1; 100_000]), of_bytes(&[&[1; 99_999][..], &[2]].concat()));
+    }
+}

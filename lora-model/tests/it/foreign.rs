@@ -1,0 +1,263 @@
+//! Adapters of other programs, read and written (`golden/foreign.py`).
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use lora_core::{
+    Tensor,
+    peft::{Adapted, Options},
+};
+use lora_model::{
+    Model, Texts, adapter,
+    checkpoint::TensorFile,
+    convert::{self, read_state_dict},
+    load,
+};
+use serde_json::{Value, json};
+
+use crate::common::{CPU, goldens, reference, relative};
+
+fn foreign(name: &str) -> PathBuf {
+    goldens().join("foreign").join(name)
+}
+
+fn about() -> Value {
+    serde_json::from_str(&fs::read_to_string(foreign("foreign.json")).unwrap()).unwrap()
+}
+
+fn base(name: &str) -> Box<dyn Model> {
+    load(&goldens().join(name).join("model"), &CPU).unwrap()
+}
+
+/// How far our logits of the goldens' text are from theirs.
+fn off(model: &dyn Model, adapted: &Adapted, name: &str) -> f64 {
+    let ids: Vec<u32> = about()["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    let batch = model.batch(adapted, &Texts::new(&ids, &[ids.len()])).unwrap();
+    let file = TensorFile::open(&foreign("logits.safetensors")).unwrap();
+    let far = relative(&model.logits(adapted, &batch).unwrap(), &reference(&file, name));
+    println!("{name}: {far:.1e}");
+    far
+}
+
+#[test]
+fn state_dicts_of_both_formats_hold_what_torch_saved() {
+    let expected = TensorFile::open(&foreign("torch/expected.safetensors")).unwrap();
+    let names: Vec<&str> = expected.names().collect();
+    assert!(names.len() == 11, "{names:?}");
+    for file in ["state.pt", "legacy.pt", "nested.pt"] {
+        let state = read_state_dict(&foreign("torch").join(file)).unwrap();
+        assert_eq!(state.tensors.keys().map(String::as_str).collect::<Vec<_>>(), names, "{file}");
+        assert_eq!(state.others, ["ids"], "{file}");
+        for (name, t) in &state.tensors {
+            let wanted = reference(&expected, name);
+            assert_eq!(t.shape(), wanted.shape(), "{file}: {name}");
+            assert_eq!(t.to_vec::<f32>().unwrap(), wanted.to_vec::<f32>().unwrap(), "{file}: {name}");
+        }
+        // No byte of them is trusted.
+        let bytes = fs::read(foreign("torch").join(file)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(file);
+        for at in (0..bytes.len()).step_by(7) {
+            fs::write(&path, &bytes[..at]).unwrap();
+            assert!(read_state_dict(&path).unwrap_err().to_string().contains(file), "{file} cut at {at}");
+            let mut bad = bytes.clone();
+            bad[at] ^= 0x81;
+            fs::write(&path, bad).unwrap();
+            let _ = read_state_dict(&path);
+        }
+    }
+}
+
+#[test]
+fn adapters_of_loralib_go_both_ways() {
+    let about = about();
+    for (name, case) in about["loralib"].as_object().unwrap() {
+        let model = base(case["model"].as_str().unwrap());
+        let path = foreign("loralib").join(format!("{name}.pt"));
+        let parts: Vec<String> = match &case["enable_lora"] {
+            Value::Array(flags) => {
+                ["q", "k", "v"].iter().zip(flags).filter(|(_, on)| **on == true).map(|(p, _)| p.to_string()).collect()
+            }
+            _ => Vec::new(),
+        };
+        let alpha = case["lora_alpha"].as_f64().unwrap();
+        let (config, adapted) = convert::from_loralib(&path, &*model, alpha, &parts).unwrap();
+        assert_eq!(json!(config.rank), case["r"], "{name}");
+        let far = off(&*model, &adapted, &format!("loralib.{name}"));
+        assert!(far < 1e-5, "{name}: {far:e}");
+
+        // As PEFT's adapter it is the one that the rule says: rank n·r and α·n.
+        let dir = tempfile::tempdir().unwrap();
+        adapter::save(dir.path(), "lora", &Options::from(&config), &adapted, &*model, None).unwrap();
+        let saved: Value = serde_json::from_slice(&fs::read(dir.path().join(adapter::CONFIG_FILE)).unwrap()).unwrap();
+        let n = parts.len().max(1);
+        assert_eq!(
+            (&saved["r"], &saved["lora_alpha"]),
+            (&json!(n * config.rank), &json!(n * alpha as usize)),
+            "{name}"
+        );
+        let far = off(&*model, &adapter::attach(dir.path(), &*model, &CPU).unwrap(), &format!("loralib.{name}"));
+        assert!(far < 1e-5, "{name} saved: {far:e}");
+
+        // And back, number for number.
+        let back = convert::to_loralib(&adapter::load(dir.path()).unwrap(), &*model).unwrap();
+        assert_eq!((back.r, back.alpha), (config.rank, alpha), "{name}");
+        let enabled: Vec<Value> = back.enable_lora.values().map(|flags| json!(flags)).collect();
+        let wanted = if parts.is_empty() { vec![] } else { vec![case["enable_lora"].clone()] };
+        assert_eq!(enabled, wanted, "{name}");
+        let original = read_state_dict(&path).unwrap().tensors;
+        same(&back.tensors, &original, name);
+        let written = dir.path().join("back.pt");
+        convert::write_state_dict(&written, &back.tensors).unwrap();
+        same(&read_state_dict(&written).unwrap().tensors, &original, name);
+        // Where the shapes leave one choice, nothing has to be said; else it does.
+        match convert::from_loralib(&path, &*model, alpha, &[]) {
+            Ok((again, _)) => assert!(n != 2 && name != "gpt2_v" && again.rank == config.rank, "{name}"),
+            Err(e) => assert!(e.to_string().contains("--parts") && !parts.is_empty(), "{name}: {e}"),
+        }
+    }
+}
+
+fn same(found: &BTreeMap<String, Tensor>, wanted: &BTreeMap<String, Tensor>, what: &str) {
+    assert_eq!(found.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>(), "{what}");
+    for (name, t) in found {
+        assert_eq!(t.to_vec::<f32>().unwrap(), wanted[name].to_vec::<f32>().unwrap(), "{what}: {name}");
+    }
+}
+
+#[test]
+fn what_is_not_loralibs_is_refused() {
+    let (gpt2, llama) = (base("gpt2"), base("llama2"));
+    let path = foreign("loralib/gpt2_qv.pt");
+    let refused = |path: &std::path::Path, base: &dyn Model, parts: &[&str]| {
+        let parts: Vec<String> = parts.iter().map(|p| p.to_string()).collect();
+        convert::from_loralib(path, base, 8.0, &parts).unwrap_err().to_string()
+    };
+    for (e, part) in [
+        (refused(&path, &*llama, &["q", "v"]), "no linear maps transformer.h.0.attn.c_attn"),
+        (refused(&path, &*gpt2, &["q"]), "2 updates of 64 outputs in all, and the parts q have 32"),
+        (refused(&path, &*gpt2, &["q", "x"]), "no part x; it has q, k, v"),
+        (refused(&path, &*gpt2, &[]), "--parts"),
+        (refused(&foreign("torch/state.pt"), &*gpt2, &[]), "no lora_A or lora_B"),
+        (refused(&foreign("foreign.json"), &*gpt2, &[]), "no file of torch.save"),
+        (refused(&foreign("none.pt"), &*gpt2, &[]), "none.pt"),
+    ] {
+        assert!(e.contains(part), "no {part:?} in {e}");
+    }
+    assert!(convert::from_loralib(&path, &*gpt2, -1.0, &["q".into(), "v".into()]).is_err());
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = read_state_dict(&path).unwrap().tensors;
+    let bias = Tensor::from_slice(&CPU, &[96], &[0f32; 96]).unwrap();
+    tensors.insert("transformer.h.0.attn.c_attn.bias".into(), bias);
+    let with_bias = dir.path().join("bias.pt");
+    convert::write_state_dict(&with_bias, &tensors).unwrap();
+    assert!(refused(&with_bias, &*gpt2, &["q", "v"]).contains("trained biases"));
+    // One module's A alone.
+    tensors.retain(|name, _| name.ends_with("h.0.attn.c_attn.lora_A"));
+    convert::write_state_dict(&with_bias, &tensors).unwrap();
+    assert!(refused(&with_bias, &*gpt2, &["q", "v"]).contains("only one of lora_A and lora_B"));
+}
+
+#[test]
+fn adapters_of_adapterhub_go_both_ways() {
+    let about = about();
+    let mut seen = 0;
+    for (name, case) in about["adapterhub"].as_object().unwrap() {
+        let model = base(case["model"].as_str().unwrap());
+        let dir = foreign("adapterhub").join(name);
+        let method = case["method"].as_str().unwrap();
+        if ["swish", "prefix"].contains(&method) {
+            let e = convert::from_adapterhub(&dir, &*model).unwrap_err().to_string();
+            let part = if method == "swish" { "non_linearity = \"swish\"" } else { "positions" };
+            assert!(e.contains(part) && e.contains("adapter_config.json"), "{name}: {e}");
+            continue;
+        }
+        let (found, options, adapted) = convert::from_adapterhub(&dir, &*model).unwrap();
+        assert_eq!(found, method, "{name}");
+        let far = off(&*model, &adapted, &format!("adapterhub.{name}"));
+        assert!(far < 1e-5, "{name}: {far:e}");
+
+        let (ours, hub) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        adapter::save(ours.path(), method, &options, &adapted, &*model, None).unwrap();
+        convert::to_adapterhub(&adapter::load(ours.path()).unwrap(), &*model, "golden", hub.path()).unwrap();
+        let [back, original] =
+            [hub.path(), &dir].map(|d| read_state_dict(&d.join("pytorch_adapter.bin")).unwrap().tensors);
+        same(&back, &original, name);
+        let [back, original] = [hub.path(), &dir].map(|d| {
+            let text = fs::read_to_string(d.join("adapter_config.json")).unwrap();
+            serde_json::from_str::<Value>(&text).unwrap()
+        });
+        for (key, value) in back["config"].as_object().unwrap() {
+            let wanted = &original["config"][key];
+            assert!(value == wanted || value.as_f64() == wanted.as_f64(), "{name}: {key} = {value}, not {wanted}");
+        }
+        for key in ["model_type", "name", "hidden_size", "version"] {
+            assert_eq!(back[key], original[key], "{name}: {key}");
+        }
+        seen += 1;
+    }
+    assert_eq!(seen, 8);
+}
+
+#[test]
+fn other_kinds_of_adapterhub_are_refused_by_their_option() {
+    let model = base("roberta_masked_lm");
+    let golden = foreign("adapterhub/roberta_masked_lm-adapter-p");
+    let text = fs::read_to_string(golden.join("adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(golden.join("pytorch_adapter.bin"), dir.path().join("pytorch_adapter.bin")).unwrap();
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let mut config = config.clone();
+        change(&mut config);
+        fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        convert::from_adapterhub(dir.path(), &*model).unwrap_err().to_string()
+    };
+    for (key, value) in [
+        ("is_parallel", json!(true)),
+        ("ln_before", json!(true)),
+        ("ln_after", json!(true)),
+        ("scaling", json!(4.0)),
+        ("scaling", json!("learned")),
+        ("use_gating", json!(true)),
+        ("residual_before_ln", json!("post_add")),
+        ("inv_adapter", json!("nice")),
+        ("leave_out", json!([1])),
+        ("phm_layer", json!(true)),
+        ("original_ln_after", json!(false)),
+        ("mh_adapter", json!(true)),
+        ("original_ln_before", json!(false)),
+        ("non_linearity", json!("gelu")),
+        ("architecture", json!("lora")),
+    ] {
+        let e = refused(&|c: &mut Value| c["config"][key] = value.clone());
+        assert!(e.contains(key) && e.contains("adapter_config.json"), "{key}: {e}");
+    }
+    for (e, part) in [
+        (refused(&|c| c["model_type"] = json!("bert")), "architecture bert, not on roberta"),
+        (refused(&|c| c["name"] = json!("other")), "no place for"),
+        (refused(&|c| c["name"] = Value::Null), "name"),
+        (refused(&|c| c["config"] = json!("pfeiffer")), "config"),
+        (refused(&|c| *c = json!({})), "name"),
+    ] {
+        assert!(e.contains(part), "no {part:?} in {e}");
+    }
+    // Files from before there was a version call the approximation gelu, and gelu another name.
+    let golden = foreign("adapterhub/roberta_masked_lm-adapter-h");
+    let mut config: Value =
+        serde_json::from_str(&fs::read_to_string(golden.join("adapter_config.json")).unwrap()).unwrap();
+    fs::copy(golden.join("pytorch_adapter.bin"), dir.path().join("pytorch_adapter.bin")).unwrap();
+    config.as_object_mut().unwrap().remove("version");
+    let mut old = |name: &str| {
+        config["config"]["non_linearity"] = json!(name);
+        fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        convert::from_adapterhub(dir.path(), &*model)
+    };
+    let e = old("gelu").unwrap_err().to_string();
+    assert!(e.contains("gelu_new"), "{e}");
+    assert_eq!(old("gelu_orig").unwrap().0, "adapter-h");
+    // The other way: what AdapterHub has no place for.
+    let gpt2 = base("gpt2");
+    let lora = adapter::load(&goldens().join("gpt2/adapter")).unwrap();
+    let e = convert::to_adapterhub(&lora, &*gpt2, "x", dir.path()).unwrap_err().to_string();
+    assert!(e.contains("method lora"), "{e}");
+}

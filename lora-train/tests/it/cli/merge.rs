@@ -1,0 +1,93 @@
+//! `lora merge --adapters`.
+
+use serde_json::json;
+
+use crate::cli::lab::{Lab, names};
+
+/// A base, and adapters of it that differ in rank, scale and targets.
+fn lab() -> Lab {
+    let lab = Lab::new();
+    for (name, options) in [
+        ("a", "--rank 2 --alpha 8 --targets c_attn,c_fc --seed 1"),
+        ("b", "--rank 2 --alpha 4 --rslora --targets c_attn.q,c_attn.v --seed 2"),
+        ("c", "--rank 2 --alpha 4 --targets c_attn --seed 3"),
+    ] {
+        lab.train(name, &format!("--steps 6 --batch-size 4 --lr 0.05 {options}"));
+    }
+    lab
+}
+
+#[test]
+fn adapters_become_one_or_go_into_the_base() {
+    let lab = lab();
+    let loss = |args: &str| {
+        let eval = lab.json(&format!("eval --data valid.txt --json {args}"));
+        eval["loss"].as_f64().unwrap()
+    };
+    // The sum of all, once as an adapter and once in the base; what was one block each has no blocks any more.
+    let about = lab.json("merge --adapters a:0.7,b:0.5,c:-0.2 --how cat --out cat --json");
+    assert_eq!((&about["rank"], &about["modules"], &about["how"]), (&json!(8), &json!(4), &json!("cat")));
+    assert_eq!(about["adapters"][2], json!({"adapter": "c", "weight": -0.2}));
+    assert_eq!(names(&lab.path("cat")), ["adapter_config.json", "adapter_model.safetensors"]);
+    let info = lab.json("info cat --json");
+    assert_eq!((&info["rank"], &info["scaling"], &info["architecture"]), (&json!(8), &json!(1.0), &json!("gpt2")));
+    assert_eq!(info["targets"], json!(["c_attn", "c_fc"]));
+    let changed = lab.json("merge --model base --adapters a:0.7,b:0.5,c:-0.2 --how cat --out model --json");
+    assert_eq!(changed["changed"], 4);
+    let (beside, inside) = (loss("--model base --adapter cat"), loss("--model model"));
+    assert!((beside - inside).abs() < 1e-5, "{beside} {inside}");
+    assert!((beside - loss("--model base")).abs() > 1e-3);
+
+    // A rank that holds the whole sum changes nothing; a lower one says what it costs.
+    let svd = lab.json("merge --adapters a:0.7,b:0.5,c:-0.2 --how svd --svd-rank 8 --out svd --json");
+    assert!(svd["cut"].as_f64().unwrap() < 1e-6, "{svd}");
+    assert!((loss("--model base --adapter svd") - beside).abs() < 1e-5);
+    let cut = lab.json("merge --adapters a:0.7,b:0.5,c:-0.2 --how svd --svd-rank 1 --out one --json");
+    assert!((0.01..1.0).contains(&cut["cut"].as_f64().unwrap()), "{cut}");
+
+    // The base given, and still an adapter; DARE by its seed.
+    let dare = |out: &str, seed: u64| {
+        lab.ok(&format!(
+            "merge --model base --adapters a,c --how dare_ties --density 0.5 --majority-sign frequency --seed {seed} --into \
+             adapter --out {out}"
+        ));
+        lab.bytes(&format!("{out}/adapter_model.safetensors"))
+    };
+    let (first, again, other) = (dare("d1", 4), dare("d2", 4), dare("d3", 5));
+    assert!(first == again && first != other);
+    // One alone, scaled: half of it twice is it.
+    lab.ok("merge --adapters c:0.5 --out half");
+    lab.ok("merge --adapters half,half --how cat --out again");
+    assert!((loss("--model base --adapter again") - loss("--model base --adapter c")).abs() < 1e-5);
+}
+
+#[test]
+fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
+    let lab = lab();
+    lab.train("p", "--steps 1 --batch-size 4 --method adapter-p --bottleneck 4");
+    lab.model("wide", |c| c.n_embd = 32);
+    lab.copy("a", "damaged");
+    lab.write("damaged/adapter_model.safetensors", "x");
+    let before = names(&lab.path("."));
+    for (args, parts) in [
+        ("--adapters a,b --how linear", &["linear", "a has rank 2", "b has rank 4", "cat"][..]),
+        ("--adapters a,c --how ties", &["density", "ties"]),
+        ("--adapters a,c --how ties --density 2", &["density = 2"]),
+        ("--adapters a,c --how nothing", &["nothing", "magnitude_prune"]),
+        ("--adapters a,c --how svd --svd-rank 40", &["rank 40", "h.0"]),
+        ("--adapters a,p", &["p/adapter_config.json", "adapter-p"]),
+        ("--adapters a,none", &["none"]),
+        ("--adapters a,damaged", &["damaged"]),
+        ("--adapters a:x,c", &["a:x"]),
+        ("--adapters a:nan,c", &["weight"]),
+        ("--adapters a,c --into model", &["--into", "--model"]),
+        ("--adapters a,c --adapter a --model base", &["--adapter"]),
+        ("--adapters a,c --model wide", &["wide with the merged adapter", "[16, 48]", "[32, 96]"]),
+        ("--model base", &["--adapter"]),
+        ("--model base --adapter a --how cat", &["--adapters"]),
+    ] {
+        lab.fails(&format!("merge {args} --out out"), parts);
+        assert_eq!(names(&lab.path(".")), before, "{args}");
+    }
+    lab.fails("merge --adapters a,c --out base", &["base", "not empty"]);
+}
