@@ -24,6 +24,7 @@ mod activation;
 mod adamw;
 mod attention;
 mod buffer;
+mod columns;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod device;
@@ -56,6 +57,7 @@ pub use attention::{
     attention, attention_backward, attention_cached, disentangled, disentangled_backward,
 };
 pub use buffer::Buffer;
+pub use columns::{dot_columns, reciprocal_norms, scale_columns};
 pub use device::{DType, Device, Element};
 pub use dropout::{Dropout, dropout, philox};
 pub use elementwise::{add_bias, axpby, fill, scale, scale_by, sum_rows};

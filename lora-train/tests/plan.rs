@@ -126,7 +126,7 @@ fn planned_memory_and_files_are_those_of_training() {
                         method: method.name.into(),
                         batch_size: 6,
                         dropout,
-                        targets: targets.iter().map(|t| t.to_string()).collect(),
+                        targets: targets.iter().copied().collect(),
                         bottleneck: 16,
                         reparam: if dropout > 0.0 { 20 } else { 0 },
                         steps: Some(3),

@@ -13,6 +13,7 @@ mod golden;
 mod heads;
 mod join;
 mod methods;
+mod peft;
 mod rows;
 mod tokenizer;
 mod virtual_tokens;

@@ -267,7 +267,7 @@ fn config(base: &Path, task: &str, data: PathBuf, out: PathBuf) -> TrainConfig {
         out,
         rank: 2,
         bottleneck: 3,
-        targets: vec!["query".into(), "value".into()],
+        targets: ["query", "value"].into_iter().collect(),
         steps: Some(4),
         batch_size: 6,
         max_length: 20,
