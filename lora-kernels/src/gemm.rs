@@ -1,6 +1,8 @@
 #![allow(unsafe_code)]
 
 mod bf16;
+#[cfg(target_arch = "x86_64")]
+mod blocked;
 #[cfg(feature = "cuda")]
 mod cublaslt;
 #[cfg(feature = "cuda")]
@@ -180,6 +182,11 @@ fn product(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
     if [a.dtype(), b.dtype()].iter().any(|t| t.size() == 2) {
         return bf16::product(alpha, bf16::Operand::of(a)?, bf16::Operand::of(b)?, beta, c);
     }
+    // A result of few columns would leave most lanes of a vector idle there.
+    #[cfg(target_arch = "x86_64")]
+    if a.dtype() == DType::F32 && b.cols() > 16 && blocked::available() {
+        return blocked::f32_product(alpha, a.host(), b.host(), beta, c.host());
+    }
     dispatch!("gemm", a.dtype(), T => {
         parallel::<T>(alpha, a.host(), b.host(), beta, c.host());
         Ok(())
@@ -289,9 +296,17 @@ mod tests {
     #[test]
     fn equals_plain_loops_in_all_transposes_sizes_and_scalars() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let shapes =
-            [(1, 1, 1), (1, 7, 33), (33, 1, 8), (8, 31, 1), (129, 64, 31), (64, 300, 65), (0, 3, 2), (3, 0, 2)];
-        for shape in shapes {
+        let shapes = [
+            (1, 1, 1),
+            (1, 7, 33),
+            (33, 1, 8),
+            (8, 31, 1),
+            (129, 64, 31),
+            (64, 300, 65),
+            (250, 193, 40),
+            (17, 1000, 130),
+        ];
+        for shape in shapes.into_iter().chain([(0, 3, 2), (3, 0, 2)]) {
             for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
                 for (alpha, beta) in [(1.0, 0.0), (0.5, 1.0), (-2.0, 0.25)] {
                     check(&mut rng, shape, ta, tb, alpha, beta);
@@ -301,32 +316,48 @@ mod tests {
     }
 
     #[test]
-    fn same_bits_for_any_number_of_threads() {
+    fn same_bits_for_any_number_of_threads_and_however_rows_are_cut() {
         let mut rng = ChaCha8Rng::seed_from_u64(2);
-        for (m, k, n) in [
-            (400, 768, 2304),
-            (397, 768, 8),
-            (397, 8, 768),
-            (8, 400, 768),
-            (1, 768, 2304),
-            (256, 768, 5003),
-            (768, 401, 2304),
-        ] {
-            let a: Vec<f32> = (0..m * k).map(|_| rng.random_range(-1.0..1.0)).collect();
-            let b: Vec<f32> = (0..k * n).map(|_| rng.random_range(-1.0..1.0)).collect();
-            let (fa, fb) =
-                (Buffer::from_slice(&Device::Cpu, &a).unwrap(), Buffer::from_slice(&Device::Cpu, &b).unwrap());
-            let run = |threads: usize, tb: bool| {
+        let mut numbers = |dtype: DType, n: usize| {
+            let x: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
+            match dtype {
+                DType::F32 => Buffer::from_slice(&Device::Cpu, &x),
+                _ => Buffer::from_slice(&Device::Cpu, &x.iter().map(|&v| half::bf16::from_f32(v)).collect::<Vec<_>>()),
+            }
+            .unwrap()
+        };
+        // And how many rows a part has: not so few that `few` takes it, whose sums have another order.
+        let shapes = [
+            (400, 768, 2304, 20),
+            (397, 768, 8, 61),
+            (397, 8, 768, 61),
+            (8, 400, 768, 8),
+            (1, 768, 2304, 1),
+            (256, 768, 5003, 100),
+            (768, 401, 2304, 96),
+            (37, 768, 520, 19),
+        ];
+        for ((m, k, n, part), dtype) in shapes.into_iter().flat_map(|s| [DType::F32, DType::Bf16].map(|t| (s, t))) {
+            let (a, b) = (numbers(DType::F32, m * k), numbers(dtype, k * n));
+            let run = |threads: usize, rows: usize, ta: bool, tb: bool| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let mut fc = Buffer::empty(&Device::Cpu, crate::DType::F32, m * n).unwrap();
-                let mb = if tb { Mat::new(&fb, 0, n, k).t() } else { Mat::new(&fb, 0, k, n) };
-                pool.install(|| gemm(1.0, Mat::new(&fa, 0, m, k), mb, 0.0, MatMut::new(&mut fc, 0, m, n)).unwrap());
-                fc.to_vec::<f32>(0..m * n).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+                let mut c = Buffer::empty(&Device::Cpu, DType::F32, m * n).unwrap();
+                let mb = if tb { Mat::new(&b, 0, n, k).t() } else { Mat::new(&b, 0, k, n) };
+                let ma = if ta { Mat::new(&a, 0, k, m).t() } else { Mat::new(&a, 0, m, k) };
+                for first in (0..m).step_by(rows) {
+                    let end = (first + rows).min(m);
+                    let to = MatMut::new(&mut c, first * n, end - first, n);
+                    pool.install(|| gemm(1.0, ma.rows_in(first..end), mb, 0.0, to)).unwrap();
+                }
+                c.to_vec::<f32>(0..m * n).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
             };
-            for tb in [false, true] {
-                let one = run(1, tb);
-                for threads in [2, 3, 5] {
-                    assert!(one == run(threads, tb), "{m}×{k}×{n}, transposed {tb}: {threads} threads change the bits");
+            for (ta, tb) in [(false, false), (false, true), (true, false)] {
+                let one = run(1, m, ta, tb);
+                for (threads, rows) in [(2, m), (3, m), (5, m), (2, part)] {
+                    assert!(
+                        one == run(threads, rows, ta, tb),
+                        "{m}×{k}×{n} in {dtype:?}, transposed {ta} {tb}: {threads} threads, {rows} rows"
+                    );
                 }
             }
         }

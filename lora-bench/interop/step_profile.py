@@ -3,7 +3,7 @@
     CARGO_PROFILE_RELEASE_DEBUG=1 CARGO_PROFILE_RELEASE_STRIP=none RUSTFLAGS="-C symbol-mangling-version=v0" \\
         cargo build --release -p lora-bench --bin cpu
     perf record -F 499 -o perf.data target/release/cpu --rows steady --rounds 1
-    perf report -i perf.data --stdio --no-children --sort symbol 2> /dev/null | python3 lora-bench/interop/profile.py
+    perf report -i perf.data --stdio --no-children --sort symbol 2> /dev/null | python3 lora-bench/interop/step_profile.py
 
 A symbol's name says whose code it is because v0 mangling keeps the types that generic code was made for; what several
 crates share without a trace (rayon waiting, the kernel's page faults) has groups of its own. `--top N` lists the largest

@@ -4,13 +4,10 @@
 //! are taken in f32. So an element is off by at most about (2⁻⁸ + k·2⁻²⁴)·Σ|a||b|, of which the first term is what
 //! rounding an f32 operand costs (none, for one that was bf16).
 
-#[cfg(target_arch = "x86_64")]
-mod avx512;
-#[cfg(target_arch = "x86_64")]
-mod blocked;
-
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::blocked;
 use crate::{
     Buffer, DType, Device, Element, Error, Mat, MatMut, Result,
     mat::{HostMat, HostMut},
@@ -57,8 +54,8 @@ pub(super) fn product(alpha: f64, a: Operand, b: Operand, beta: f64, c: MatMut) 
     let (c, (m, k), (k2, n)) = (c.host::<f32>(), a.shape(), b.shape());
     assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
     #[cfg(target_arch = "x86_64")]
-    if avx512::available() {
-        return blocked::product(alpha, a, b, beta, c);
+    if blocked::available() {
+        return blocked::bf16_product(alpha, a, b, beta, c);
     }
     widened(alpha, a, b, beta, c)
 }
@@ -203,7 +200,11 @@ mod tests {
             widened,
             #[cfg(target_arch = "x86_64")]
             |alpha, a, b, beta, c| {
-                if avx512::available() { blocked::product(alpha, a, b, beta, c) } else { widened(alpha, a, b, beta, c) }
+                if blocked::available() {
+                    blocked::bf16_product(alpha, a, b, beta, c)
+                } else {
+                    widened(alpha, a, b, beta, c)
+                }
             },
         ];
         for shape in SHAPES {
@@ -229,36 +230,6 @@ mod tests {
         let (x, to) = (Mat::new(&x, 0, 2, 1), MatMut::new(&mut y, 0, 2, 1));
         product(1.0, Operand::of(x).unwrap(), Operand::of(Mat::new(&one, 0, 1, 1)).unwrap(), 0.0, to).unwrap();
         assert_eq!(y.to_vec::<f32>(0..2).unwrap(), [1.0, 1.0 + 2f32.powi(-7)]);
-    }
-
-    #[test]
-    fn same_bits_for_any_number_of_threads_and_however_rows_are_cut() {
-        let mut rng = ChaCha8Rng::seed_from_u64(2);
-        for (m, k, n) in [(400, 768, 520), (37, 768, 2304), (300, 1030, 96)] {
-            for tb in [false, true] {
-                let a = Padded::random(&mut rng, DType::F32, m, k);
-                let b = match tb {
-                    true => Padded::random(&mut rng, DType::Bf16, n, k),
-                    false => Padded::random(&mut rng, DType::Bf16, k, n),
-                };
-                let run = |threads: usize, rows: usize| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                    let mut c = Buffer::empty(&Device::Cpu, DType::F32, m * n).unwrap();
-                    for first in (0..m).step_by(rows) {
-                        let end = (first + rows).min(m);
-                        let to = MatMut::new(&mut c, first * n, end - first, n);
-                        let part = Operand::of(a.mat().rows_in(first..end)).unwrap();
-                        let all = Operand::of(b.mat().t_if(tb)).unwrap();
-                        pool.install(|| product(1.0, part, all, 0.0, to)).unwrap();
-                    }
-                    c.to_vec::<f32>(0..m * n).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
-                };
-                let one = run(1, m);
-                for (threads, rows) in [(2, m), (3, m), (5, m), (2, 29)] {
-                    assert!(one == run(threads, rows), "{m}×{k}×{n}, transposed {tb}: {threads} threads, {rows} rows");
-                }
-            }
-        }
     }
 
     #[test]
