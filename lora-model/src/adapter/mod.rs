@@ -128,6 +128,7 @@ fn refused(raw: &RawConfig, e: lora_core::Error) -> Error {
                 "alpha" if raw.value("lora_alpha").is_some() => "lora_alpha",
                 "dropout" if raw.value("lora_dropout").is_some() => "lora_dropout",
                 "targets" if raw.value("target_modules").is_some() => "target_modules",
+                "prefix" if raw.value("num_virtual_tokens").is_some() => "num_virtual_tokens",
                 _ => own.as_str(),
             };
             raw.error(key, format_args!("{value}: {why}"))

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use lora_core::{
     Tensor,
     lowrank::Layout,
-    peft::{Ia3, LnTuning, MethodRow, Modules, Options, Outline, SiteKind, find, saves},
+    peft::{Ia3, LnTuning, MethodRow, Modules, Options, Outline, find, saves},
 };
 use serde_json::{Value, json};
 
@@ -102,16 +102,11 @@ impl Kind {
                 keys.extend([("target_modules", modules(&sorted(targets))), ("exclude_modules", json!(excluded))]);
             }
             Kind::Prompt | Kind::Prefix => {
-                let width = outline.sites.iter().find_map(|site| match (self, &site.kind) {
-                    (Kind::Prompt, SiteKind::Tokens { width, .. }) => Some(*width),
-                    (Kind::Prefix, SiteKind::KeysValues { cols, .. }) => Some(*cols),
-                    _ => None,
-                });
+                // The widths PEFT knows from the base, and where heads share keys it would divide them once more.
                 keys.extend([
                     ("num_layers", json!(outline.layers)),
                     ("num_transformer_submodules", json!(1)),
                     ("num_virtual_tokens", json!(options.prefix)),
-                    ("token_dim", json!(width)),
                 ]);
             }
         }

@@ -383,7 +383,8 @@ fn layers_are_dropped_for_inference() {
             assert!(matches!(refused, Err(Error::Option { option: "drop-layers", .. })), "{what}: {refused:?}");
         }
         let first = Layers::First(1);
-        let everywhere = ["rank", "bottleneck", "fuse"].iter().any(|option| row.options.contains(option));
+        let everywhere =
+            ["rank", "bottleneck", "fuse", "feedforward-modules"].iter().any(|option| row.options.contains(option));
         if !everywhere || o.drop_layers == Some(first.clone()) {
             // The second of these has an adapter, perhaps, and keeps it.
             let refused = adapted.drop_layers(&Layers::All, outline);

@@ -153,3 +153,21 @@ fn pefts_adapters_are_written_as_peft_writes_them() {
         }
     });
 }
+
+/// Trains each adapter on and writes it with its logits where `lora-bench/interop/check_adapters.py` looks for them.
+#[test]
+#[ignore = "for lora-bench/interop/check_adapters.py: set LORA_INTEROP to a folder"]
+fn adapters_for_peft_to_read() {
+    let folder = PathBuf::from(std::env::var_os("LORA_INTEROP").expect("LORA_INTEROP names a folder"));
+    each(|what, dir, golden, _, model, _| {
+        let file = adapter::load(dir).unwrap();
+        let mut adapted = file.attach(model, &CPU).unwrap();
+        golden.train(model, &mut adapted, 3);
+        let (name, variant) = what.rsplit_once(", ").unwrap();
+        let to = folder.join(name).join(variant);
+        let base = file.base_model_name_or_path.as_deref();
+        adapter::save(&to, file.method, &file.options, &adapted, model, base).unwrap();
+        let logits = model.logits(&adapted, &golden.batch(model, &adapted).0).unwrap().to_f64().unwrap();
+        fs::write(to.join("logits.json"), serde_json::to_string(&logits).unwrap()).unwrap();
+    });
+}
