@@ -27,7 +27,10 @@ fn the_help_says_which_methods_read_an_option() {
     for row in METHODS {
         assert!(help.contains(&format!("- {}:", row.name)), "{} is not there", row.name);
         for option in row.options {
-            let from = help.find(&format!("      --{option}")).unwrap_or_else(|| panic!("--{option} is not there"));
+            let flag = format!("      --{option}");
+            let whole = |at: &usize| !help[at + flag.len()..].starts_with('-');
+            let from = help.match_indices(&flag).map(|(at, _)| at).find(whole);
+            let from = from.unwrap_or_else(|| panic!("--{option} is not there"));
             let about = help[from..].split("\n\n").next().unwrap();
             let readers =
                 about.split_once('\n').and_then(|(_, text)| text.trim().split_once(": ")).unwrap_or_default().0;
