@@ -41,7 +41,7 @@ fn adapted(layer: &Layer, rank: usize) -> Result<Adapted> {
     if rank == 0 {
         return Adapted::none(&Device::Cpu);
     }
-    let config = LoraConfig { rank, alpha: 16.0, dropout: 0.0, rslora: false, targets: vec!["layer".into()] };
+    let config = LoraConfig { rank, targets: ["layer"].into_iter().collect(), ..LoraConfig::default() };
     Adapted::new(&Lora::new(config)?, layer, &Device::Cpu, DType::F32, 0)
 }
 

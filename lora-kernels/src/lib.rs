@@ -24,6 +24,7 @@ mod activation;
 mod adamw;
 mod attention;
 mod buffer;
+mod columns;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod device;
@@ -56,12 +57,13 @@ pub use attention::{
     attention, attention_backward, attention_cached, disentangled, disentangled_backward,
 };
 pub use buffer::Buffer;
+pub use columns::{dot_columns, reciprocal_norms, scale_columns};
 pub use device::{DType, Device, Element};
 pub use dropout::{Dropout, dropout, philox};
 pub use elementwise::{add_bias, axpby, fill, scale, scale_by, sum_rows};
 pub use error::{Error, Result};
 pub use gather::{gather, put_rows, scatter};
-pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_with};
+pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_scratch, gemm_with};
 pub use heap::{CountingHeap, HeapStats, heap_stats};
 pub use host::{log_softmax, on_pool};
 pub use lora::{

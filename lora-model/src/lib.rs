@@ -29,8 +29,8 @@
 //!
 //! // From a folder to text, through a LoRA adapter.
 //! let model = load(folder, &cpu)?;
-//! let targets = vec!["c_attn".into()];
-//! let lora = Lora::new(LoraConfig { rank: 4, alpha: 8.0, dropout: 0.0, rslora: false, targets })?;
+//! let targets = ["c_attn"].into_iter().collect();
+//! let lora = Lora::new(LoraConfig { rank: 4, alpha: 8.0, targets, ..LoraConfig::default() })?;
 //! let adapted = Adapted::new(&lora, &*model, &cpu, DType::F32, 0)?;
 //! assert_eq!(adapted.params.count(), 4 * (16 + 48)); // A [4, 16] and B [48, 4]
 //! let tokenizer = Tokenizer::from_dir(folder)?;

@@ -1,6 +1,9 @@
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
-use lora_core::peft::{self, METHODS};
+use lora_core::peft::{self, METHODS, Modules};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -31,16 +34,42 @@ pub struct TrainConfig {
     pub task: Option<String>,
     /// A row of [`peft::METHODS`].
     pub method: String,
-    /// Rank r of low-rank updates.
+    /// Rank r of low-rank updates; PEFT's `r`.
+    #[serde(alias = "r")]
     pub rank: usize,
-    /// α of the scale α/r.
+    /// α of the scale α/r; PEFT's `lora_alpha`.
+    #[serde(alias = "lora-alpha")]
     pub alpha: f64,
-    /// Dropout on an adapter's input.
+    /// Dropout on an adapter's input; PEFT's `lora_dropout`.
+    #[serde(alias = "lora-dropout")]
     pub dropout: f64,
-    /// Scale by α/√r.
+    /// Scale by α/√r; PEFT's `use_rslora`.
+    #[serde(alias = "use-rslora")]
     pub rslora: bool,
-    /// Modules to adapt; none: the architecture's default, as in PEFT.
-    pub targets: Vec<String>,
+    /// Modules to adapt: a list of names, or as text a regular expression or `all-linear`; without any the architecture's
+    /// default, as in PEFT, where it is `target_modules`.
+    #[serde(alias = "target-modules", with = "modules")]
+    pub targets: Modules,
+    /// Modules not to adapt, although a target says so: names, or a regular expression.
+    #[serde(with = "modules")]
+    pub exclude_modules: Modules,
+    /// The layers that are adapted, from 0; none: all of them.
+    pub layers_to_transform: Vec<usize>,
+    /// What stands before the number of a layer in the names of modules; none: anything.
+    pub layers_pattern: Vec<String>,
+    /// Ranks of modules that differ from `rank`, by [`peft::Pattern`] in the order of the alphabet.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// α's of modules that differ from `alpha`, by [`peft::Pattern`] in the order of the alphabet.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Modules of the base that train whole beside LoRA, by the ends of their names.
+    pub modules_to_save: Vec<String>,
+    /// Biases of the base that train beside LoRA: none, all, or lora_only.
+    pub bias: String,
+    /// DoRA on LoRA's targets.
+    pub use_dora: bool,
+    /// Among the targets of (IA)³ those whose inputs are multiplied.
+    #[serde(with = "modules")]
+    pub feedforward_modules: Modules,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
     /// Train the base's normalisations beside adapters.
@@ -131,6 +160,15 @@ impl Default for TrainConfig {
             dropout: options.dropout,
             rslora: options.rslora,
             targets: options.targets,
+            exclude_modules: options.exclude_modules,
+            layers_to_transform: options.layers_to_transform,
+            layers_pattern: options.layers_pattern,
+            rank_pattern: options.rank_pattern.into_iter().collect(),
+            alpha_pattern: options.alpha_pattern.into_iter().collect(),
+            modules_to_save: options.modules_to_save,
+            bias: options.bias.word().into(),
+            use_dora: options.use_dora,
+            feedforward_modules: options.feedforward_modules,
             bottleneck: options.bottleneck,
             train_norms: options.train_norms,
             layers: options.layers.to_string(),
@@ -354,22 +392,71 @@ impl TrainConfig {
     }
 }
 
-/// The keys of a TOML file, spelt with `-`; each is known and has a value of its type.
+/// Names of PEFT for keys that have shorter ones here.
+const PEFT_NAMES: [(&str, &str); 5] = [
+    ("r", "rank"),
+    ("lora-alpha", "alpha"),
+    ("lora-dropout", "dropout"),
+    ("use-rslora", "rslora"),
+    ("target-modules", "targets"),
+];
+
+/// [`Modules`] in TOML and JSON: a list of names, or a text.
+mod modules {
+    use lora_core::peft::Modules;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a list of names, a regular expression, or \"all-linear\"")]
+    enum Read {
+        Names(Vec<String>),
+        Text(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(modules: &Modules, to: S) -> Result<S::Ok, S::Error> {
+        match modules {
+            Modules::Names(names) => names.serialize(to),
+            other => other.to_string().serialize(to),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Modules, D::Error> {
+        Ok(match Read::deserialize(from)? {
+            Read::Names(names) => Modules::Names(names),
+            Read::Text(text) => Modules::of_text(&text),
+        })
+    }
+}
+
+/// The keys of a TOML file, spelt with `-`, those of PEFT by their names here; each is known and has a value of its type.
 fn read_table(path: &Path) -> Result<toml::Table> {
     let text = lora_model::files::read_to_string(path)?;
     // The spelling is changed in the text, so that the parser's places stay true.
-    let dashed = |line: &str| match line.split_once('=') {
-        Some((key, value)) if key.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)) => {
-            format!("{}={value}", key.replace('_', "-"))
+    let spelt = |key: &str| key.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+    let mut in_table = false;
+    let mut dashed = |line: &str| {
+        if line.trim_start().starts_with('[') && !line.contains('=') {
+            // The names of modules follow, which are spelt as they are.
+            in_table = true;
+            return line.replace('_', "-");
         }
-        _ => line.to_owned(),
+        match line.split_once('=') {
+            Some((key, value)) if spelt(key) && !in_table => format!("{}={value}", key.replace('_', "-")),
+            _ => line.to_owned(),
+        }
     };
-    let text: String = text.split_inclusive('\n').map(dashed).collect();
+    let text: String = text.split_inclusive('\n').map(&mut dashed).collect();
     let problem = |e: toml::de::Error| {
         let line = e.span().map_or(1, |s| 1 + text[..s.start].matches('\n').count());
         let problem = format!("line {line}: {}", e.message().trim().replace('\n', " "));
         Error::Config { path: path.into(), problem }
     };
     toml::from_str::<TrainConfig>(&text).map_err(problem)?;
-    text.parse().map_err(problem)
+    let mut table: toml::Table = text.parse().map_err(problem)?;
+    for (theirs, ours) in PEFT_NAMES {
+        if let Some(value) = table.remove(theirs) {
+            table.insert(ours.into(), value);
+        }
+    }
+    Ok(table)
 }

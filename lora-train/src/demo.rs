@@ -14,7 +14,7 @@ mod measure;
 
 use std::path::{Path, PathBuf};
 
-use lora_core::peft::{Adapted, METHODS, MethodRow, find};
+use lora_core::peft::{Adapted, METHODS, MethodRow, Modules, find};
 use lora_kernels::Device;
 use lora_model::{Model, adapter, files};
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,7 @@ impl Default for DemoConfig {
             records: 10_000,
             held_out: 128,
             adapt: TrainConfig {
-                targets: ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"].map(String::from).into(),
+                targets: ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"].into_iter().collect(),
                 // Of two layers.
                 layers: "last:1".into(),
                 drop_layers: Some("first:1".into()),
@@ -265,6 +265,8 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
         method: row.name.into(),
         lr: config.lr(row.name),
         seed: config.seed,
+        // They are linear maps, and other methods that have targets have others.
+        targets: if row.name.starts_with("lora") { config.adapt.targets.clone() } else { Modules::default() },
         ..config.adapt.clone()
     };
     for row in [find("lora")?, find("full")?] {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lora_core::peft::{self, Layers};
+use lora_core::peft::{self, Bias, Layers, Modules};
 use lora_model::adapter::AdapterFile;
 
 use crate::{Error, Result, TrainConfig};
@@ -28,6 +28,15 @@ impl TrainConfig {
             dropout: self.dropout,
             rslora: self.rslora,
             targets: self.targets.clone(),
+            exclude_modules: self.exclude_modules.clone(),
+            layers_to_transform: self.layers_to_transform.clone(),
+            layers_pattern: self.layers_pattern.clone(),
+            rank_pattern: self.rank_pattern.clone().into_iter().collect(),
+            alpha_pattern: self.alpha_pattern.clone().into_iter().collect(),
+            modules_to_save: self.modules_to_save.clone(),
+            bias: Bias::parse(&self.bias)?,
+            use_dora: self.use_dora,
+            feedforward_modules: self.feedforward_modules.clone(),
             bottleneck: self.bottleneck,
             train_norms: self.train_norms,
             layers: Layers::parse("layers", &self.layers)?,
@@ -114,6 +123,15 @@ impl TrainConfig {
             dropout: o.dropout,
             rslora: o.rslora,
             targets: o.targets.clone(),
+            exclude_modules: o.exclude_modules.clone(),
+            layers_to_transform: o.layers_to_transform.clone(),
+            layers_pattern: o.layers_pattern.clone(),
+            rank_pattern: o.rank_pattern.iter().cloned().collect(),
+            alpha_pattern: o.alpha_pattern.iter().cloned().collect(),
+            modules_to_save: o.modules_to_save.clone(),
+            bias: o.bias.word().into(),
+            use_dora: o.use_dora,
+            feedforward_modules: o.feedforward_modules.clone(),
             bottleneck: o.bottleneck,
             train_norms: o.train_norms,
             layers: o.layers.to_string(),
@@ -128,15 +146,28 @@ impl TrainConfig {
     /// An option of methods, for comparison and messages.
     fn shown(&self, option: &str) -> String {
         let layers = |text: &str| Layers::parse("layers", text).map_or(text.to_owned(), |l| l.to_string());
+        // In any order they mean the same.
+        let sorted = |list: &[String]| list.iter().cloned().collect::<std::collections::BTreeSet<_>>();
+        let listed = |list: &[String]| sorted(list).into_iter().collect::<Vec<_>>().join(",");
+        let modules = |modules: &Modules| match modules {
+            Modules::Names(names) => listed(names),
+            other => other.to_string(),
+        };
         match option {
             "rank" => self.rank.to_string(),
             "alpha" => self.alpha.to_string(),
             "dropout" => self.dropout.to_string(),
             "rslora" => self.rslora.to_string(),
-            "targets" => {
-                let sorted: std::collections::BTreeSet<&str> = self.targets.iter().map(String::as_str).collect();
-                sorted.into_iter().collect::<Vec<_>>().join(",")
-            }
+            "targets" => modules(&self.targets),
+            "exclude-modules" => modules(&self.exclude_modules),
+            "layers-to-transform" => Layers::Of(self.layers_to_transform.clone()).to_string(),
+            "layers-pattern" => self.layers_pattern.join(","),
+            "rank-pattern" => pattern(&self.rank_pattern),
+            "alpha-pattern" => pattern(&self.alpha_pattern),
+            "modules-to-save" => listed(&self.modules_to_save),
+            "bias" => self.bias.clone(),
+            "use-dora" => self.use_dora.to_string(),
+            "feedforward-modules" => modules(&self.feedforward_modules),
             "bottleneck" => self.bottleneck.to_string(),
             "train-norms" => self.train_norms.to_string(),
             "layers" => layers(&self.layers),
@@ -156,6 +187,15 @@ impl TrainConfig {
             "dropout" => self.dropout = from.dropout,
             "rslora" => self.rslora = from.rslora,
             "targets" => self.targets.clone_from(&from.targets),
+            "exclude-modules" => self.exclude_modules.clone_from(&from.exclude_modules),
+            "layers-to-transform" => self.layers_to_transform.clone_from(&from.layers_to_transform),
+            "layers-pattern" => self.layers_pattern.clone_from(&from.layers_pattern),
+            "rank-pattern" => self.rank_pattern.clone_from(&from.rank_pattern),
+            "alpha-pattern" => self.alpha_pattern.clone_from(&from.alpha_pattern),
+            "modules-to-save" => self.modules_to_save.clone_from(&from.modules_to_save),
+            "bias" => self.bias.clone_from(&from.bias),
+            "use-dora" => self.use_dora = from.use_dora,
+            "feedforward-modules" => self.feedforward_modules.clone_from(&from.feedforward_modules),
             "bottleneck" => self.bottleneck = from.bottleneck,
             "train-norms" => self.train_norms = from.train_norms,
             "layers" => self.layers.clone_from(&from.layers),
@@ -166,4 +206,8 @@ impl TrainConfig {
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }
+}
+
+fn pattern<T: ToString>(pattern: &std::collections::BTreeMap<String, T>) -> String {
+    pattern.iter().map(|(key, value)| format!("{key}={}", value.to_string())).collect::<Vec<_>>().join(",")
 }

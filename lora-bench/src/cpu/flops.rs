@@ -233,7 +233,7 @@ mod tests {
     }
 
     fn lora(rank: usize, targets: &[&str]) -> Options {
-        Options { rank, targets: targets.iter().map(|t| t.to_string()).collect(), ..Options::default() }
+        Options { rank, targets: targets.iter().copied().collect(), ..Options::default() }
     }
 
     #[test]

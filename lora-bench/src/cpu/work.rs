@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use lora_core::peft::Adapted;
+use lora_core::peft::{Adapted, Modules};
 use lora_kernels::{DType, Device};
 use lora_model::{
     LoadOptions, Model, Task,
@@ -136,7 +136,7 @@ impl Work {
             method: self.method.clone(),
             rank: self.rank,
             alpha: self.alpha,
-            targets: if self.method == "lora" { self.targets.clone() } else { Vec::new() },
+            targets: if self.method == "lora" { self.targets.clone().into() } else { Modules::default() },
             batch_size: self.batch,
             steps: Some(self.steps as u64),
             no_shuffle: true,

@@ -21,6 +21,31 @@ pub fn add(t: &mut Tape, a: Var, b: Var) -> Result<Var> {
     }))
 }
 
+/// y = a − b. Writes onto a where nobody else holds it.
+pub fn subtract(t: &mut Tape, a: Var, b: &Var) -> Result<Var> {
+    assert_eq!(a.value.shape(), b.value.shape(), "subtract: one shape");
+    let Var { value: mut y, slot } = a;
+    axpby(-1.0, b.value.mat(), 1.0, y.make_mut()?)?;
+    let db = b.slot.map(|s| (s, b.value.shape().to_vec()));
+    Ok(t.record_onto(y, slot, db.is_some(), move |dy, g| {
+        let Some((s, shape)) = db else { return Ok(()) };
+        g.add(s, &shape, &dy, |db| Ok(axpby(-1.0, dy.mat(), db.beta, db.to)?))
+    }))
+}
+
+/// y = x + b on every row, with x [n, d] and b \[d\]. Writes onto x where nobody else holds it.
+///
+/// Backward: dx = dy, db = Σᵢ dyᵢ.
+pub fn add_bias(t: &mut Tape, x: Var, b: &Var) -> Result<Var> {
+    let Var { value: mut y, slot } = x;
+    k::add_bias(b.value.mat(), y.make_mut()?)?;
+    let db = b.slot.map(|s| (s, b.value.shape().to_vec()));
+    Ok(t.record_onto(y, slot, db.is_some(), move |dy, g| {
+        let Some((s, shape)) = db else { return Ok(()) };
+        g.add(s, &shape, &dy, |db| Ok(k::sum_rows(dy.mat(), db)?))
+    }))
+}
+
 /// Inverted dropout, y = x·m/(1−p) with m Bernoulli(1−p); the identity outside of training and for p = 0.
 /// Srivastava et al. 2014.
 pub fn dropout(t: &mut Tape, x: Var, p: f64) -> Result<Var> {

@@ -2,6 +2,7 @@
 //! no slot gets no gradient, and what only its gradient would need is not saved.
 
 mod attention;
+mod columns;
 mod disentangled;
 mod elementwise;
 mod gather;
@@ -15,8 +16,9 @@ mod rope;
 mod unfold;
 
 pub use attention::{Qkv, attention};
+pub use columns::scale_columns;
 pub use disentangled::{DisentangledInputs, disentangled};
-pub use elementwise::{activation, add, dropout, dropout_by, silu_gate};
+pub use elementwise::{activation, add, add_bias, dropout, dropout_by, silu_gate, subtract};
 pub use gather::gather;
 pub use linear::{linear, linear_onto, linear_wide};
 pub use lora::{LoraPart, lora_linear};

@@ -262,6 +262,12 @@ impl Adapted {
                 e => e,
             })?;
             changed.insert(name, merged);
+            let name = format!("{site}.bias");
+            if let Some(b) = changed.get(&name).or_else(|| tensors.get(name.as_str()).copied())
+                && let Some(merged) = adapter.merge_bias(&self.params, b)?
+            {
+                changed.insert(name, merged);
+            }
         }
         Ok(changed)
     }

@@ -12,14 +12,20 @@ mod combined;
 mod full;
 mod fusion;
 mod houlsby;
+mod ia3;
 mod lin;
+mod ln_tuning;
 mod lora;
+mod modules;
 mod options;
 mod outline;
 mod pfeiffer;
 mod pre_embed;
 mod pre_layer;
+mod regex;
+mod selection;
 mod top;
+mod whole;
 
 use std::{collections::BTreeMap, fmt::Debug};
 
@@ -30,8 +36,11 @@ pub use combined::Combined;
 pub use full::Full;
 pub use fusion::Fusion;
 pub use houlsby::Houlsby;
+pub use ia3::{Ia3, Ia3Config};
 pub use lin::Lin;
-pub use lora::{Lora, LoraConfig, names};
+pub use ln_tuning::LnTuning;
+pub use lora::{Bias, Lora, LoraConfig};
+pub use modules::{Modules, Pattern, names, saves};
 pub use options::{Frozen, METHODS, MethodRow, Options, find};
 pub use outline::{Base, BaseTensor, Layers, LinearSite, Outline, Part, Site, SiteKind};
 pub use pfeiffer::Pfeiffer;
@@ -143,6 +152,11 @@ pub trait LinearAdapter: Adapter {
 
     /// The weight that gives the adapted output without an adapter. `w` is not written.
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor>;
+
+    /// The bias that does, where it is another than the base's.
+    fn merge_bias(&self, _params: &Params, _b: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
 }
 
 /// The normalisation that follows where a sublayer joins the stream, in architectures that have it there.

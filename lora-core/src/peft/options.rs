@@ -1,8 +1,8 @@
 use std::collections::BTreeMap;
 
 use super::{
-    AdapterDrop, BitFit, Combined, Full, Fusion, Houlsby, Layers, Lin, Lora, LoraConfig, Method, Pfeiffer, PreEmbed,
-    PreLayer, Top, VirtualTokens,
+    AdapterDrop, Bias, BitFit, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, Layers, Lin, LnTuning, Lora,
+    LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -17,9 +17,27 @@ pub struct Options {
     pub dropout: f64,
     /// Scale by α/√r (rank-stabilised LoRA, Kalajdzievski 2023).
     pub rslora: bool,
-    /// Module names, as PEFT's `target_modules`, or parts of a fused projection (`c_attn.q`); none: the architecture's
-    /// default.
-    pub targets: Vec<String>,
+    /// What is adapted: PEFT's `target_modules`, or among names parts of a fused projection (`c_attn.q`); without any names
+    /// the architecture's default.
+    pub targets: Modules,
+    /// What is not adapted, although a target says so.
+    pub exclude_modules: Modules,
+    /// The layers that are adapted; none: all of them.
+    pub layers_to_transform: Vec<usize>,
+    /// What stands before the number of a layer; none: anything.
+    pub layers_pattern: Vec<String>,
+    /// Ranks of modules that differ from `rank`.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// α's of modules that differ from `alpha`.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Among the targets of (IA)³ those whose inputs are multiplied.
+    pub feedforward_modules: Modules,
+    /// Modules of the base that train whole beside the method.
+    pub modules_to_save: Vec<String>,
+    /// Which biases of the base train beside LoRA.
+    pub bias: Bias,
+    /// DoRA on LoRA's targets.
+    pub use_dora: bool,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
     /// Whether the base's normalisations train beside adapters: Houlsby et al. 2019 train them, the LoRA paper's counts
@@ -42,12 +60,22 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
+        let lora = LoraConfig::default();
         Options {
-            rank: 8,
-            alpha: 16.0,
-            dropout: 0.0,
-            rslora: false,
-            targets: Vec::new(),
+            rank: lora.rank,
+            alpha: lora.alpha,
+            dropout: lora.dropout,
+            rslora: lora.rslora,
+            targets: lora.targets,
+            exclude_modules: lora.exclude_modules,
+            layers_to_transform: lora.layers_to_transform,
+            layers_pattern: lora.layers_pattern,
+            rank_pattern: lora.rank_pattern,
+            alpha_pattern: lora.alpha_pattern,
+            feedforward_modules: Modules::default(),
+            modules_to_save: lora.modules_to_save,
+            bias: lora.bias,
+            use_dora: lora.use_dora,
             bottleneck: 48,
             train_norms: false,
             layers: Layers::Last(2),
@@ -73,14 +101,43 @@ pub struct Frozen {
 
 impl From<&Options> for LoraConfig {
     fn from(o: &Options) -> Self {
-        LoraConfig { rank: o.rank, alpha: o.alpha, dropout: o.dropout, rslora: o.rslora, targets: o.targets.clone() }
+        LoraConfig {
+            rank: o.rank,
+            alpha: o.alpha,
+            dropout: o.dropout,
+            rslora: o.rslora,
+            targets: o.targets.clone(),
+            exclude_modules: o.exclude_modules.clone(),
+            layers_to_transform: o.layers_to_transform.clone(),
+            layers_pattern: o.layers_pattern.clone(),
+            rank_pattern: o.rank_pattern.clone(),
+            alpha_pattern: o.alpha_pattern.clone(),
+            modules_to_save: o.modules_to_save.clone(),
+            bias: o.bias,
+            use_dora: o.use_dora,
+        }
     }
 }
 
 impl From<&LoraConfig> for Options {
     fn from(c: &LoraConfig) -> Self {
-        let LoraConfig { rank, alpha, dropout, rslora, ref targets } = *c;
-        Options { rank, alpha, dropout, rslora, targets: targets.clone(), ..Options::default() }
+        let c = c.clone();
+        Options {
+            rank: c.rank,
+            alpha: c.alpha,
+            dropout: c.dropout,
+            rslora: c.rslora,
+            targets: c.targets,
+            exclude_modules: c.exclude_modules,
+            layers_to_transform: c.layers_to_transform,
+            layers_pattern: c.layers_pattern,
+            rank_pattern: c.rank_pattern,
+            alpha_pattern: c.alpha_pattern,
+            modules_to_save: c.modules_to_save,
+            bias: c.bias,
+            use_dora: c.use_dora,
+            ..Options::default()
+        }
     }
 }
 
@@ -96,6 +153,15 @@ impl Options {
 
     fn lora(&self) -> Result<Lora> {
         Lora::new(LoraConfig::from(self))
+    }
+
+    fn ia3(&self) -> Result<Ia3> {
+        Ia3::new(&Ia3Config {
+            targets: self.targets.clone(),
+            exclude_modules: self.exclude_modules.clone(),
+            feedforward_modules: self.feedforward_modules.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+        })
     }
 
     fn pfeiffer(&self) -> Result<Pfeiffer> {
@@ -125,7 +191,23 @@ pub struct MethodRow {
     pub build: fn(&Options) -> Result<Box<dyn Method>>,
 }
 
-const LORA: [&str; 5] = ["rank", "alpha", "dropout", "rslora", "targets"];
+const LORA: [&str; 13] = [
+    "rank",
+    "alpha",
+    "dropout",
+    "rslora",
+    "targets",
+    "exclude-modules",
+    "layers-to-transform",
+    "layers-pattern",
+    "rank-pattern",
+    "alpha-pattern",
+    "modules-to-save",
+    "bias",
+    "use-dora",
+];
+const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
+const PRE_LAYER: [&str; 3] = ["prefix", "infix", "reparam"];
 const ADAPTER: [&str; 2] = ["bottleneck", "train-norms"];
 
 /// All methods. The command line, the tests and the comparison tables iterate over this.
@@ -157,6 +239,20 @@ pub const METHODS: &[MethodRow] = &[
         options: &[],
         whole_model: false,
         build: |_| Ok(Box::new(BitFit)),
+    },
+    MethodRow {
+        name: "ia3",
+        about: "vectors that multiply keys, values and the MLP's inner units (Liu et al. 2022)",
+        options: &["targets", "exclude-modules", "feedforward-modules", "modules-to-save"],
+        whole_model: false,
+        build: |o| Ok(Box::new(o.ia3()?)),
+    },
+    MethodRow {
+        name: "ln-tuning",
+        about: "gains and biases of normalisations (Zhao et al. 2023)",
+        options: &["targets", "exclude-modules", "modules-to-save"],
+        whole_model: false,
+        build: |o| Ok(Box::new(LnTuning::new(&o.targets, &o.exclude_modules, &o.modules_to_save)?)),
     },
     MethodRow {
         name: "adapter-h",
@@ -196,32 +292,43 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "pre-embed",
         about: "embeddings of virtual tokens (prompt tuning, Lester et al. 2021)",
-        options: &["prefix", "infix"],
+        options: &PRE_EMBED,
         whole_model: false,
         build: |o| Ok(Box::new(o.pre_embed()?)),
     },
     MethodRow {
         name: "pre-layer",
         about: "keys and values of virtual tokens in every layer (prefix tuning, Li and Liang 2021)",
-        options: &["prefix", "infix", "reparam"],
+        options: &PRE_LAYER,
         whole_model: false,
         build: |o| Ok(Box::new(o.pre_layer()?)),
     },
     MethodRow {
         name: "lora+pre-embed",
         about: "LoRA with embeddings of virtual tokens",
-        options: &["rank", "alpha", "dropout", "rslora", "targets", "prefix", "infix"],
+        options: &joined::<15>(&LORA, &PRE_EMBED),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-embed", o.lora()?, o.pre_embed()?))),
     },
     MethodRow {
         name: "lora+pre-layer",
         about: "LoRA with keys and values of virtual tokens",
-        options: &["rank", "alpha", "dropout", "rslora", "targets", "prefix", "infix", "reparam"],
+        options: &joined::<16>(&LORA, &PRE_LAYER),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-layer", o.lora()?, o.pre_layer()?))),
     },
 ];
+
+/// The options of two methods.
+const fn joined<const N: usize>(a: &[&'static str], b: &[&'static str]) -> [&'static str; N] {
+    assert!(a.len() + b.len() == N);
+    let (mut all, mut i) = ([""; N], 0);
+    while i < N {
+        all[i] = if i < a.len() { a[i] } else { b[i - a.len()] };
+        i += 1;
+    }
+    all
+}
 
 /// The row with that name.
 pub fn find(name: &str) -> Result<&'static MethodRow> {

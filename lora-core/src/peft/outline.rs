@@ -58,6 +58,29 @@ impl Outline {
         self.modules_to_save.iter().any(|m| tensor.strip_prefix(m.as_str()).is_some_and(|rest| rest.starts_with('.')))
     }
 
+    /// The modules that own weights of this kind, in the order of the model.
+    pub(crate) fn modules_of(&self, is: impl Fn(&BaseTensor) -> bool) -> impl Iterator<Item = &str> {
+        let tensors = self.tensors.iter().filter(move |t| is(t));
+        let modules = tensors.filter_map(|t| Some(t.name.rsplit_once('.')?.0));
+        let mut last = "";
+        modules.filter(move |module| std::mem::replace(&mut last, module) != *module)
+    }
+
+    /// Whether there is such a module, one that owns weights or one made of others.
+    pub(crate) fn any_module(&self, mut is: impl FnMut(&str) -> bool) -> bool {
+        self.tensors.iter().any(|t| t.name.match_indices('.').any(|(dot, _)| is(&t.name[..dot])))
+    }
+
+    /// The embeddings' tensor, where it is the matrix of the output head too.
+    pub(crate) fn tied_embedding(&self) -> Option<&str> {
+        let table = self.sites.iter().find_map(|s| match &s.kind {
+            SiteKind::Tokens { table, .. } => Some(table.as_str()),
+            _ => None,
+        });
+        let head = |t: &BaseTensor| t.name == "lm_head.weight";
+        table.filter(|_| self.task_type != Some("SEQ_CLS") && !self.tensors.iter().any(head))
+    }
+
     /// The sites of linear maps, with their shapes.
     pub fn linear_sites(&self) -> impl Iterator<Item = (&Site, &LinearSite)> {
         self.sites.iter().filter_map(|s| match &s.kind {

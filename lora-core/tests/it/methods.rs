@@ -9,8 +9,8 @@ use lora_core::{
     lowrank::Layout,
     ops,
     peft::{
-        Adapted, Base, BaseTensor, Frozen, Layers, Linear, LinearSite, METHODS, MethodRow, Options, Outline, Part,
-        Site, SiteKind, Start, find,
+        Adapted, Base, BaseTensor, Bias, Frozen, Layers, Linear, LinearSite, METHODS, MethodRow, Modules, Options,
+        Outline, Part, Site, SiteKind, Start, find,
     },
 };
 use lora_kernels::{AdamW, Attention, DType, Device, Sequences, adamw, axpby};
@@ -57,7 +57,7 @@ impl Toy {
             max_positions: 9,
             tensors: tensors.iter().map(|(name, t)| base_tensor(name, t)).collect(),
             sites,
-            default_targets: targets(&["c_attn"]),
+            default_targets: vec!["c_attn".into()],
             ..Outline::default()
         };
         Toy { tensors, outline }
@@ -126,8 +126,8 @@ fn base_tensor(name: &str, t: &Tensor) -> BaseTensor {
     BaseTensor { name: name.into(), shape: t.shape().into(), layer, norm: name.contains(".ln.") }
 }
 
-fn targets(names: &[&str]) -> Vec<String> {
-    names.iter().map(|n| n.to_string()).collect()
+fn targets(names: &[&str]) -> Modules {
+    names.iter().copied().collect()
 }
 
 /// A change of plain options.
@@ -141,6 +141,23 @@ const VARIANTS: &[(&str, Change)] = &[
     ("a part stored [out, in]", |o| o.targets = targets(&["c_proj.right"])),
     ("mixed", |o| o.targets = targets(&["c_proj", "layers.0.c_attn.k"])),
     ("one layer", |o| o.targets = targets(&["layers.1.c_attn"])),
+    ("all linear maps", |o| o.targets = Modules::AllLinear),
+    ("a regular expression", |o| o.targets = Modules::Regex(r".*\.c_(?!attn)\w+".into())),
+    ("all but one", |o| (o.targets, o.exclude_modules) = (Modules::AllLinear, targets(&["0.c_attn"]))),
+    ("a layer by a name before its number", |o| {
+        (o.layers_to_transform, o.layers_pattern) = (vec![0], vec!["blocks".into(), "layers?".into()]);
+    }),
+    ("ranks and alphas of their own", |o| {
+        o.rank_pattern = vec![("c_attn".into(), 1), (r"1\..*".into(), 3)];
+        o.alpha_pattern = vec![("c_proj".into(), 2.0), ("0.c_attn".into(), 1.0)];
+    }),
+    ("parts of ranks of their own", |o| {
+        o.targets = targets(&["c_attn.q", "c_attn.v", "c_proj"]);
+        o.rank_pattern = vec![("0.c_attn".into(), 1)];
+    }),
+    ("biases of what is adapted", |o| (o.bias, o.targets) = (Bias::LoraOnly, targets(&["0.c_attn"]))),
+    ("all biases", |o| o.bias = Bias::All),
+    ("modules that train whole", |o| o.modules_to_save = vec!["ln".into(), "1.c_proj".into()]),
     ("rsLoRA", |o| o.rslora = true),
     ("dropout", |o| o.dropout = 0.3),
     ("one trained layer", |o| o.layers = Layers::Of(vec![0])),
@@ -165,6 +182,27 @@ const BAD: &[(&str, Change)] = &[
     ("target", |o| o.targets = targets(&["c_attn", "query"])),
     ("target", |o| o.targets = targets(&["c_attn.x"])),
     ("target", |o| o.targets = targets(&["c_attn", "c_attn.q"])),
+    ("targets", |o| o.targets = Modules::Regex("(c_attn".into())),
+    ("target", |o| o.targets = Modules::Regex("c_attn".into())),
+    ("targets", |o| o.targets = Modules::Regex(".*".into())),
+    ("exclude-modules", |o| o.exclude_modules = targets(&["query"])),
+    ("exclude-modules", |o| o.exclude_modules = Modules::Regex("blocks.*".into())),
+    ("exclude-modules", |o| o.exclude_modules = Modules::AllLinear),
+    ("layers-to-transform", |o| o.layers_to_transform = vec![0, LAYERS]),
+    ("layers-to-transform", |o| (o.layers_to_transform, o.targets) = (vec![0], Modules::AllLinear)),
+    ("layers-pattern", |o| o.layers_pattern = vec!["layers".into()]),
+    ("layers-pattern", |o| (o.layers_to_transform, o.layers_pattern) = (vec![0], vec!["(".into()])),
+    ("rank-pattern", |o| o.rank_pattern = vec![("c_attn".into(), 0)]),
+    ("rank-pattern", |o| o.rank_pattern = vec![("query".into(), 2)]),
+    ("rank-pattern", |o| o.rank_pattern = vec![("*".into(), 2)]),
+    ("rank", |o| o.rank_pattern = vec![("c_attn".into(), D + 1)]),
+    ("alpha-pattern", |o| o.alpha_pattern = vec![("c_attn".into(), f64::NAN)]),
+    ("alpha-pattern", |o| o.alpha_pattern = vec![("wte".into(), 2.0)]),
+    ("feedforward-modules", |o| o.feedforward_modules = targets(&["c_fc"])),
+    ("feedforward-modules", |o| o.feedforward_modules = Modules::AllLinear),
+    ("feedforward-modules", |o| o.feedforward_modules = Modules::Regex("(".into())),
+    ("modules-to-save", |o| o.modules_to_save = vec!["lm_head".into()]),
+    ("modules-to-save", |o| o.modules_to_save = vec![" ".into()]),
     ("bottleneck", |o| o.bottleneck = 0),
     ("bottleneck", |o| o.bottleneck = usize::MAX),
     ("layers", |o| o.layers = Layers::NONE),
@@ -187,10 +225,19 @@ fn options(base: &Toy) -> Options {
         rank: 2,
         alpha: 3.0,
         targets: targets(&["c_attn", "c_proj"]),
+        feedforward_modules: targets(&["c_proj"]),
         bottleneck: 3,
         layers: Layers::Last(1),
         drop_layers: Some(Layers::NONE),
         ..Options::default()
+    }
+}
+
+/// The same, with targets that this method can have.
+fn options_of(row: &MethodRow, base: &Toy) -> Options {
+    match row.name {
+        "ln-tuning" => Options { targets: targets(&["ln"]), ..options(base) },
+        _ => options(base),
     }
 }
 
@@ -210,7 +257,7 @@ fn disturb(params: &mut Params) {
 
 /// The methods that a model without tokens has a place for.
 fn fitting(base: &Toy) -> Vec<&'static MethodRow> {
-    let fits = |row: &&MethodRow| match try_adapt(row, base, base.dtype(), &options(base), 0) {
+    let fits = |row: &&MethodRow| match try_adapt(row, base, base.dtype(), &options_of(row, base), 0) {
         Ok(_) => true,
         Err(Error::DoesNotFit { .. }) => false,
         Err(e) => panic!("{}: {e}", row.name),
@@ -223,8 +270,13 @@ fn for_all(dtype: DType, check: impl Fn(&str, &Toy, &MethodRow, &Options)) {
     let base = Toy::new(dtype);
     for row in fitting(&base) {
         for (variant, change) in VARIANTS {
-            let mut o = options(&base);
+            let mut o = options_of(row, &base);
             change(&mut o);
+            if !row.name.starts_with("lora") {
+                // These are ways to say what LoRA adapts.
+                let own = options_of(row, &base);
+                (o.targets, o.exclude_modules) = (own.targets, own.exclude_modules);
+            }
             check(&format!("{}, {variant}", row.name), &base, row, &o);
         }
     }
@@ -251,7 +303,8 @@ fn at_initialisation_the_output_is_what_the_method_says() {
         // Of the seed, nothing shows but the values themselves.
         let [a, b, c] = [1, 1, 2].map(|seed| bits(&adapt(row, base, DType::F32, o, seed).params.flat()));
         assert_eq!(a, b, "{what}: same seed");
-        assert!(a != c || adapted.site_count() == 0, "{what}: the seed has no effect");
+        // (IA)³ begins at ones.
+        assert!(a != c || adapted.site_count() == 0 || row.name == "ia3", "{what}: the seed has no effect");
     });
 }
 
@@ -369,9 +422,9 @@ fn bad_options_are_refused_by_whoever_reads_them() {
             let mut t = Tape::new(&adapted.params).with_noise(NOISE);
             Ok((bits(&adapted.params.flat()), bits(base.hidden(&mut t, &adapted)?.value())))
         };
-        let good = output(&options(&base)).unwrap();
+        let good = output(&options_of(row, &base)).unwrap();
         for (i, (option, change)) in BAD.iter().enumerate() {
-            let mut o = options(&base);
+            let mut o = options_of(row, &base);
             change(&mut o);
             match output(&o) {
                 Err(e) => assert!(e.to_string().contains(option), "{}, {i}: {e}", row.name),
@@ -570,4 +623,36 @@ fn an_unknown_target_is_answered_with_what_there_is() {
     let error = try_adapt(find("lora").unwrap(), &base, DType::F32, &o, 1).unwrap_err();
     let modules = ["c_attn", "c_attn.k", "c_attn.q", "c_attn.v", "c_proj", "c_proj.left", "c_proj.right"];
     assert!(matches!(&error, Error::NoSuchTarget { modules: m, .. } if *m == modules), "{error}");
+}
+
+/// Lengths of their own: the base at the beginning, and afterwards what a weight of those lengths and directions computes.
+#[test]
+fn dora_splits_weights_into_lengths_and_directions() {
+    let base = Toy::new(DType::F32);
+    let out = |base: &Toy, adapted: &Adapted| base.output(adapted).to_f64().unwrap();
+    let none = Adapted::none(&CPU).unwrap();
+    let mut adapted = lora(&base, |o| o.use_dora = true);
+    let error = relative(&out(&base, &adapted), &out(&base, &none));
+    assert!(error < 1e-6, "it begins {error} from the base");
+    disturb(&mut adapted.params);
+    let (merged, p) = (adapted.merged(&base).unwrap(), &adapted.params);
+    let error = relative(&out(&base.with(merged.clone()), &none), &out(&base, &adapted));
+    assert!(error < 1e-5, "merged and applied differ by {error}");
+    for (module, outputs) in [("layers.0.c_attn", 3 * D), ("layers.1.c_proj", D)] {
+        let w = merged[&format!("{module}.weight")].to_f64().unwrap();
+        let m = p.tensor(p.find(&format!("{module}.lora_magnitude_vector")).unwrap()).to_f64().unwrap();
+        for (o, m) in m.iter().enumerate() {
+            let of_output = |i: &usize| if outputs == D { i / D == o } else { i % outputs == o };
+            let norm = (0..w.len()).filter(of_output).map(|i| w[i] * w[i]).sum::<f64>().sqrt();
+            assert!((norm - m.abs()).abs() < 1e-5, "{module}, output {o}: {norm} long, not {m}");
+        }
+    }
+    let saved: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+    assert_eq!(saved["layers.0.c_attn.lora_magnitude_vector"].shape(), [3 * D]);
+    let parts = Options { use_dora: true, targets: targets(&["c_attn.q"]), ..options(&base) };
+    let error = try_adapt(find("lora").unwrap(), &base, DType::F32, &parts, 1).unwrap_err().to_string();
+    assert!(error.contains("use-dora") && error.contains("c_attn"), "{error}");
+    let mut again = lora(&base, |o| o.use_dora = true);
+    again.load_adapter_tensors(saved).unwrap();
+    assert_eq!(bits(&base.output(&again)), bits(&base.output(&adapted)));
 }

@@ -9,6 +9,7 @@ pub(crate) const ALL: &[&Module] = &[
     &crate::attention::cuda::FORWARD,
     &crate::attention::cuda::BACKWARD,
     &crate::attention::cuda::CACHED,
+    &crate::columns::cuda::MODULE,
     &crate::dropout::cuda::MODULE,
     &crate::elementwise::cuda::MODULE,
     &crate::gather::cuda::MODULE,

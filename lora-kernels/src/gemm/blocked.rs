@@ -33,6 +33,9 @@ pub(super) fn available() -> bool {
     avx512::available()
 }
 
+/// Bytes of scratch that each task takes.
+pub(super) const SCRATCH: usize = size_of::<u32>() * (ROWS + NR) * WORDS;
+
 /// `C = α·A·B + β·C` in f32, on a processor that is [`available`].
 pub(super) fn f32_product(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, c: HostMut<f32>) -> Result<()> {
     run::<F32, _, _>((alpha as f32, beta as f32), a, b, c)

@@ -1,28 +1,26 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use lora_core::peft::{LoraConfig, Outline, names};
+use lora_core::peft::{Bias, Lora, LoraConfig, Modules, Outline, names};
 use serde_json::{Map, Value, json};
 
-use super::own::strings;
+use super::{own::strings, refused};
 use crate::{Result, config::RawConfig};
 
-/// What `adapter_config.json` says. A rank r and an α hold for every module that no pattern names.
+/// What `adapter_config.json` says.
 #[derive(Clone, Debug)]
 pub(super) struct PeftConfig {
-    pub(super) r: usize,
-    pub(super) alpha: f64,
-    pub(super) dropout: f64,
-    pub(super) rslora: bool,
-    pub(super) targets: Vec<String>,
-    pub(super) rank_pattern: BTreeMap<String, usize>,
-    pub(super) alpha_pattern: BTreeMap<String, f64>,
+    /// The adapter as one of whole modules.
+    pub(super) lora: LoraConfig,
     pub(super) base_model: Option<String>,
+    /// All modules that train whole, a classifier's head included.
     pub(super) modules_to_save: Vec<String>,
     pub(super) task_type: Option<String>,
 }
 
-/// PEFT's rule for the keys of patterns, `re.match("(.*\.)?(KEY)$", module)`, for keys of plain names: a dot in the key
-/// stands for any character.
+/// What PEFT adds to the modules to save of every classifier, whatever its head is called.
+pub(super) const HEADS: [&str; 2] = ["classifier", "score"];
+
+/// PEFT's rule for the keys of patterns, for keys of plain names: a dot in the key stands for any character.
 fn pattern_names(key: &str, module: &str) -> bool {
     let Some(from) = module.len().checked_sub(key.len()) else { return false };
     let (head, tail) = module.as_bytes().split_at(from);
@@ -41,139 +39,198 @@ fn module_of<'a>(target: &'a str, site: &str) -> Option<&'a str> {
 
 /// Whether some target names a part of the site rather than the whole.
 pub(super) fn has_parts<'a>(config: &LoraConfig, mut sites: impl Iterator<Item = &'a str>) -> bool {
-    sites.any(|s| !config.targets.iter().any(|t| names(t, s)))
+    let Modules::Names(targets) = &config.targets else { return false };
+    sites.any(|s| !targets.iter().any(|t| names(t, s)))
+}
+
+/// The adapter of whole modules that equals one of parts, where `sites` says how many parts are adapted at each site, and
+/// what rank and α each of them has: n parts of rank r are one update of rank n·r, whose α keeps the scale α/r (or α/√r).
+fn of_whole_modules<'a>(config: &'a LoraConfig, sites: &BTreeMap<&str, (usize, usize, f64)>) -> LoraConfig {
+    let alpha = |a: f64, n: usize| a * if config.rslora { (n as f64).sqrt() } else { n as f64 };
+    let targets = match &config.targets {
+        Modules::Names(targets) => {
+            // A target that adapts nothing, because its modules are left out, stays what it is.
+            let module = |t: &'a String| sites.keys().find_map(|s| module_of(t, s)).unwrap_or(t);
+            targets.iter().map(module).collect::<BTreeSet<&str>>().into_iter().collect()
+        }
+        all => all.clone(),
+    };
+    let fewest = sites.values().map(|(n, ..)| *n).min().unwrap_or(1);
+    let base = (fewest * config.rank, alpha(config.alpha, fewest));
+    let mut whole = LoraConfig { rank: base.0, alpha: base.1, targets, ..config.clone() };
+    if sites.values().all(|(n, ..)| *n == fewest) {
+        whole.rank_pattern.iter_mut().for_each(|(_, r)| *r *= fewest);
+        whole.alpha_pattern.iter_mut().for_each(|(_, a)| *a = alpha(*a, fewest));
+        return whole;
+    }
+    let of = |(n, r, a): (usize, usize, f64)| (n * r, alpha(a, n));
+    let (mut ranks, mut alphas) = (BTreeMap::new(), BTreeMap::new());
+    for (site, &setting) in sites.iter().filter(|(_, setting)| of(**setting) != base) {
+        let (rank, alpha) = of(setting);
+        // The short name where it means the same at every site that it can name, else the site itself.
+        let Modules::Names(short) = &whole.targets else { unreachable!("parts are targets by name") };
+        let same = |m: &String| sites.iter().all(|(s, other)| of(*other) == (rank, alpha) || !pattern_names(m, s));
+        let key = short.iter().find(|m| names(m, site) && same(m)).map_or(*site, String::as_str);
+        ranks.insert(key.to_owned(), rank);
+        alphas.insert(key.to_owned(), alpha);
+    }
+    (whole.rank_pattern, whole.alpha_pattern) = (ranks.into_iter().collect(), alphas.into_iter().collect());
+    whole
 }
 
 impl PeftConfig {
-    /// The description of an adapter that was trained with `config`, where `sites` says how many parts of rank r are
-    /// adapted at each site: n parts are one update of rank n·r, whose α keeps the scale α/r (or α/√r).
+    /// The description of an adapter that was trained with `config`, where `sites` says how many parts are adapted at each
+    /// site.
+    ///
+    /// # Errors
+    /// A regular expression among the keys of patterns that takes too long.
     pub(super) fn of(
         config: &LoraConfig,
         sites: &BTreeMap<&str, usize>,
         base_model: Option<String>,
         outline: &Outline,
-    ) -> PeftConfig {
-        let rank = |n: usize| n * config.rank;
-        let alpha = |n: usize| config.alpha * if config.rslora { (n as f64).sqrt() } else { n as f64 };
-        let targets: BTreeSet<&str> =
-            sites.keys().flat_map(|s| config.targets.iter().filter_map(|t| module_of(t, s))).collect();
-        let fewest = sites.values().copied().min().unwrap_or(1);
-        let (mut rank_pattern, mut alpha_pattern) = (BTreeMap::new(), BTreeMap::new());
-        let mut add = |key: &str, n: usize| {
-            rank_pattern.insert(key.to_owned(), rank(n));
-            alpha_pattern.insert(key.to_owned(), alpha(n));
+    ) -> Result<PeftConfig> {
+        let lora = Lora::new(config.clone())?;
+        let setting = |(site, n): (&&str, &usize)| {
+            let (rank, alpha) = lora.rank_and_alpha(site)?;
+            lora_core::Result::Ok(((*site).to_owned(), (*n, rank, alpha)))
         };
-        for (site, &n) in sites.iter().filter(|(_, n)| **n != fewest) {
-            // The short name where it means the same at every site that it can name, else the site itself.
-            let short = targets
-                .iter()
-                .find(|m| names(m, site) && sites.iter().all(|(s, other)| *other == n || !pattern_names(m, s)));
-            add(short.unwrap_or(site), n);
-        }
-        PeftConfig {
-            r: rank(fewest),
-            alpha: alpha(fewest),
-            dropout: config.dropout,
-            rslora: config.rslora,
-            targets: targets.into_iter().map(str::to_owned).collect(),
-            rank_pattern,
-            alpha_pattern,
+        let settings = sites.iter().map(setting).collect::<lora_core::Result<BTreeMap<String, _>>>()?;
+        let settings = settings.iter().map(|(site, setting)| (site.as_str(), *setting)).collect();
+        let mut modules_to_save = outline.modules_to_save.clone();
+        modules_to_save.extend(config.modules_to_save.iter().filter(|m| !outline.modules_to_save.contains(m)).cloned());
+        Ok(PeftConfig {
+            lora: of_whole_modules(config, &settings),
             base_model,
-            modules_to_save: outline.modules_to_save.clone(),
+            modules_to_save,
             task_type: outline.task_type.map(str::to_owned),
-        }
-    }
-
-    /// The rank of the update of a site.
-    pub(super) fn rank(&self, site: &str) -> usize {
-        self.rank_pattern.iter().find(|(k, _)| pattern_names(k, site)).map_or(self.r, |(_, r)| *r)
-    }
-
-    /// α of the update of a site.
-    pub(super) fn alpha(&self, site: &str) -> f64 {
-        self.alpha_pattern.iter().find(|(k, _)| pattern_names(k, site)).map_or(self.alpha, |(_, a)| *a)
+        })
     }
 
     /// The first key whose value differs from `other`'s, and both values; numbers may differ in their last digits,
     /// which a JSON reader may round another way.
     pub(super) fn difference(&self, other: &PeftConfig) -> Option<(&'static str, String, String)> {
         let near = |a: f64, b: f64| (a - b).abs() <= 1e-12 * b.abs();
-        let sorted = |v: &[String]| v.iter().cloned().collect::<BTreeSet<_>>();
-        let (a, b) = (self, other);
-        let alphas = a.alpha_pattern.len() == b.alpha_pattern.len()
-            && a.alpha_pattern.iter().zip(&b.alpha_pattern).all(|((k, x), (l, y))| k == l && near(*x, *y));
+        let sorted = |m: &Modules| match m {
+            Modules::Names(names) => json!(names.iter().collect::<BTreeSet<_>>()),
+            other => modules(other),
+        };
+        let (a, b) = (&self.lora, &other.lora);
+        let same = a.alpha_pattern.iter().zip(&b.alpha_pattern).all(|((k, x), (l, y))| k == l && near(*x, *y));
+        let alphas = a.alpha_pattern.len() == b.alpha_pattern.len() && same;
         let shown = |key, a: &dyn ToString, b: &dyn ToString| Some((key, a.to_string(), b.to_string()));
         match () {
-            () if a.r != b.r => shown("r", &a.r, &b.r),
+            () if a.rank != b.rank => shown("r", &a.rank, &b.rank),
             () if !near(a.alpha, b.alpha) => shown("lora_alpha", &a.alpha, &b.alpha),
             () if sorted(&a.targets) != sorted(&b.targets) => {
-                shown("target_modules", &json!(a.targets), &json!(b.targets))
+                shown("target_modules", &modules(&a.targets), &modules(&b.targets))
             }
             () if a.rank_pattern != b.rank_pattern => {
-                shown("rank_pattern", &json!(a.rank_pattern), &json!(b.rank_pattern))
+                shown("rank_pattern", &ranks(&a.rank_pattern), &ranks(&b.rank_pattern))
             }
-            () if !alphas => shown("alpha_pattern", &json!(a.alpha_pattern), &json!(b.alpha_pattern)),
+            () if !alphas => shown("alpha_pattern", &alphas_of(&a.alpha_pattern), &alphas_of(&b.alpha_pattern)),
             () => None,
         }
     }
 
-    /// The text of `adapter_config.json`: all keys that PEFT needs, sorted, indented by two.
+    /// The text of `adapter_config.json`: all keys that PEFT needs and those that say more than its defaults, sorted,
+    /// indented by two.
     pub(super) fn text(&self, fan_in_fan_out: bool) -> String {
-        let alphas: Map<String, Value> = self.alpha_pattern.iter().map(|(k, a)| (k.clone(), number(*a))).collect();
-        let keys: BTreeMap<&str, Value> = [
-            ("alpha_pattern", Value::Object(alphas)),
+        let c = &self.lora;
+        let mut keys: BTreeMap<&str, Value> = [
+            ("alpha_pattern", alphas_of(&c.alpha_pattern)),
             ("base_model_name_or_path", json!(self.base_model)),
-            ("bias", json!("none")),
+            ("bias", json!(c.bias.word())),
             ("fan_in_fan_out", json!(fan_in_fan_out)),
             ("inference_mode", json!(true)),
             ("init_lora_weights", json!(true)),
-            ("lora_alpha", number(self.alpha)),
-            ("lora_dropout", json!(self.dropout)),
+            ("lora_alpha", number(c.alpha)),
+            ("lora_dropout", json!(c.dropout)),
             ("modules_to_save", some(&self.modules_to_save)),
             ("peft_type", json!("LORA")),
-            ("r", json!(self.r)),
-            ("rank_pattern", json!(self.rank_pattern)),
-            ("target_modules", json!(self.targets)),
+            ("r", json!(c.rank)),
+            ("rank_pattern", ranks(&c.rank_pattern)),
+            ("target_modules", modules(&c.targets)),
             ("task_type", json!(self.task_type)),
-            ("use_dora", json!(false)),
-            ("use_rslora", json!(self.rslora)),
+            ("use_dora", json!(c.use_dora)),
+            ("use_rslora", json!(c.rslora)),
         ]
         .into();
+        let more = [
+            ("exclude_modules", (!c.exclude_modules.is_default()).then(|| modules(&c.exclude_modules))),
+            ("layers_to_transform", (!c.layers_to_transform.is_empty()).then(|| json!(c.layers_to_transform))),
+            ("layers_pattern", (!c.layers_pattern.is_empty()).then(|| json!(c.layers_pattern))),
+        ];
+        keys.extend(more.into_iter().filter_map(|(key, value)| Some((key, value?))));
         format!("{:#}", json!(keys))
     }
 
     /// Reads `adapter_config.json`, whose options were checked.
     pub(super) fn of_raw(raw: &RawConfig) -> Result<PeftConfig> {
         let needed = |key: &str| raw.error(key, "missing; it says how the adapter was made, so it has to be there");
-        let r = raw.usize("r")?.ok_or_else(|| needed("r"))?;
+        let rank = raw.usize("r")?.ok_or_else(|| needed("r"))?;
         let alpha = raw.f64("lora_alpha")?.ok_or_else(|| needed("lora_alpha"))?;
         let dropout = raw.f64("lora_dropout")?.unwrap_or(0.0);
         if !(0.0..1.0).contains(&dropout) {
             return Err(raw.error("lora_dropout", format_args!("a dropout rate is in [0, 1), found {dropout}")));
         }
-        check_rank(raw, "r", r)?;
+        check_rank(raw, "r", rank)?;
         check_alpha(raw, "lora_alpha", alpha)?;
-        let config = PeftConfig {
-            r,
+        let task_type = raw.str("task_type")?.map(str::to_owned);
+        let modules_to_save = strings(raw, "modules_to_save")?.unwrap_or_default();
+        // The base's own head is none of the adapter's options.
+        let is_head = |m: &String| task_type.as_deref() == Some("SEQ_CLS") && HEADS.contains(&m.as_str());
+        let lora = LoraConfig {
+            rank,
             alpha,
             dropout,
             rslora: raw.bool("use_rslora")?.unwrap_or(false),
-            targets: targets(raw)?,
+            targets: read_modules(raw, "target_modules")?.unwrap_or_default(),
+            exclude_modules: read_modules(raw, "exclude_modules")?.unwrap_or_default(),
+            layers_to_transform: one_or_more(raw, "layers_to_transform", "a layer's number", |v| {
+                v.as_u64()?.try_into().ok()
+            })?,
+            layers_pattern: one_or_more(raw, "layers_pattern", "a name", |v| v.as_str().map(str::to_owned))?
+                .into_iter()
+                .filter(|p| !p.is_empty())
+                .collect(),
             rank_pattern: pattern(raw, "rank_pattern", "a whole number", |v| v.as_u64()?.try_into().ok())?,
             alpha_pattern: pattern(raw, "alpha_pattern", "a number", Value::as_f64)?,
-            base_model: raw.str("base_model_name_or_path")?.map(str::to_owned),
-            modules_to_save: strings(raw, "modules_to_save")?.unwrap_or_default(),
-            task_type: raw.str("task_type")?.map(str::to_owned),
+            modules_to_save: modules_to_save.iter().filter(|m| !is_head(m)).cloned().collect(),
+            bias: match raw.str("bias")? {
+                Some(word) => Bias::parse(word).map_err(|e| refused(raw, e))?,
+                None => Bias::None,
+            },
+            use_dora: raw.bool("use_dora")?.unwrap_or(false),
         };
-        config.rank_pattern.values().try_for_each(|r| check_rank(raw, "rank_pattern", *r))?;
-        config.alpha_pattern.values().try_for_each(|a| check_alpha(raw, "alpha_pattern", *a))?;
-        Ok(config)
+        lora.rank_pattern.iter().try_for_each(|(_, r)| check_rank(raw, "rank_pattern", *r))?;
+        lora.alpha_pattern.iter().try_for_each(|(_, a)| check_alpha(raw, "alpha_pattern", *a))?;
+        let base_model = raw.str("base_model_name_or_path")?.map(str::to_owned);
+        Ok(PeftConfig { lora, base_model, modules_to_save, task_type })
     }
 }
 
 /// A list, or null for an empty one.
-fn some(list: &[String]) -> Value {
+pub(super) fn some(list: &[String]) -> Value {
     if list.is_empty() { Value::Null } else { json!(list) }
+}
+
+/// A list of names, or a text.
+pub(super) fn modules(modules: &Modules) -> Value {
+    match modules {
+        Modules::Names(names) => json!(names),
+        other => json!(other.to_string()),
+    }
+}
+
+/// Module names and ranks, in their order.
+pub(super) fn ranks(pattern: &[(String, usize)]) -> Value {
+    Value::Object(pattern.iter().map(|(k, r)| (k.clone(), json!(r))).collect())
+}
+
+/// Module names and α's, in their order.
+pub(super) fn alphas_of(pattern: &[(String, f64)]) -> Value {
+    Value::Object(pattern.iter().map(|(k, a)| (k.clone(), number(*a))).collect::<Map<_, _>>())
 }
 
 /// A whole number without a fraction, as PEFT writes α.
@@ -197,46 +254,51 @@ fn check_alpha(raw: &RawConfig, key: &str, alpha: f64) -> Result<()> {
     Ok(())
 }
 
-fn targets(raw: &RawConfig) -> Result<Vec<String>> {
-    const KEY: &str = "target_modules";
+/// A list of names, a regular expression, or `all-linear`.
+pub(super) fn read_modules(raw: &RawConfig, key: &str) -> Result<Option<Modules>> {
     let strings = |list: &Vec<Value>| list.iter().map(|v| v.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
-    let problem = match raw.value(KEY) {
+    match raw.value(key) {
+        None => Ok(None),
         Some(Value::Array(list)) => match strings(list) {
-            Some(t) if !t.is_empty() && t.iter().all(|t| !t.is_empty()) => return Ok(t),
-            _ => "expected the names of one or more modules".to_owned(),
+            Some(names) if !names.is_empty() && names.iter().all(|n| !n.is_empty()) => Ok(Some(names.into())),
+            _ => Err(raw.error(key, "expected the names of one or more modules")),
         },
-        Some(Value::String(s)) => {
-            format!(
-                "{s:?}, a regular expression or a word for many modules, is not supported; list the modules by name"
-            )
-        }
-        Some(other) => format!("expected a list of names, found {other}"),
-        None => {
-            "missing; PEFT's default for an architecture is not supported, so list the modules, for GPT-2 [\"c_attn\"]"
-                .to_owned()
-        }
-    };
-    Err(raw.error(KEY, problem))
+        Some(Value::String(text)) if !text.is_empty() => Ok(Some(Modules::of_text(text))),
+        Some(other) => Err(raw.error(
+            key,
+            format_args!("expected a list of names, a regular expression, or \"all-linear\", found {other}"),
+        )),
+    }
 }
 
-fn pattern<T>(
+/// One value, or a list of them.
+pub(super) fn one_or_more<T>(
     raw: &RawConfig,
     key: &str,
     what: &str,
     read: impl Fn(&Value) -> Option<T>,
-) -> Result<BTreeMap<String, T>> {
+) -> Result<Vec<T>> {
+    let read_or = |v: &Value| read(v).ok_or_else(|| raw.error(key, format_args!("expected {what}, found {v}")));
+    match raw.value(key) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(list)) => list.iter().map(read_or).collect(),
+        Some(one) => Ok(vec![read_or(one)?]),
+    }
+}
+
+/// Keys and values, in the order of the file.
+pub(super) fn pattern<T>(
+    raw: &RawConfig,
+    key: &str,
+    what: &str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Result<Vec<(String, T)>> {
     let map = match raw.value(key) {
-        None => return Ok(BTreeMap::new()),
+        None => return Ok(Vec::new()),
         Some(Value::Object(map)) => map,
         Some(other) => return Err(raw.error(key, format_args!("expected module names and numbers, found {other}"))),
     };
     let entry = |(name, value): (&String, &Value)| {
-        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.".contains(&b)) {
-            return Err(raw.error(
-                key,
-                format_args!("{name:?} is a regular expression, which is not supported; name the modules"),
-            ));
-        }
         let value =
             read(value).ok_or_else(|| raw.error(key, format_args!("expected {what} for {name:?}, found {value}")))?;
         Ok((name.clone(), value))
@@ -251,31 +313,14 @@ mod tests {
     const SITES: [&str; 4] =
         ["transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj", "transformer.h.1.attn.c_attn", "h.0.xc_attn"];
 
-    /// What PEFT's own expression gives for these keys, in the order of `SITES`.
-    #[test]
-    fn patterns_name_modules_as_pefts_expression_does() {
-        for (key, wanted) in [
-            ("c_attn", [true, false, true, false]),
-            ("attn.c_attn", [true, false, true, false]),
-            ("h.0.attn.c_attn", [true, false, false, false]),
-            ("transformer.h.0.mlp.c_proj", [false, true, false, false]),
-            // The dot is a wildcard.
-            ("0.xc.attn", [false, false, false, true]),
-            ("_attn", [false; 4]),
-            ("a.very.long.name.that.is.longer.than.any.site", [false; 4]),
-        ] {
-            assert_eq!(SITES.map(|s| pattern_names(key, s)), wanted, "{key}");
-        }
-    }
-
     #[test]
     fn parts_become_ranks_of_modules() {
         let config = |targets: &[&str], rslora| LoraConfig {
             rank: 4,
             alpha: 8.0,
-            dropout: 0.0,
             rslora,
-            targets: targets.iter().map(|t| t.to_string()).collect(),
+            targets: targets.iter().copied().collect(),
+            ..LoraConfig::default()
         };
         // Targets, parts per site (of the first three), r, lora_alpha, target_modules, pattern.
         type Row<'a> = (&'a [&'a str], [usize; 3], usize, f64, &'a [&'a str], &'a [(&'a str, usize, f64)]);
@@ -294,27 +339,42 @@ mod tests {
         ];
         for (targets, parts, r, alpha, modules, pattern) in rows {
             let sites = SITES.iter().copied().zip(parts).filter(|(_, n)| *n > 0).collect();
-            let c = PeftConfig::of(&config(targets, false), &sites, None, &Outline::default());
-            assert_eq!((c.r, c.alpha, &c.targets[..]), (r, alpha, &modules.map_str()[..]), "{targets:?}");
+            let of = |rslora| PeftConfig::of(&config(targets, rslora), &sites, None, &Outline::default()).unwrap().lora;
+            let c = of(false);
+            assert_eq!((c.rank, c.alpha, &c.targets), (r, alpha, &modules.iter().copied().collect()), "{targets:?}");
             let ranks: Vec<_> = pattern.iter().map(|(k, r, _)| (k.to_string(), *r)).collect();
-            assert_eq!(c.rank_pattern.clone().into_iter().collect::<Vec<_>>(), ranks, "{targets:?}");
+            assert_eq!(c.rank_pattern, ranks, "{targets:?}");
+            let (c, rs) = (Lora::new(c).unwrap(), Lora::new(of(true)).unwrap());
             for (site, n) in &sites {
-                assert_eq!((c.rank(site), c.alpha(site)), (4 * n, 8.0 * *n as f64), "{targets:?} {site}");
+                assert_eq!(c.rank_and_alpha(site).unwrap(), (4 * n, 8.0 * *n as f64), "{targets:?} {site}");
                 // α/√r stays what it is for one part.
-                let rs = PeftConfig::of(&config(targets, true), &sites, None, &Outline::default());
-                let scale = rs.alpha(site) / (rs.rank(site) as f64).sqrt();
+                let (rank, alpha) = rs.rank_and_alpha(site).unwrap();
+                let scale = alpha / (rank as f64).sqrt();
                 assert!((scale - 4.0).abs() < 1e-12, "{targets:?} {site}: {scale}");
             }
         }
     }
 
-    trait MapStr {
-        fn map_str(&self) -> Vec<String>;
-    }
-
-    impl MapStr for &[&str] {
-        fn map_str(&self) -> Vec<String> {
-            self.iter().map(|s| s.to_string()).collect()
+    /// Ranks of their own stay those of the parts, whatever is written.
+    #[test]
+    fn patterns_go_on_in_the_ranks_of_modules() {
+        let config = LoraConfig {
+            rank: 4,
+            alpha: 8.0,
+            targets: ["c_attn.q", "c_attn.v", "c_proj"].into_iter().collect(),
+            rank_pattern: vec![("h.1.attn.c_attn".into(), 3)],
+            alpha_pattern: vec![(r".*proj".into(), 5.0)],
+            ..LoraConfig::default()
+        };
+        for (parts, r, patterns) in [([2, 2, 2], 8, 1), ([2, 1, 2], 4, 3)] {
+            let sites = SITES.iter().copied().zip(parts).collect();
+            let c = PeftConfig::of(&config, &sites, None, &Outline::default()).unwrap().lora;
+            assert_eq!((c.rank, c.rank_pattern.len()), (r, patterns));
+            let (trained, saved) = (Lora::new(config.clone()).unwrap(), Lora::new(c).unwrap());
+            for (site, n) in sites {
+                let ((r, a), n) = (trained.rank_and_alpha(site).unwrap(), n as f64);
+                assert_eq!(saved.rank_and_alpha(site).unwrap(), (r * n as usize, a * n), "{site} of {n} parts");
+            }
         }
     }
 }

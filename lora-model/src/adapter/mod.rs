@@ -22,6 +22,7 @@ mod options;
 mod own;
 mod peft;
 mod save;
+mod types;
 mod updates;
 
 use std::{
@@ -44,7 +45,8 @@ use crate::{
 
 pub use combine::{COMBINATIONS, Combined, Recipe, Weighted, check_one_base, combine};
 pub use extract::{Extracted, Extraction, extract};
-pub use save::save;
+pub use save::{metadata, save, stored_name};
+use types::Kind;
 pub(crate) use updates::short_name;
 pub use updates::{Update, Updates};
 
@@ -104,7 +106,8 @@ pub fn is_adapter(dir: &Path) -> bool {
 pub fn load(dir: &Path) -> Result<AdapterFile> {
     let raw = RawConfig::from_file(&dir.join(CONFIG_FILE))?;
     let own = raw.value(own::METHOD_KEY).is_some();
-    if !own {
+    let kind = if own { None } else { options::kind(&raw)? };
+    if !own && kind.is_none() {
         options::check(&raw)?;
     }
     let path = dir.join(WEIGHTS_FILE);
@@ -112,7 +115,11 @@ pub fn load(dir: &Path) -> Result<AdapterFile> {
         return Err(Error::PickledAdapter { file: dir.join(PICKLED_FILE) });
     }
     let file = TensorFile::open(&path)?;
-    let mut adapter = if own { own::load(raw, &file) } else { peft::load(raw, &file) }?;
+    let mut adapter = match kind {
+        _ if own => own::load(raw, &file),
+        Some(kind) => kind.load(raw, &file),
+        None => peft::load(raw, &file),
+    }?;
     adapter.base_fingerprint = file.metadata().get(FINGERPRINT_KEY).cloned();
     Ok(adapter)
 }
@@ -125,6 +132,32 @@ fn finite(file: &TensorFile, info: &TensorInfo) -> Result<Tensor> {
     }
     let problem = format!("tensor {} holds a NaN or an infinity; its training failed", info.stored_name);
     Err(Error::Weights { file: file.path().to_owned(), problem })
+}
+
+/// An error about an option, by its key in the configuration.
+fn refused(raw: &RawConfig, e: lora_core::Error) -> Error {
+    match &e {
+        lora_core::Error::Option { option, value, why } => {
+            let own = option.replace('-', "_");
+            let key = match *option {
+                "rank" if raw.value("r").is_some() => "r",
+                "alpha" if raw.value("lora_alpha").is_some() => "lora_alpha",
+                "dropout" if raw.value("lora_dropout").is_some() => "lora_dropout",
+                "targets" if raw.value("target_modules").is_some() => "target_modules",
+                "prefix" if raw.value("num_virtual_tokens").is_some() => "num_virtual_tokens",
+                _ => own.as_str(),
+            };
+            raw.error(key, format_args!("{value}: {why}"))
+        }
+        lora_core::Error::NoSuchTarget { .. } | lora_core::Error::OverlappingTargets { .. } => {
+            let key = if raw.value("target_modules").is_some() { "target_modules" } else { "targets" };
+            raw.error(key, e)
+        }
+        lora_core::Error::DoesNotFit { .. } | lora_core::Error::NothingTrainable { .. } => {
+            raw.error(own::METHOD_KEY, e)
+        }
+        _ => Error::Core(e),
+    }
 }
 
 /// [`load`] and [`AdapterFile::attach`].
@@ -191,24 +224,16 @@ impl AdapterFile {
     /// the base (for targets it lists the base's modules); [`Error::TensorNames`], [`Error::Shape`] when the tensors are
     /// not exactly those that the method needs on this base; [`Error::Weights`] when they contradict its structure.
     pub fn attach(&self, base: &dyn Base, device: &Device) -> Result<Adapted> {
-        let outline = base.outline();
-        self.check_base(outline)?;
+        self.check_base(base.outline())?;
         if let Err(e) = self.check_same_base(base) {
             tracing::warn!("{}: {e}", self.weights.display());
         }
-        // PEFT lists these two for every classifier, whatever its head is called.
-        const HEADS: [&str; 2] = ["classifier", "score"];
-        for module in own::strings(&self.raw, "modules_to_save")?.unwrap_or_default() {
-            if !outline.modules_to_save.contains(&module) && !HEADS.contains(&module.as_str()) {
-                let problem =
-                    format!("training {module} beside the adapter is not supported; only a classifier's head is");
-                return Err(self.raw.error("modules_to_save", problem));
-            }
-        }
         let adapted = Adapted::new(&*self.build()?, base, device, base.dtype(), 0);
         let mut adapted = adapted.map_err(|e| self.refused(e))?;
-        self.check(&adapted)?;
-        adapted.load_adapter_tensors(self.tensors.clone()).map_err(|e| match e {
+        let wanted: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
+        let tensors = types::placed(&self.tensors, &wanted);
+        self.check(&tensors, &wanted, base.outline())?;
+        adapted.load_adapter_tensors(tensors).map_err(|e| match e {
             lora_core::Error::Structure { name, why } => {
                 Error::Weights { file: self.weights.clone(), problem: format!("tensor {PREFIX}{name}: {why}") }
             }
@@ -222,41 +247,29 @@ impl AdapterFile {
         (self.row()?.build)(&self.options).map_err(|e| self.refused(e))
     }
 
-    /// An error about an option, by its key in the configuration.
     fn refused(&self, e: lora_core::Error) -> Error {
-        match &e {
-            lora_core::Error::Option { option, value, why } => {
-                let own = option.replace('-', "_");
-                let key = match *option {
-                    "rank" if self.raw.value("r").is_some() => "r",
-                    "alpha" if self.raw.value("lora_alpha").is_some() => "lora_alpha",
-                    "dropout" if self.raw.value("lora_dropout").is_some() => "lora_dropout",
-                    "targets" if self.raw.value("target_modules").is_some() => "target_modules",
-                    _ => own.as_str(),
-                };
-                self.raw.error(key, format_args!("{value}: {why}"))
-            }
-            lora_core::Error::NoSuchTarget { .. } | lora_core::Error::OverlappingTargets { .. } => {
-                let key = if self.raw.value("target_modules").is_some() { "target_modules" } else { "targets" };
-                self.raw.error(key, e)
-            }
-            lora_core::Error::DoesNotFit { .. } | lora_core::Error::NothingTrainable { .. } => {
-                self.raw.error(own::METHOD_KEY, e)
-            }
-            _ => Error::Core(e),
-        }
+        refused(&self.raw, e)
     }
 
     /// Compares names and shapes with those that the base asks for.
-    fn check(&self, adapted: &Adapted) -> Result<()> {
-        let wanted: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
-        let full = |name: &String| format!("{PREFIX}{name}");
-        let missing: Vec<String> = wanted.keys().filter(|n| !self.tensors.contains_key(*n)).map(full).collect();
-        let unexpected: Vec<String> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).map(full).collect();
+    fn check(
+        &self,
+        tensors: &BTreeMap<String, Tensor>,
+        wanted: &BTreeMap<String, Tensor>,
+        outline: &Outline,
+    ) -> Result<()> {
+        let kind = self.raw.str("peft_type")?.and_then(Kind::named);
+        let is_adapted = |site: &str| wanted.contains_key(&format!("{site}.lora_A.weight"));
+        let full = |name: &String| match kind {
+            Some(kind) => kind.stored_name(name, outline),
+            None => peft::stored_name(name, is_adapted),
+        };
+        let missing: Vec<String> = wanted.keys().filter(|n| !tensors.contains_key(*n)).map(full).collect();
+        let unexpected: Vec<String> = tensors.keys().filter(|n| !wanted.contains_key(*n)).map(full).collect();
         if !missing.is_empty() || !unexpected.is_empty() {
             return Err(Error::TensorNames { place: self.weights.clone(), missing, unexpected });
         }
-        for (name, t) in &self.tensors {
+        for (name, t) in tensors {
             let expected = wanted[name].shape();
             if t.shape() != expected {
                 let (expected, found) = (expected.to_vec(), t.shape().to_vec());

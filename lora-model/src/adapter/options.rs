@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::types::Kind;
 use crate::{Result, config::RawConfig};
 
 /// Keys that are read, or that change nothing about what a saved adapter computes.
@@ -9,12 +10,16 @@ const HARMLESS: &[&str] = &[
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
+    "bias",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
+    "exclude_modules",
     // A matter of how the base stores its weights, which the base knows better.
     "fan_in_fan_out",
     "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
     "loftq_config",
     "lora_alpha",
     "lora_dropout",
@@ -28,6 +33,7 @@ const HARMLESS: &[&str] = &[
     "revision",
     "runtime_config",
     "target_modules",
+    "use_dora",
     "use_rslora",
 ];
 
@@ -35,18 +41,14 @@ const HARMLESS: &[&str] = &[
 const UNSUPPORTED: &[(&str, &str)] = &[
     ("alora_invocation_tokens", "adapters that begin at certain tokens (aLoRA)"),
     ("arrow_config", "routing between adapters (Arrow)"),
-    ("exclude_modules", "exceptions from the targets"),
     ("kasa_config", "KaSA"),
     ("layer_replication", "layers that are repeated"),
-    ("layers_pattern", "adapting some of the layers only"),
-    ("layers_to_transform", "adapting some of the layers only"),
     ("lora_bias", "a bias of the adapter's own"),
     ("megatron_config", "Megatron's layers"),
     ("monteclora_config", "MonteCLoRA"),
     ("target_parameters", "adapting parameters that are no module's weight"),
     ("trainable_token_indices", "training rows of the embedding"),
     ("use_bdlora", "block-diagonal LoRA"),
-    ("use_dora", "DoRA"),
     ("use_qalora", "QALoRA"),
     ("velora_config", "VeLoRA"),
 ];
@@ -54,16 +56,16 @@ const UNSUPPORTED: &[(&str, &str)] = &[
 /// Ways to begin an adapter that leave the base as it is: once trained, they make no difference.
 const INITS: &[&str] = &["gaussian", "eva", "orthogonal"];
 
-/// Refuses an adapter that is not plain LoRA, naming the key.
-pub(super) fn check(raw: &RawConfig) -> Result<()> {
-    match raw.str("peft_type")? {
-        Some("LORA") => {}
-        Some(other) => {
-            let problem = format!("adapters of type {other:?} are not supported; only \"LORA\" is");
-            return Err(raw.error("peft_type", problem));
-        }
+/// The type of an adapter beside LoRA, and none for LoRA.
+pub(super) fn kind(raw: &RawConfig) -> Result<Option<Kind>> {
+    let kind = match raw.str("peft_type")? {
+        Some("LORA") => None,
+        Some(other) => Some(Kind::named(other).ok_or_else(|| {
+            let all = Kind::words().map(|word| format!("{word:?}")).collect::<Vec<_>>().join(", ");
+            raw.error("peft_type", format_args!("adapters of type {other:?} are not supported; \"LORA\", {all} are"))
+        })?),
         None => return Err(raw.error("peft_type", "missing; this is no configuration of a PEFT adapter")),
-    }
+    };
     match raw.str("task_type")? {
         None | Some("CAUSAL_LM" | "SEQ_CLS") => {}
         Some(other) => {
@@ -74,13 +76,11 @@ pub(super) fn check(raw: &RawConfig) -> Result<()> {
             return Err(raw.error("task_type", problem));
         }
     }
-    match raw.str("bias")? {
-        None | Some("none") => {}
-        Some(other) => {
-            return Err(raw
-                .error("bias", format!("{other:?}, training biases of the base, is not supported; only \"none\" is")));
-        }
-    }
+    Ok(kind)
+}
+
+/// Refuses an adapter that is not plain LoRA, naming the key.
+pub(super) fn check(raw: &RawConfig) -> Result<()> {
     match raw.value("init_lora_weights") {
         None | Some(Value::Bool(_)) => {}
         Some(Value::String(s)) if INITS.contains(&s.as_str()) => {}
@@ -92,7 +92,7 @@ pub(super) fn check(raw: &RawConfig) -> Result<()> {
             return Err(raw.error("init_lora_weights", problem));
         }
     }
-    const CHECKED: [&str; 4] = ["peft_type", "task_type", "bias", "init_lora_weights"];
+    const CHECKED: [&str; 3] = ["peft_type", "task_type", "init_lora_weights"];
     for (key, value) in raw.keys() {
         let key = key.as_str();
         if is_empty(value) || HARMLESS.contains(&key) || CHECKED.contains(&key) {
@@ -110,7 +110,7 @@ pub(super) fn check(raw: &RawConfig) -> Result<()> {
 }
 
 /// Whether a value switches nothing on.
-fn is_empty(value: &Value) -> bool {
+pub(super) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Array(list) => list.is_empty(),

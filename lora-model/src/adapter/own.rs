@@ -9,12 +9,28 @@ use std::collections::BTreeMap;
 
 use lora_core::{
     Tensor,
-    peft::{Frozen, Layers, MethodRow, Options, Outline, find},
+    peft::{Bias, Frozen, Layers, MethodRow, Modules, Options, Outline, find},
 };
 use serde_json::{Map, Value, json};
 
-use super::{AdapterFile, PREFIX, finite};
+use super::{
+    AdapterFile, PREFIX,
+    config::{alphas_of, modules, one_or_more, pattern, ranks, read_modules},
+    finite, refused,
+};
 use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
+
+/// Options that methods have come to read later: a configuration without them means their defaults.
+const LATER: [&str; 8] = [
+    "exclude-modules",
+    "layers-to-transform",
+    "layers-pattern",
+    "rank-pattern",
+    "alpha-pattern",
+    "modules-to-save",
+    "bias",
+    "use-dora",
+];
 
 /// The key that tells such a configuration from PEFT's.
 pub(super) const METHOD_KEY: &str = "method";
@@ -40,7 +56,16 @@ fn value(o: &Options, option: &str) -> Value {
         "alpha" => json!(o.alpha),
         "dropout" => json!(o.dropout),
         "rslora" => json!(o.rslora),
-        "targets" => json!(o.targets),
+        "targets" => modules(&o.targets),
+        "exclude-modules" => modules(&o.exclude_modules),
+        "layers-to-transform" => json!(o.layers_to_transform),
+        "layers-pattern" => json!(o.layers_pattern),
+        "rank-pattern" => ranks(&o.rank_pattern),
+        "alpha-pattern" => alphas_of(&o.alpha_pattern),
+        "modules-to-save" => json!(o.modules_to_save),
+        "bias" => json!(o.bias.word()),
+        "use-dora" => json!(o.use_dora),
+        "feedforward-modules" => modules(&o.feedforward_modules),
         "bottleneck" => json!(o.bottleneck),
         "train-norms" => json!(o.train_norms),
         "layers" => json!(o.layers.to_string()),
@@ -76,7 +101,8 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
     {
         return Err(raw.error(key, format_args!("method {name} has no such option")));
     }
-    if let Some(option) = row.options.iter().find(|o| !raw.keys().contains_key(&o.replace('-', "_"))) {
+    let missing = |o: &&&str| !raw.keys().contains_key(&o.replace('-', "_")) && !LATER.contains(*o);
+    if let Some(option) = row.options.iter().find(missing) {
         let problem = "missing; it says how the adapter was made, so it has to be there";
         return Err(raw.error(&option.replace('-', "_"), problem));
     }
@@ -111,7 +137,22 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         "alpha" => o.alpha = raw.f64(key)?.unwrap_or(o.alpha),
         "dropout" => o.dropout = raw.f64(key)?.unwrap_or(o.dropout),
         "rslora" => o.rslora = raw.bool(key)?.unwrap_or(o.rslora),
-        "targets" => o.targets = strings(raw, key)?.unwrap_or_default(),
+        "targets" => o.targets = some_modules(raw, key)?,
+        "exclude-modules" => o.exclude_modules = some_modules(raw, key)?,
+        "layers-to-transform" => {
+            o.layers_to_transform = one_or_more(raw, key, "a layer's number", |v| v.as_u64()?.try_into().ok())?;
+        }
+        "layers-pattern" => o.layers_pattern = strings(raw, key)?.unwrap_or_default(),
+        "rank-pattern" => o.rank_pattern = pattern(raw, key, "a whole number", |v| v.as_u64()?.try_into().ok())?,
+        "alpha-pattern" => o.alpha_pattern = pattern(raw, key, "a number", Value::as_f64)?,
+        "modules-to-save" => o.modules_to_save = strings(raw, key)?.unwrap_or_default(),
+        "bias" => {
+            if let Some(word) = raw.str(key)? {
+                o.bias = Bias::parse(word).map_err(|e| refused(raw, e))?;
+            }
+        }
+        "use-dora" => o.use_dora = raw.bool(key)?.unwrap_or(o.use_dora),
+        "feedforward-modules" => o.feedforward_modules = some_modules(raw, key)?,
         "bottleneck" => o.bottleneck = raw.usize(key)?.unwrap_or(o.bottleneck),
         "train-norms" => o.train_norms = raw.bool(key)?.unwrap_or(o.train_norms),
         "layers" => o.layers = layers(raw.str(key)?)?.unwrap_or(o.layers.clone()),
@@ -126,6 +167,14 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         other => panic!("an option of a method that its files do not know: {other}"),
     }
     Ok(())
+}
+
+/// Names, which may be none, or a text.
+fn some_modules(raw: &RawConfig, key: &str) -> Result<Modules> {
+    match raw.value(key) {
+        Some(Value::Array(list)) if list.is_empty() => Ok(Modules::default()),
+        _ => Ok(read_modules(raw, key)?.unwrap_or_default()),
+    }
 }
 
 /// A list of names.

@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, path::Path};
 
 use lora_core::{
     Tensor,
-    peft::{Lora, LoraConfig, Options, Outline},
+    peft::{Bias, Lora, LoraConfig, Modules, Options, Outline, saves},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ARCHITECTURE_KEY, AdapterFile, PARTS_KEY, PREFIX, config::PeftConfig, finite};
+use super::{ARCHITECTURE_KEY, AdapterFile, PARTS_KEY, PREFIX, config::PeftConfig, finite, refused};
 use crate::{
     Error, Result,
     checkpoint::{TensorFile, TensorInfo},
@@ -20,21 +20,49 @@ use crate::{
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Parts {
-    pub(super) targets: Vec<String>,
-    pub(super) rank: usize,
-    pub(super) alpha: f64,
+    targets: Vec<String>,
+    rank: usize,
+    alpha: f64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    rank_pattern: Vec<(String, usize)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    alpha_pattern: Vec<(String, f64)>,
+}
+
+impl Parts {
+    /// # Panics
+    /// When the targets are no names: then there are no parts.
+    pub(super) fn of(config: &LoraConfig) -> Parts {
+        let Modules::Names(targets) = config.targets.clone() else { panic!("parts are targets by name") };
+        Parts {
+            targets,
+            rank: config.rank,
+            alpha: config.alpha,
+            rank_pattern: config.rank_pattern.clone(),
+            alpha_pattern: config.alpha_pattern.clone(),
+        }
+    }
+}
+
+/// The name in a file of a tensor of an adapter, where a bias of an adapted module has PEFT's name for it.
+pub(super) fn stored_name(name: &str, is_adapted: impl Fn(&str) -> bool) -> String {
+    match name.strip_suffix(".bias").filter(|module| is_adapted(module)) {
+        Some(module) => format!("{PREFIX}{module}.base_layer.bias"),
+        None => format!("{PREFIX}{name}"),
+    }
 }
 
 /// The adapter of a configuration that was read, and of the tensors beside it.
 pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
     let config = PeftConfig::of_raw(&raw)?;
-    let (modules, whole_modules) = modules(file, &config.modules_to_save)?;
+    let lora = Lora::new(config.lora.clone()).map_err(|e| refused(&raw, e))?;
+    let (modules, others) = modules(file, &config)?;
     for (site, pair) in &modules {
-        check_pair(file, &config, &raw, site, pair)?;
+        check_pair(file, &lora, &raw, site, pair)?;
     }
     let trained = match file.metadata().get(PARTS_KEY) {
-        Some(text) => parts(text, &config, &raw, file.path(), modules.keys().map(String::as_str))?,
-        None => whole(&config, &raw, modules.keys().map(String::as_str))?,
+        Some(text) => parts(text, &config, &lora, &raw, file.path(), modules.keys().map(String::as_str))?,
+        None => config.lora.clone(),
     };
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for (site, [a, b]) in &modules {
@@ -42,10 +70,9 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
             tensors.insert(format!("{site}.{factor}.weight"), finite(file, info)?);
         }
     }
-    for key in whole_modules {
-        if let (Some(own), Some(info)) = (key.strip_prefix(PREFIX), file.info(&key)) {
-            tensors.insert(own.to_owned(), finite(file, &info)?);
-        }
+    for (own, key) in others {
+        let info = file.info(&key).expect("one of the file's names");
+        tensors.insert(own, finite(file, &info)?);
     }
     Ok(AdapterFile {
         method: "lora",
@@ -74,16 +101,19 @@ fn parse(key: &str) -> Option<(&str, usize)> {
 /// A and B of every module, by its name.
 type Pairs = BTreeMap<String, [TensorInfo; 2]>;
 
-/// The factors of every module, by its name, and the names of other tensors: those of modules that were trained whole
-/// (`saved`).
-fn modules(file: &TensorFile, saved: &[String]) -> Result<(Pairs, Vec<String>)> {
+/// The factors of every module, by its name, and other tensors, by their names in the base and in the file: those of
+/// modules that were trained whole, and biases.
+fn modules(file: &TensorFile, config: &PeftConfig) -> Result<(Pairs, BTreeMap<String, String>)> {
     let bad = |problem| Err(Error::Weights { file: file.path().to_owned(), problem });
     let mut found: BTreeMap<String, [Option<TensorInfo>; 2]> = BTreeMap::new();
-    let (mut whole, mut strange) = (Vec::new(), Vec::new());
+    let (mut whole, mut strange) = (BTreeMap::new(), Vec::new());
     for key in file.names() {
         let Some((module, factor)) = parse(key) else {
-            let known = key.strip_prefix(PREFIX).is_some_and(|name| saved.iter().any(|m| is_of(name, m)));
-            if known { &mut whole } else { &mut strange }.push(key.to_owned());
+            match own_name(key, config) {
+                Other::Of(own) => drop(whole.insert(own, key.to_owned())),
+                Other::Copy => {}
+                Other::Strange => strange.push(key.to_owned()),
+            }
             continue;
         };
         let place = &mut found.entry(module.to_owned()).or_default()[factor];
@@ -124,19 +154,43 @@ fn modules(file: &TensorFile, saved: &[String]) -> Result<(Pairs, Vec<String>)> 
     }
 }
 
-/// Whether a tensor belongs to a module that PEFT's `modules_to_save` names: by the end of its path.
-pub(super) fn is_of(tensor: &str, module: &str) -> bool {
-    let parts: Vec<&str> = tensor.split('.').collect();
-    let wanted: Vec<&str> = module.split('.').collect();
-    parts.windows(wanted.len()).any(|w| w == wanted)
+/// The end of the names of DoRA's lengths.
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+
+/// What a tensor is that is no factor.
+enum Other {
+    /// This tensor of the base.
+    Of(String),
+    /// What stands in the file once more under another name, or is the base's own.
+    Copy,
+    /// Nothing that the configuration speaks of.
+    Strange,
+}
+
+/// The tensor of the base that one of the file is.
+fn own_name(key: &str, config: &PeftConfig) -> Other {
+    let Some(name) = key.strip_prefix(PREFIX) else { return Other::Strange };
+    let is_saved = config.modules_to_save.iter().any(|m| saves(m, name));
+    // With `bias = "all"` PEFT also writes the biases of both modules inside its wrapper: the one that was trained, and the
+    // base's.
+    let wrapped = [".modules_to_save.", ".original_module."].iter().any(|wrapper| name.contains(wrapper));
+    match name.strip_suffix(".bias") {
+        Some(_) if is_saved && wrapped && config.lora.bias == Bias::All => Other::Copy,
+        _ if is_saved => Other::Of(name.to_owned()),
+        None if config.lora.use_dora && name.ends_with(MAGNITUDE) => Other::Of(name.to_owned()),
+        Some(module) if config.lora.bias != Bias::None => {
+            Other::Of(format!("{}.bias", module.strip_suffix(".base_layer").unwrap_or(module)))
+        }
+        _ => Other::Strange,
+    }
 }
 
 /// What a key that is none of LoRA's probably is.
 fn hint(key: &str) -> &'static str {
     match () {
-        () if key.contains("lora_magnitude_vector") => "DoRA is not supported yet",
+        () if key.contains(MAGNITUDE) => "lengths of DoRA go with use_dora = true",
         () if key.contains("lora_embedding_") => "adapted embeddings are not supported yet",
-        () if key.ends_with(".bias") => "trained biases are not supported yet",
+        () if key.ends_with(".bias") => "biases that were trained go with bias = \"all\" or \"lora_only\"",
         () if key.contains(".lora_A.") || key.contains(".lora_B.") => {
             "PEFT would ignore a tensor with another prefix; rename it"
         }
@@ -145,14 +199,8 @@ fn hint(key: &str) -> &'static str {
 }
 
 /// Checks that A [r, in] and B [out, r] have the rank that the configuration says.
-fn check_pair(
-    file: &TensorFile,
-    config: &PeftConfig,
-    raw: &RawConfig,
-    site: &str,
-    pair: &[TensorInfo; 2],
-) -> Result<()> {
-    let r = config.rank(site);
+fn check_pair(file: &TensorFile, lora: &Lora, raw: &RawConfig, site: &str, pair: &[TensorInfo; 2]) -> Result<()> {
+    let (r, _) = lora.rank_and_alpha(site).map_err(|e| refused(raw, e))?;
     for (i, info) in pair.iter().enumerate() {
         let problem = match info.shape[..] {
             [rows, cols] if [rows, cols][i] == r => continue,
@@ -170,25 +218,11 @@ fn check_pair(
     Ok(())
 }
 
-/// How an adapter of whole modules was trained.
-fn whole<'a>(config: &PeftConfig, raw: &RawConfig, sites: impl Iterator<Item = &'a str>) -> Result<LoraConfig> {
-    let mut settings = sites.map(|site| (config.rank(site), config.alpha(site)));
-    let (rank, alpha) = settings.next().unwrap_or((config.r, config.alpha));
-    if let Some((r, a)) = settings.find(|s| *s != (rank, alpha)) {
-        let key = if r == rank { "alpha_pattern" } else { "rank_pattern" };
-        let problem = format!(
-            "modules with different ranks or alphas (r = {rank}, α = {alpha} and r = {r}, α = {a}) are not supported \
-             yet, other than parts of fused projections in an adapter saved here"
-        );
-        return Err(raw.error(key, problem));
-    }
-    Ok(LoraConfig { rank, alpha, dropout: config.dropout, rslora: config.rslora, targets: config.targets.clone() })
-}
-
 /// How an adapter with parts was trained, by the header of its tensors, which has to agree with its configuration.
 fn parts<'a>(
     text: &str,
     config: &PeftConfig,
+    whole: &Lora,
     raw: &RawConfig,
     weights: &Path,
     sites: impl Iterator<Item = &'a str>,
@@ -197,18 +231,21 @@ fn parts<'a>(
         let problem = format!("metadata {PARTS_KEY:?}: {problem}; save the adapter again");
         Error::Weights { file: weights.to_owned(), problem }
     };
-    let Parts { targets, rank, alpha } = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
-    let trained = LoraConfig { rank, alpha, dropout: config.dropout, rslora: config.rslora, targets };
-    Lora::new(trained.clone()).map_err(|e| bad(e.to_string()))?;
+    let Parts { targets, rank, alpha, rank_pattern, alpha_pattern } =
+        serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+    let targets = Modules::Names(targets);
+    let trained = LoraConfig { rank, alpha, targets, rank_pattern, alpha_pattern, ..config.lora.clone() };
+    let lora = Lora::new(trained.clone()).map_err(|e| bad(e.to_string()))?;
     let mut counts = BTreeMap::new();
     for site in sites {
-        let r = config.rank(site);
+        let of = |lora: &Lora| lora.rank_and_alpha(site).map_err(|e| refused(raw, e));
+        let ((r, _), (rank, _)) = (of(whole)?, of(&lora)?);
         if !r.is_multiple_of(rank) {
             return Err(bad(format!("{site} has rank {r}, which is no multiple of the parts' rank {rank}")));
         }
         counts.insert(site, r / rank);
     }
-    let expected = PeftConfig::of(&trained, &counts, None, &Outline::default());
+    let expected = PeftConfig::of(&trained, &counts, None, &Outline::default())?;
     match config.difference(&expected) {
         Some((key, found, expected)) => Err(raw.error(
             key,

@@ -3,16 +3,17 @@ use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
 use lora_core::{
     Tensor,
     lowrank::Layout,
-    peft::{Adapted, Base, LoraConfig, Options, Outline, find},
+    peft::{Adapted, Base, Lora, LoraConfig, MethodRow, Modules, Options, Outline, find},
 };
 use lora_kernels::DType;
 use serde_json::json;
 
 use super::{
-    ARCHITECTURE_KEY, CONFIG_FILE, FINGERPRINT_KEY, PARTS_KEY, PREFIX, WEIGHTS_FILE,
+    ARCHITECTURE_KEY, CONFIG_FILE, FINGERPRINT_KEY, PARTS_KEY, WEIGHTS_FILE,
     config::{self, PeftConfig},
     own,
-    peft::Parts,
+    peft::{self, Parts},
+    types::Kind,
 };
 use crate::{
     Error, Result,
@@ -43,24 +44,22 @@ pub fn save(
 ) -> Result<()> {
     let tensors: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
     let row = find(method)?;
-    let (text, parts) = match row.name {
-        "lora" => peft(options, &tensors, base.outline(), base_model_name),
-        _ => (own::text(row, options, base.outline(), base_model_name), None),
+    let outline = base.outline();
+    let kind = Kind::of(row, options, outline);
+    let (text, parts) = match kind {
+        _ if row.name == "lora" => lora(options, &tensors, outline, base_model_name)?,
+        Some(kind) => (kind.text(options, outline, base_model_name), None),
+        None => (own::text(row, options, outline, base_model_name), None),
     };
     let fingerprint = fingerprint::of_base(base)?;
-    let mut metadata = vec![("format", "pt"), (FINGERPRINT_KEY, fingerprint.as_str())];
-    if row.name == "lora" {
-        metadata.push((ARCHITECTURE_KEY, &base.outline().architecture));
-    }
+    let mut metadata = metadata(row, options, outline, &fingerprint);
     metadata.extend(parts.as_deref().map(|p| (PARTS_KEY, p)));
-    let specs: Vec<TensorSpec> =
-        tensors.iter().map(|(name, t)| TensorSpec::new(format!("{PREFIX}{name}"), t.shape())).collect();
-    let write = || {
-        write_tensors(&dir.join(WEIGHTS_FILE), &metadata, &specs, |name| {
-            let own = name.strip_prefix(PREFIX).unwrap_or(name);
-            Ok(tensors[own].to_dtype(DType::F32)?)
-        })
-    };
+    let is_adapted = |site: &str| tensors.contains_key(&format!("{site}.lora_A.weight"));
+    let name_of = |name: &str| stored_name(row, options, outline, name, is_adapted);
+    let stored: BTreeMap<String, &Tensor> = tensors.iter().map(|(name, t)| (name_of(name), t)).collect();
+    let specs: Vec<TensorSpec> = stored.iter().map(|(name, t)| TensorSpec::new(name.clone(), t.shape())).collect();
+    let write =
+        || write_tensors(&dir.join(WEIGHTS_FILE), &metadata, &specs, |name| Ok(stored[name].to_dtype(DType::F32)?));
 
     files::create_folder(dir)?;
     let path = dir.join(CONFIG_FILE);
@@ -87,30 +86,59 @@ pub fn save(
     }
 }
 
+/// The name in a file of a tensor that an adapter of `row` has, where LoRA adapts the modules that `is_adapted` says.
+pub fn stored_name(
+    row: &MethodRow,
+    options: &Options,
+    outline: &Outline,
+    name: &str,
+    is_adapted: impl Fn(&str) -> bool,
+) -> String {
+    match Kind::of(row, options, outline) {
+        Some(kind) => kind.stored_name(name, outline),
+        None => peft::stored_name(name, |site| row.name == "lora" && is_adapted(site)),
+    }
+}
+
+/// What the header of an adapter's file remembers, parts of fused projections aside; with the base's
+/// [fingerprint](crate::fingerprint::of_base).
+pub fn metadata<'a>(
+    row: &MethodRow,
+    options: &Options,
+    outline: &'a Outline,
+    fingerprint: &'a str,
+) -> Vec<(&'static str, &'a str)> {
+    let architecture = (ARCHITECTURE_KEY, outline.architecture.as_str());
+    // Where the configuration is PEFT's, it has no place for this.
+    let peft = row.name == "lora" || Kind::of(row, options, outline).is_some();
+    [("format", "pt"), (FINGERPRINT_KEY, fingerprint)].into_iter().chain(peft.then_some(architecture)).collect()
+}
+
 /// PEFT's configuration of LoRA, and the parts of fused projections where there are some.
-fn peft(
+fn lora(
     options: &Options,
     tensors: &BTreeMap<String, Tensor>,
     outline: &Outline,
     base_model_name: Option<&str>,
-) -> (String, Option<String>) {
+) -> Result<(String, Option<String>)> {
     let mut config = LoraConfig::from(options);
-    if config.targets.is_empty() {
-        config.targets.clone_from(&outline.default_targets);
+    if config.targets.is_default() {
+        config.targets = Modules::Names(outline.default_targets.clone());
     }
+    let lora = Lora::new(config.clone())?;
     let mut sites = BTreeMap::new();
     for (name, a) in tensors {
         if let Some(site) = name.strip_suffix(".lora_A.weight") {
-            assert_eq!(a.rows() % config.rank, 0, "{name} has rank {}, not of {}", a.rows(), config.rank);
-            sites.insert(site, a.rows() / config.rank);
+            let (rank, _) = lora.rank_and_alpha(site)?;
+            assert_eq!(a.rows() % rank, 0, "{name} has rank {}, not of {rank}", a.rows());
+            sites.insert(site, a.rows() / rank);
         }
     }
     assert!(!sites.is_empty(), "there is no adapter to save");
     // PEFT's flag for weights stored [in, out].
     let transposed =
         outline.linear_sites().any(|(s, l)| sites.contains_key(s.name.as_str()) && l.layout == Layout::InOut);
-    let text = PeftConfig::of(&config, &sites, base_model_name.map(str::to_owned), outline).text(transposed);
-    let parts = config::has_parts(&config, sites.keys().copied())
-        .then(|| json!(Parts { targets: config.targets.clone(), rank: config.rank, alpha: config.alpha }).to_string());
-    (text, parts)
+    let text = PeftConfig::of(&config, &sites, base_model_name.map(str::to_owned), outline)?.text(transposed);
+    let parts = config::has_parts(&config, sites.keys().copied()).then(|| json!(Parts::of(&config)).to_string());
+    Ok((text, parts))
 }

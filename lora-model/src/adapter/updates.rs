@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use lora_core::{
     Tensor,
     lowrank::{self, Layout, LowRank, Scaling},
-    peft::{Base, LoraConfig, Outline, names},
+    peft::{Base, Lora, LoraConfig, Modules, Outline, names, saves},
 };
 use lora_kernels::{DType, Device};
 use ndarray::{Array2, ArrayView2};
@@ -74,7 +74,7 @@ impl AdapterFile {
             let problem = "DoRA scales the base's own weights, so it is no update that could be added to them";
             return Err(raw.error("use_dora", problem));
         }
-        let config = PeftConfig::of_raw(raw)?;
+        let lora = Lora::new(PeftConfig::of_raw(raw)?.lora)?;
         let scaling = if raw.bool("use_rslora")? == Some(true) { Scaling::RsLora } else { Scaling::Lora };
         let modules_to_save = strings(raw, "modules_to_save")?.unwrap_or_default();
         let mut updates = Updates {
@@ -92,7 +92,7 @@ impl AdapterFile {
                 continue;
             }
             let Some((module, embedding)) = a else {
-                if !updates.modules_to_save.iter().any(|m| super::peft::is_of(name, m)) {
+                if !updates.modules_to_save.iter().any(|m| saves(m, name)) {
                     let problem = format!("tensor {PREFIX}{name} is no part of an update of a weight");
                     return Err(Error::Weights { file: self.weights.clone(), problem });
                 }
@@ -106,7 +106,8 @@ impl AdapterFile {
                 file: self.weights.clone(),
                 problem: format!("module {module}: {e}"),
             };
-            let scale = scaling.scale(config.alpha(module), config.rank(module)).map_err(refused)?;
+            let (rank, alpha) = lora.rank_and_alpha(module)?;
+            let scale = scaling.scale(alpha, rank).map_err(refused)?;
             let delta = LowRank::new(a, b, scale).map_err(refused)?;
             updates.modules.insert(module.to_owned(), Update { delta, embedding });
         }
@@ -170,13 +171,13 @@ impl Updates {
         let metadata: Vec<(&str, &str)> = metadata.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         files::create_folder(dir)?;
         write_tensors(&dir.join(WEIGHTS_FILE), &metadata, &specs, |name| Ok(tensors[name].to_dtype(DType::F32)?))?;
-        files::write_bytes(&dir.join(CONFIG_FILE), self.config(rank).as_bytes())
+        files::write_bytes(&dir.join(CONFIG_FILE), self.config(rank)?.as_bytes())
     }
 
     /// The text of `adapter_config.json`.
-    fn config(&self, rank: usize) -> String {
-        let config =
-            LoraConfig { rank, alpha: rank as f64, dropout: 0.0, rslora: false, targets: self.targets.clone() };
+    fn config(&self, rank: usize) -> Result<String> {
+        let targets = Modules::Names(self.targets.clone());
+        let config = LoraConfig { rank, alpha: rank as f64, targets, ..LoraConfig::default() };
         let sites = self.modules.keys().map(|module| (module.as_str(), 1)).collect();
         const TASKS: [&str; 2] = ["CAUSAL_LM", "SEQ_CLS"];
         let outline = Outline {
@@ -184,7 +185,7 @@ impl Updates {
             modules_to_save: self.modules_to_save.clone(),
             ..Outline::default()
         };
-        PeftConfig::of(&config, &sites, self.base_model_name_or_path.clone(), &outline).text(self.fan_in_fan_out)
+        Ok(PeftConfig::of(&config, &sites, self.base_model_name_or_path.clone(), &outline)?.text(self.fan_in_fan_out))
     }
 
     /// The base's tensors that the adapter changes, as they are with it.

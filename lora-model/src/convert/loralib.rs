@@ -13,7 +13,7 @@ use std::{
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Outline, names},
+    peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Modules, Outline, names},
 };
 use lora_kernels::{DType, Device};
 
@@ -108,7 +108,7 @@ pub fn from_loralib(path: &Path, base: &dyn Base, alpha: f64, parts: &[String]) 
     }
     let Some(rank) = rank else { return Err(bad("it holds no tensors".into())) };
     let targets = named(outline, &targets);
-    let config = LoraConfig { rank, alpha, dropout: 0.0, rslora: false, targets };
+    let config = LoraConfig { rank, alpha, targets: Modules::Names(targets), ..LoraConfig::default() };
     let mut adapted = Adapted::new(&Lora::new(config.clone())?, base, &Device::Cpu, DType::F32, 0)?;
     // What the base's head has is as the base begins it.
     for (name, tensor) in adapted.adapter_tensors()? {

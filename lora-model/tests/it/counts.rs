@@ -43,7 +43,7 @@ fn bottleneck(bottleneck: usize) -> Options {
 
 /// LoRA of queries and values, as in the paper's tables.
 fn lora(rank: usize, targets: [&str; 2]) -> Options {
-    Options { rank, targets: targets.map(String::from).into(), ..plain() }
+    Options { rank, targets: targets.into_iter().collect(), ..plain() }
 }
 
 fn prefix(prefix: usize, infix: usize) -> Options {

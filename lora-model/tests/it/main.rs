@@ -15,6 +15,7 @@ mod golden;
 mod heads;
 mod join;
 mod methods;
+mod peft;
 mod rows;
 mod tokenizer;
 mod virtual_tokens;

@@ -91,7 +91,7 @@ impl<'a> Variants<'a> {
             };
         }
         let lora_setting = format!("r = {} on {}", config.rank, targets.join(", "));
-        let options = Options { rank: config.rank, targets, ..Options::default() };
+        let options = Options { rank: config.rank, targets: targets.into(), ..Options::default() };
         let adapted = |method: &str, options: &Options| -> Result<Adapted> {
             Ok(Adapted::new(&*(find(method)?.build)(options)?, base, device, dtype, config.seed)?)
         };

@@ -18,8 +18,8 @@ pub(super) struct Adapted<'a> {
     /// Everything that trains.
     pub(super) parameters: Vec<(String, Vec<usize>)>,
     shapes: HashMap<String, Vec<usize>>,
-    /// All ranks of the low-rank updates of a site.
-    ranks: HashMap<String, u128>,
+    /// The ranks of the low-rank updates of a site, one for each part.
+    ranks: HashMap<String, Vec<u128>>,
     outputs: HashMap<&'a str, u128>,
 }
 
@@ -39,10 +39,10 @@ impl<'a> Adapted<'a> {
         for (site, linear) in outline.linear_sites() {
             let places =
                 linear.parts.iter().map(|(part, _)| format!("{}.{part}", site.name)).chain([site.name.clone()]);
-            let rank: usize =
-                places.filter_map(|place| shapes.get(&format!("{place}.lora_A.weight"))).map(|shape| shape[0]).sum();
-            if rank > 0 {
-                ranks.insert(site.name.clone(), rank as u128);
+            let of_site = places.filter_map(|place| Some(shapes.get(&format!("{place}.lora_A.weight"))?[0] as u128));
+            let of_site: Vec<u128> = of_site.collect();
+            if !of_site.is_empty() {
+                ranks.insert(site.name.clone(), of_site);
             }
             outputs.insert(site.name.as_str(), linear.outputs as u128);
         }
@@ -67,18 +67,53 @@ impl<'a> Adapted<'a> {
     /// A site's linear map, with what is attached to it.
     pub(super) fn project(&self, t: &mut Tape, site: &str, x: &Var) -> Var {
         let map = self.map(site, self.outputs[site]);
-        let Some(&ranks) = self.ranks.get(site) else { return ops::linear(t, x, map) };
+        match self.shapes.get(&format!("{site}.ia3_l")).map(Vec::as_slice) {
+            // A vector on the inputs stands in one row.
+            Some([1, cols]) if *cols as u128 == x.value.cols => {
+                let x = ops::scale_columns(t, x, true);
+                return ops::linear(t, &x, map);
+            }
+            Some(_) => {
+                let y = ops::linear(t, x, map);
+                return ops::scale_columns(t, &y, true);
+            }
+            None => {}
+        }
+        if self.trains(&format!("{site}.lora_magnitude_vector")) {
+            return self.project_dora(t, site, x, map);
+        }
+        let Some(ranks) = self.ranks.get(site) else { return ops::linear(t, x, map) };
         if self.options.dropout == 0.0 {
-            return ops::lora_linear(t, x, map, ranks);
+            return ops::lora_linear(t, x, map, ranks.iter().sum());
         }
         let mut y = ops::linear(t, x, map);
         let x = ops::dropout(t, x.share(), self.options.dropout);
-        let rank = self.options.rank as u128;
-        for _ in 0..ranks / rank {
+        for &rank in ranks {
             let u = ops::linear(t, &x, Map { outputs: rank, w: true, b: false });
             y = ops::linear_onto(t, y, &u);
         }
         y
+    }
+
+    /// The same with DoRA, which adapts a site as a whole.
+    fn project_dora(&self, t: &mut Tape, site: &str, x: &Var, map: Map) -> Var {
+        let rank = self.ranks.get(site).map_or(0, |ranks| ranks.iter().sum());
+        let directed = |t: &mut Tape, x: &Var, own: Var| {
+            let u = ops::linear(t, x, Map { outputs: rank, w: true, b: false });
+            let y = ops::linear_onto(t, own, &u);
+            ops::scale_columns(t, &y, true)
+        };
+        let plain = Map { b: false, ..map };
+        if self.options.dropout == 0.0 {
+            let own = ops::linear(t, x, plain);
+            return directed(t, x, own);
+        }
+        let y = ops::linear(t, x, map);
+        let x = &ops::dropout(t, x.share(), self.options.dropout);
+        let own = ops::linear(t, x, plain);
+        let more = directed(t, x, own.share());
+        let y = ops::add(t, y, more);
+        ops::add(t, y, own)
     }
 
     /// The stream after a sublayer, with what is attached there; `norm` follows where there is one.

@@ -55,6 +55,19 @@ pub(super) fn linear_onto(t: &mut Tape, y: Var, x: &Var) -> Var {
     })
 }
 
+/// Rows times the same numbers, which may train.
+pub(super) fn scale_columns(t: &mut Tape, x: &Var, trains: bool) -> Var {
+    let y = t.empty(x.value.rows, x.value.cols);
+    let dx = x.slot.map(|s| (s, x.value.cols));
+    let kept = trains.then(|| x.value.clone());
+    t.record(y, dx.is_some() || trains, move |dy, g| {
+        drop(kept);
+        if let Some((s, cols)) = dx {
+            g.add(s, dy.rows, cols);
+        }
+    })
+}
+
 pub(super) fn gather(t: &mut Tape, table: &Var, rows: u128) -> Var {
     let y = t.empty(rows, table.value.cols);
     let d = table.slot.map(|s| (s, table.value.rows));

@@ -5,7 +5,7 @@ use lora_core::{
     peft::{Frozen, MethodRow, Options, Outline, SiteKind},
 };
 use lora_model::{
-    adapter::PREFIX,
+    adapter,
     checkpoint::{TensorSpec, file_bytes},
 };
 
@@ -36,7 +36,7 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
     let mut own = 0;
     // Keys and values are saved flattened, low-rank updates site by site, all else as it is.
     for (name, shape) in &adapted.parameters {
-        if !name.contains(".lora_") && !name.starts_with(KEYS_VALUES) {
+        if (!name.contains(".lora_") || name.ends_with(".lora_magnitude_vector")) && !name.starts_with(KEYS_VALUES) {
             specs.push((name.clone(), shape.clone()));
             own += scalars(shape);
         }
@@ -71,8 +71,14 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
             specs.push((name, shape));
         }
     }
-    let specs: Vec<TensorSpec> = specs.into_iter().map(|(n, s)| TensorSpec::new(format!("{PREFIX}{n}"), s)).collect();
-    Saved { bytes: file_bytes(&[("format", "pt")], &specs), scalars: own }
+    let adapted: Vec<String> =
+        specs.iter().filter_map(|(n, _)| Some(n.strip_suffix(".lora_A.weight")?.into())).collect();
+    let is_adapted = |site: &str| adapted.iter().any(|a| a == site);
+    let stored = |name: &str| adapter::stored_name(row, options, outline, name, is_adapted);
+    let specs: Vec<TensorSpec> = specs.into_iter().map(|(n, s)| TensorSpec::new(stored(&n), s)).collect();
+    // As long as every fingerprint.
+    let metadata = adapter::metadata(row, options, outline, "0123456789abcdef");
+    Saved { bytes: file_bytes(&metadata, &specs), scalars: own }
 }
 
 /// What the names of parameters of keys and values begin with.

@@ -38,7 +38,7 @@ fn config() -> TrainConfig {
     TrainConfig {
         rank: 4,
         alpha: 32.0,
-        targets: ["c_attn", "c_fc", "mlp.c_proj"].map(String::from).to_vec(),
+        targets: ["c_attn", "c_fc", "mlp.c_proj"].into_iter().collect(),
         steps: Some(200),
         batch_size: 8,
         grad_accum: 2,

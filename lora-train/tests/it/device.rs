@@ -50,7 +50,7 @@ fn config(method: &str) -> TrainConfig {
         method: method.into(),
         rank: 3,
         dropout: 0.1,
-        targets: vec!["c_attn.q".into(), "c_attn.v".into(), "c_fc".into(), "attn.c_proj".into()],
+        targets: ["c_attn.q", "c_attn.v", "c_fc", "attn.c_proj"].into_iter().collect(),
         steps: Some(6),
         batch_size: 4,
         grad_accum: 2,
@@ -341,7 +341,7 @@ fn run(lab: &Path, out: &str, device: &str, dtype: &str) -> TrainConfig {
         device: device.into(),
         dtype: dtype.into(),
         label_smoothing: 0.0,
-        targets: vec!["c_attn".into()],
+        targets: ["c_attn"].into_iter().collect(),
         ..config("lora")
     }
 }

@@ -267,7 +267,7 @@ fn config(base: &Path, task: &str, data: PathBuf, out: PathBuf) -> TrainConfig {
         out,
         rank: 2,
         bottleneck: 3,
-        targets: vec!["query".into(), "value".into()],
+        targets: ["query", "value"].into_iter().collect(),
         steps: Some(4),
         batch_size: 6,
         max_length: 20,
@@ -303,7 +303,8 @@ fn splitting_a_step_changes_no_mask() {
         let steps = |grad_accum: usize, seed: u64| -> Vec<Step> {
             let out = dir.path().join("out");
             let targets = targets.map(String::from).to_vec();
-            let config = TrainConfig { grad_accum, seed, targets, ..config(&base, "labels", file.clone(), out) };
+            let config =
+                TrainConfig { grad_accum, seed, targets: targets.into(), ..config(&base, "labels", file.clone(), out) };
             let method = config.method_options().unwrap();
             let adapted = Adapted::new(&*method, &*model, &Device::Cpu, DType::F32, 3).unwrap();
             let mut trainer = Trainer::new(&*model, adapted, &config, data.sequences.len()).unwrap();

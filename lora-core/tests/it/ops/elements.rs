@@ -31,6 +31,32 @@ pub(crate) fn elementwise_cases(all: &mut Vec<Case>) {
         |m| &m[0] * 2.0,
     ));
     all.push(case(
+        "subtract",
+        &[("a", &[4, 3]), ("b", &[4, 3])],
+        |t, mut v| {
+            let a = v.remove(0);
+            ops::subtract(t, a, &v[0])
+        },
+        |m| &m[0] - &m[1],
+    ));
+    all.push(case(
+        "add_bias",
+        &[("x", &[4, 3]), ("b", &[3])],
+        |t, mut v| {
+            let x = v.remove(0);
+            ops::add_bias(t, x, &v[0])
+        },
+        |m| &m[0] + &m[1],
+    ));
+    for (what, shape) in [("a row", &[1, 3][..]), ("a column", &[3, 1]), ("a vector", &[3])] {
+        all.push(case(
+            format!("scale_columns by {what}"),
+            &[("x", &[4, 3]), ("g", shape)],
+            |t, v| ops::scale_columns(t, &v[0], &v[1]),
+            |m| &m[0] * &m[1].clone().into_shape_with_order((1, 3)).unwrap(),
+        ));
+    }
+    all.push(case(
         "a residual stream used twice",
         &[("h", &[4, 3])],
         |t, mut v| {

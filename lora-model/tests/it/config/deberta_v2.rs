@@ -73,7 +73,7 @@ fn published_models_have_their_parameter_counts() {
 /// 4.7M in table 2 of the LoRA paper: q and v of rank 16.
 #[test]
 fn lora_of_the_paper_trains_4_7_million_of_the_xxl_model() {
-    let config = LoraConfig { rank: 16, alpha: 32.0, dropout: 0.0, rslora: false, targets: Vec::new() };
+    let config = LoraConfig { rank: 16, alpha: 32.0, ..LoraConfig::default() };
     let outline = DebertaV2Config::v2_xxlarge().outline(Task::MaskedLm);
     assert_eq!(trainable(&Lora::new(config).unwrap(), &outline).unwrap(), 4_718_592);
 }

@@ -151,7 +151,7 @@ fn adapter_folder(
         HumanBytes(bytes),
         args.out.display()
     ));
-    let targets = (method == "lora").then_some(&options.targets);
+    let targets = (method == "lora").then(|| options.targets.to_string());
     summary(
         args,
         json!({"out": args.out, "method": method, "parameters": parameters, "places": adapted.site_count(), "targets": targets, "bytes": bytes}),

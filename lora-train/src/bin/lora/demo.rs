@@ -153,7 +153,10 @@ fn text(config: &DemoConfig, report: &Report, out: Option<&Path>) -> String {
                 config.held_out
             ),
         ),
-        ("LoRA", format!("rank {}, alpha {}, on {}", adapt.rank, adapt.alpha, adapt.targets.join(", "))),
+        (
+            "LoRA",
+            format!("rank {}, alpha {}, on {}", adapt.rank, adapt.alpha, adapt.targets.to_string().replace(',', ", ")),
+        ),
     ];
     let mut text = String::from("\n");
     for (name, what) in facts {

@@ -1,13 +1,13 @@
 //! The method and its options, as several commands take them.
 
-use std::path::PathBuf;
+use std::{convert::Infallible, path::PathBuf, str::FromStr};
 
 use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use lora_core::peft::METHODS;
-use serde::Serialize;
+use lora_core::peft::{Bias, METHODS, Modules};
+use serde::{Serialize, Serializer};
 
 /// Fields of [`TrainConfig`](lora_train::TrainConfig).
 #[derive(Args, Serialize)]
@@ -18,22 +18,57 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_parser = methods())]
     pub(crate) method: Option<String>,
     /// lora: rank r of the update [default: 8]
-    #[arg(long, value_name = "R")]
+    #[arg(long, alias = "r", value_name = "R")]
     rank: Option<usize>,
     /// lora: the update is scaled by alpha/r [default: 16]
-    #[arg(long)]
+    #[arg(long, alias = "lora-alpha")]
     alpha: Option<f64>,
     /// lora: dropout on the input of the update [default: 0]
-    #[arg(long, value_name = "P")]
+    #[arg(long, alias = "lora-dropout", value_name = "P")]
     dropout: Option<f64>,
     /// lora: scale by alpha/√r (rank-stabilised LoRA)
+    #[arg(long, alias = "use-rslora", value_name = "true|false", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", hide_possible_values = true)]
+    rslora: Option<bool>,
+    /// lora, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
+    /// (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's whole name matches ('.*[qv]_proj')
+    /// [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj, ...]
+    #[arg(long, alias = "target-modules", value_name = "NAME,...|REGEX", value_parser = modules)]
+    #[serde(serialize_with = "as_list_or_text")]
+    targets: Option<Modules>,
+    /// lora, ia3, ln-tuning: modules not to adapt, although a target names them, as names or a regular expression
+    #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
+    #[serde(serialize_with = "as_list_or_text")]
+    exclude_modules: Option<Modules>,
+    /// lora: adapt in these layers alone, numbered from 0
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    layers_to_transform: Option<Vec<usize>>,
+    /// lora: what stands before a layer's number in the names of modules, such as h or layers [default: anything]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    layers_pattern: Option<Vec<String>>,
+    /// lora: another rank for the modules that KEY names, as a target does or as a regular expression; may be given again
+    #[arg(long, value_name = "KEY=R", value_parser = entry::<usize>)]
+    #[serde(serialize_with = "as_map")]
+    rank_pattern: Option<Vec<(String, usize)>>,
+    /// lora: another alpha for the modules that KEY names; may be given again
+    #[arg(long, value_name = "KEY=ALPHA", value_parser = entry::<f64>)]
+    #[serde(serialize_with = "as_map")]
+    alpha_pattern: Option<Vec<(String, f64)>>,
+    /// lora, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by the ends of their names (ln_f)
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    modules_to_save: Option<Vec<String>>,
+    /// lora: biases of the base that train too: none, all of them, or those of adapted modules [default: none]
+    #[arg(long, value_parser = PossibleValuesParser::new(Bias::ALL.map(|(word, _)| word)), hide_possible_values = true,
+          value_name = "none|all|lora_only")]
+    bias: Option<String>,
+    /// lora: train the lengths of adapted weights apart from their directions (DoRA)
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true)]
-    rslora: Option<bool>,
-    /// lora: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
-    /// (c_attn.q,c_attn.v) [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj, ...]
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
-    targets: Option<Vec<String>>,
+    use_dora: Option<bool>,
+    /// ia3: among the targets those whose inputs are multiplied, not the outputs [default: with the default targets PEFT's]
+    #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
+    #[serde(serialize_with = "as_list_or_text")]
+    feedforward_modules: Option<Modules>,
     /// adapter-h, adapter-l, adapter-p, adapter-d: width of the bottleneck [default: 48]
     #[arg(long, value_name = "R")]
     bottleneck: Option<usize>,
@@ -68,4 +103,30 @@ pub(crate) struct MethodArgs {
 
 fn methods() -> PossibleValuesParser {
     PossibleValuesParser::new(METHODS.iter().map(|m| PossibleValue::new(m.name).help(m.about)))
+}
+
+fn modules(text: &str) -> Result<Modules, Infallible> {
+    Ok(Modules::of_line(text))
+}
+
+/// `KEY=VALUE`; the key, a regular expression, may hold a `=` itself.
+fn entry<T: FromStr>(text: &str) -> Result<(String, T), String> {
+    let (key, value) = text.rsplit_once('=').ok_or("expected the name of a module, =, and a number")?;
+    let value = value.trim().parse().map_err(|_| format!("expected a number after the last =, found {value:?}"))?;
+    Ok((key.trim().to_owned(), value))
+}
+
+fn as_list_or_text<S: Serializer>(modules: &Option<Modules>, to: S) -> Result<S::Ok, S::Error> {
+    match modules {
+        Some(Modules::Names(names)) => names.serialize(to),
+        Some(other) => other.to_string().serialize(to),
+        None => to.serialize_none(),
+    }
+}
+
+fn as_map<T: Serialize, S: Serializer>(entries: &Option<Vec<(String, T)>>, to: S) -> Result<S::Ok, S::Error> {
+    match entries {
+        Some(entries) => to.collect_map(entries.iter().map(|(key, value)| (key, value))),
+        None => to.serialize_none(),
+    }
 }

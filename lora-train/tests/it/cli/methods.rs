@@ -27,7 +27,10 @@ fn the_help_says_which_methods_read_an_option() {
     for row in METHODS {
         assert!(help.contains(&format!("- {}:", row.name)), "{} is not there", row.name);
         for option in row.options {
-            let from = help.find(&format!("      --{option}")).unwrap_or_else(|| panic!("--{option} is not there"));
+            let flag = format!("      --{option}");
+            let whole = |at: &usize| !help[at + flag.len()..].starts_with('-');
+            let from = help.match_indices(&flag).map(|(at, _)| at).find(whole);
+            let from = from.unwrap_or_else(|| panic!("--{option} is not there"));
             let about = help[from..].split("\n\n").next().unwrap();
             let readers =
                 about.split_once('\n').and_then(|(_, text)| text.trim().split_once(": ")).unwrap_or_default().0;
@@ -147,7 +150,7 @@ fn info_tells_of_every_architecture_and_every_method() {
         let adapter = &run["adapter"];
         assert_eq!((&adapter["method"], &adapter["architecture"]), (&json!(row.name), &json!("gpt2")));
         // Targets that were not named are the architecture's.
-        for option in row.options.iter().filter(|o| !["fuse", "targets"].contains(*o)) {
+        for option in row.options.iter().filter(|o| !["fuse", "targets", "feedforward-modules"].contains(*o)) {
             assert_eq!(adapter[*option], run["config"][*option], "{}: {option}", row.name);
         }
         let trainable = adapter["trainable"].as_u64();
@@ -191,4 +194,50 @@ fn a_fusion_trains_on() {
     fs::remove_dir_all(lab.path("more/checkpoints/step-00000004")).unwrap();
     lab.train("more", "--init-adapter fused --steps 4 --lr 0.01 --save-every 2 --resume");
     assert!(lab.bytes("more/adapter_model.safetensors") == end);
+}
+
+/// PEFT's options as flags, and in a file by the names that PEFT has for them: one adapter, which says them in PEFT's words.
+#[test]
+fn pefts_options_reach_the_adapter() {
+    let lab = Lab::new();
+    lab.write(
+        "peft.toml",
+        "r = 2\nlora_alpha = 6\ntarget_modules = \".*c_(attn|fc)\"\nexclude_modules = [\"1.mlp.c_fc\"]\nuse_dora = true\n\
+         bias = \"lora_only\"\nmodules_to_save = [\"ln_f\"]\nsteps = 2\n\n[rank_pattern]\nc_fc = 1\n\"0.attn.c_attn\" = 3\n",
+    );
+    lab.train("file", "--config peft.toml");
+    let flags = "--r 2 --lora-alpha 6 --target-modules .*c_(attn|fc) --exclude-modules 1.mlp.c_fc --use-dora --bias lora_only \
+                 --modules-to-save ln_f --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 2";
+    lab.train("flags", flags);
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        assert!(lab.bytes(&format!("file/{file}")) == lab.bytes(&format!("flags/{file}")), "{file}");
+    }
+    let config: Value = serde_json::from_slice(&lab.bytes("file/adapter_config.json")).unwrap();
+    for (key, value) in [
+        ("r", json!(2)),
+        ("lora_alpha", json!(6)),
+        ("target_modules", json!(".*c_(attn|fc)")),
+        ("exclude_modules", json!(["1.mlp.c_fc"])),
+        ("rank_pattern", json!({"0.attn.c_attn": 3, "c_fc": 1})),
+        ("use_dora", json!(true)),
+        ("bias", json!("lora_only")),
+        ("modules_to_save", json!(["ln_f"])),
+    ] {
+        assert_eq!(config[key], value, "{key}");
+    }
+    // It trains on, and its own options may be said again.
+    lab.train("more", "--init-adapter flags --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 1");
+    refused(&lab, "--init-adapter flags --rank-pattern c_fc=2", &["rank-pattern = c_fc=2", "0.attn.c_attn=3,c_fc=1"]);
+    for (args, parts) in [
+        ("--targets (c_attn", ["targets = (c_attn", "no regular expression"]),
+        ("--rank-pattern c_fc=1", ["rank-pattern = c_fc", "no module that is adapted"]),
+        ("--layers-to-transform 2", ["layers-to-transform = 2", "2 layers"]),
+        (
+            "--method ia3 --targets c_attn --feedforward-modules c_fc",
+            ["feedforward-modules = c_fc", "some of the targets"],
+        ),
+        ("--method ln-tuning --targets c_attn", ["targets = transformer.h.0.attn.c_attn", "no normalisation"]),
+    ] {
+        refused(&lab, args, &parts);
+    }
 }

@@ -114,7 +114,8 @@ fn folders_of_adapters_that_make_no_sense() {
     let lab = Lab::new();
     lab.train("p", "--method adapter-p --bottleneck 3 --steps 1");
     lab.train("d", "--method adapter-d --bottleneck 3 --steps 1");
-    lab.train("prefix", "--method pre-layer --prefix 2 --steps 1");
+    // After the prompt, where PEFT has no virtual tokens.
+    lab.train("infix", "--method pre-layer --prefix 0 --infix 2 --steps 1");
     lab.train("top", "--method top2 --layers 1 --steps 1");
     lab.copy("p", "q");
     lab.train("fused", "--method fusion --fuse p,q --steps 1");
@@ -140,10 +141,10 @@ fn folders_of_adapters_that_make_no_sense() {
         ("d", |lab| lab.set(CONFIG, "drop_layers", json!("0")), &[WEIGHTS, "unexpected", "h.0.mlp.adapter_down"]),
         ("top", |lab| lab.set(CONFIG, "layers", json!("last:3")), &[CONFIG, "\"layers\"", "2 layers"]),
         ("top", |lab| lab.set(CONFIG, "layers", json!("0")), &[WEIGHTS, "missing", "h.0."]),
-        ("prefix", |lab| lab.set(CONFIG, "prefix", json!(0)), &[CONFIG, "\"prefix\"", "0"]),
-        ("prefix", |lab| lab.set(CONFIG, "prefix", json!(3)), &[WEIGHTS, "prompt_embeddings", "[2, 64]", "[3, 64]"]),
-        ("prefix", |lab| lab.set(CONFIG, "prefix", json!(64)), &[CONFIG, "\"prefix\"", "64 positions"]),
-        ("prefix", |lab| lab.set(CONFIG, "reparam", json!(4)), &["reparam"]),
+        ("infix", |lab| lab.set(CONFIG, "infix", json!(0)), &[CONFIG, "\"prefix\"", "0"]),
+        ("infix", |lab| lab.set(CONFIG, "infix", json!(3)), &[WEIGHTS, "prompt_embeddings", "[2, 64]", "[3, 64]"]),
+        ("infix", |lab| lab.set(CONFIG, "infix", json!(64)), &[CONFIG, "\"infix\"", "64 positions"]),
+        ("infix", |lab| lab.set(CONFIG, "reparam", json!(4)), &["reparam"]),
         ("fused", |lab| lab.set(CONFIG, "fuse", json!({})), &[CONFIG, "\"fuse\""]),
         ("fused", |lab| lab.set(CONFIG, "fuse", json!(["p"])), &[CONFIG, "\"fuse\"", "names and bottlenecks"]),
         ("fused", |lab| lab.set(CONFIG, "fuse", json!({"p": "wide"})), &[CONFIG, "\"fuse\"", "\"p\""]),
@@ -168,7 +169,7 @@ fn folders_of_adapters_that_make_no_sense() {
         ("--init-adapter p --bottleneck 4", ["bottleneck = 4", "the adapter p has 3"]),
         ("--init-adapter d --drop-layers 0", ["drop-layers = 0", "the adapter d has the default"]),
         ("--init-adapter top --layers last:2", ["layers = last:2", "the adapter top has 1"]),
-        ("--init-adapter prefix --prefix 3", ["prefix = 3", "the adapter prefix has 2"]),
+        ("--init-adapter infix --infix 3", ["infix = 3", "the adapter infix has 2"]),
     ] {
         refused(&lab, args, &parts);
     }

@@ -1,0 +1,176 @@
+//! LoRA: its configuration, what it adapts, and the update of one site.
+
+mod config;
+mod dora;
+mod update;
+
+use super::{
+    Attached, BaseTensor, LinearSite, Method, Outline, Pattern, Plan, Site, SiteKind, Start,
+    selection::{Match, Selection, Wanted},
+    whole::WholeModules,
+};
+use crate::{Error, Init, ParamId, Result, lowrank::Scaling};
+
+pub use config::{Bias, LoraConfig};
+use dora::Dora;
+use update::{Term, Update};
+
+/// LoRA (Hu et al. 2021, section 4.1): h = W₀x + s·B·A·x with W₀ frozen, A [r, in] Kaiming-uniform, B [out, r] zero, and
+/// s = α/r (or α/√r).
+///
+/// A target is a module by PEFT's rules, or one part of a fused projection (`c_attn.q`). Parts of one module train as
+/// updates of their own columns, and are saved as the equivalent block-structured adapter of the whole module: n parts of
+/// rank r become A [n·r, in], B [out, n·r] with B zero outside of the blocks.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    config: LoraConfig,
+    selection: Selection,
+    ranks: Pattern<usize>,
+    alphas: Pattern<f64>,
+    whole: WholeModules,
+}
+
+impl Lora {
+    /// Checks what can be checked without a model.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an option that makes no sense.
+    pub fn new(config: LoraConfig) -> Result<Lora> {
+        config.check()?;
+        let selection = Selection::new(&Wanted {
+            targets: &config.targets,
+            exclude_modules: &config.exclude_modules,
+            layers_to_transform: &config.layers_to_transform,
+            layers_pattern: &config.layers_pattern,
+            modules_to_save: &config.modules_to_save,
+        })?;
+        let ranks = Pattern::new("rank-pattern", &config.rank_pattern)?;
+        let alphas = Pattern::new("alpha-pattern", &config.alpha_pattern)?;
+        let whole = WholeModules::new(&config.modules_to_save)?;
+        Ok(Lora { config, selection, ranks, alphas, whole })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Rank and α of the update of a module, or of each of its parts.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a regular expression that takes too long.
+    pub fn rank_and_alpha(&self, module: &str) -> Result<(usize, f64)> {
+        let rank = self.ranks.of(module)?.unwrap_or(self.config.rank);
+        Ok((rank, self.alphas.of(module)?.unwrap_or(self.config.alpha)))
+    }
+
+    fn scaling(&self) -> Scaling {
+        if self.config.rslora { Scaling::RsLora } else { Scaling::Lora }
+    }
+
+    /// The sites that are adapted.
+    fn sites<'a>(&self, outline: &'a Outline) -> Result<Vec<&'a Site>> {
+        let mut sites = Vec::new();
+        for (site, linear) in outline.linear_sites() {
+            if !self.selection.of(site, linear, outline)?.is_empty() {
+                sites.push(site);
+            }
+        }
+        Ok(sites)
+    }
+
+    /// Refuses keys of a pattern that would change nothing.
+    fn check_patterns(&self, outline: &Outline) -> Result<()> {
+        let sites = self.sites(outline)?;
+        let modules: Vec<&str> = sites.iter().map(|s| s.name.as_str()).collect();
+        for (option, unused) in
+            [("rank-pattern", self.ranks.unused(&modules)?), ("alpha-pattern", self.alphas.unused(&modules)?)]
+        {
+            if let Some(key) = unused.first() {
+                let why = "matches no module that is adapted; leave it out".into();
+                return Err(Error::Option { option, value: key.to_string(), why });
+            }
+        }
+        Ok(())
+    }
+
+    fn is_bias_of_target(&self, tensor: &BaseTensor, outline: &Outline) -> bool {
+        let Some(module) = tensor.name.strip_suffix(".bias") else { return false };
+        let adapted = |(site, linear): (&Site, &LinearSite)| {
+            site.name == module && self.selection.of(site, linear, outline).is_ok_and(|hits| !hits.is_empty())
+        };
+        outline.linear_sites().any(adapted)
+    }
+
+    fn update(&self, site: &Site, linear: &LinearSite, plan: &mut Plan) -> Result<Option<Update>> {
+        let hits = self.selection.of(site, linear, plan.outline())?;
+        let (r, alpha) = self.rank_and_alpha(&site.name)?;
+        let place = |hit: &Match| match hit {
+            Match::Whole => (site.name.clone(), 0..linear.outputs),
+            Match::Part(i) => (format!("{}.{}", site.name, linear.parts[*i].0), linear.parts[*i].1.clone()),
+        };
+        if self.config.use_dora && hits.iter().any(|hit| *hit != Match::Whole) {
+            let why = format!("adapts whole modules, and of {} the targets name parts", site.name);
+            return Err(Error::Option { option: "use-dora", value: "true".into(), why });
+        }
+        let places: Vec<_> = hits.iter().map(place).collect();
+        for (prefix, cols) in &places {
+            if r > linear.inputs.min(cols.len()) {
+                let why = format!(
+                    "a rank is at most the smaller side of its matrix, and {prefix} is {}×{}",
+                    cols.len(),
+                    linear.inputs
+                );
+                return Err(Error::Option { option: "rank", value: r.to_string(), why });
+            }
+        }
+        // All A's one below the other, so that one product with x serves them all.
+        let init = || Init::kaiming_uniform(linear.inputs);
+        let mut a =
+            |(prefix, _): &(String, _)| plan.add(format!("{prefix}.lora_A.weight"), &[r, linear.inputs], init());
+        let a: Vec<ParamId> = places.iter().map(&mut a).collect();
+        let mut term = |((prefix, cols), a): ((String, std::ops::Range<usize>), ParamId)| {
+            let b = plan.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
+            Term { a, b, cols }
+        };
+        let terms: Vec<Term> = places.into_iter().zip(a).map(&mut term).collect();
+        let (scale, dropout) = (self.scaling().scale(alpha, r)?, self.config.dropout);
+        let (layout, outputs) = (linear.layout, linear.outputs);
+        if terms.is_empty() {
+            return Ok(None);
+        }
+        let dora = self.config.use_dora.then(|| Dora::new(site, linear, plan)).transpose()?;
+        Ok(Some(Update { terms, scale, dropout, layout, outputs, rank: r, dora }))
+    }
+}
+
+impl Method for Lora {
+    fn name(&self) -> &'static str {
+        "lora"
+    }
+
+    fn trains(&self, tensor: &BaseTensor, outline: &Outline) -> bool {
+        let bias = || match self.config.bias {
+            Bias::None => false,
+            Bias::All => tensor.is_bias(),
+            Bias::LoraOnly => self.is_bias_of_target(tensor, outline),
+        };
+        self.whole.trains(&tensor.name) || bias()
+    }
+
+    fn check(&self, outline: &Outline) -> Result<()> {
+        self.selection.check(outline)?;
+        self.check_patterns(outline)?;
+        self.whole.check(outline)
+    }
+
+    fn start(&self) -> Start {
+        // Lengths are divided by themselves, which rounds.
+        if self.config.use_dora { Start::NearBase } else { Start::Base }
+    }
+
+    fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {
+        let SiteKind::Linear(linear) = &site.kind else { return Ok(None) };
+        Ok(self.update(site, linear, plan)?.map(|update| Attached::Linear(Box::new(update))))
+    }
+}

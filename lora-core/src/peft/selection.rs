@@ -1,0 +1,268 @@
+use super::{LinearSite, Modules, Outline, Site, modules::names, regex::Regex};
+use crate::{Error, Result};
+
+/// Which linear maps a method adapts, by PEFT's rules: `target_modules` and `exclude_modules`, and with names as targets
+/// `layers_to_transform` and `layers_pattern`. What trains whole is never adapted.
+///
+/// Beyond PEFT a name can be that of a part of a fused projection (`c_attn.q`).
+#[derive(Clone, Debug)]
+pub(super) struct Selection {
+    targets: Matcher,
+    exclude: Matcher,
+    layers: Vec<usize>,
+    /// What stands before the number of a layer; none: whatever stands before the first number.
+    layers_pattern: Vec<Regex>,
+    /// Modules that train whole.
+    saved: Vec<String>,
+}
+
+/// Options of a [`Selection`].
+pub(super) struct Wanted<'a> {
+    pub(super) targets: &'a Modules,
+    pub(super) exclude_modules: &'a Modules,
+    pub(super) layers_to_transform: &'a [usize],
+    pub(super) layers_pattern: &'a [String],
+    pub(super) modules_to_save: &'a [String],
+}
+
+/// Compiled [`Modules`].
+#[derive(Clone, Debug)]
+pub(super) enum Matcher {
+    Names(Vec<String>),
+    Regex(Regex),
+    AllLinear,
+}
+
+impl Matcher {
+    /// # Errors
+    /// [`Error::Option`] for an empty name, and for what is no regular expression.
+    pub(super) fn new(option: &'static str, modules: &Modules) -> Result<Matcher> {
+        Ok(match modules {
+            Modules::Names(names) if names.iter().any(|n| n.trim().is_empty()) => {
+                let why = "name at least one module, such as c_attn".into();
+                return Err(Error::Option { option, value: names.join(","), why });
+            }
+            Modules::Names(names) => Matcher::Names(names.clone()),
+            Modules::Regex(text) => Matcher::Regex(Regex::whole(option, text)?),
+            Modules::AllLinear => Matcher::AllLinear,
+        })
+    }
+
+    /// Whether a module is meant.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a regular expression that takes too long.
+    pub(super) fn matches(&self, module: &str) -> Result<bool> {
+        match self {
+            Matcher::Names(all) => Ok(all.iter().any(|name| names(name, module))),
+            Matcher::Regex(regex) => regex.is_match(module),
+            Matcher::AllLinear => Ok(true),
+        }
+    }
+}
+
+impl Matcher {
+    /// Refuses exceptions that exclude nothing at all, which PEFT warns of.
+    pub(super) fn check_excludes(&self, outline: &Outline) -> Result<()> {
+        let value = match self {
+            Matcher::Names(all) if !all.is_empty() => all.join(","),
+            Matcher::Regex(regex) => regex.text().to_owned(),
+            _ => return Ok(()),
+        };
+        let mut matched = Ok(false);
+        outline.any_module(|m| {
+            matched = self.matches(m);
+            !matches!(matched, Ok(false))
+        });
+        match matched? {
+            true => Ok(()),
+            false => {
+                let why = "names no module of this model, so it would exclude nothing; leave it out".into();
+                Err(Error::Option { option: "exclude-modules", value, why })
+            }
+        }
+    }
+}
+
+/// What of a site is adapted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Match {
+    Whole,
+    /// The part of this number.
+    Part(usize),
+}
+
+impl Selection {
+    /// # Errors
+    /// [`Error::Option`] for what makes no sense on any model.
+    pub(super) fn new(wanted: &Wanted) -> Result<Selection> {
+        let Wanted { targets, exclude_modules, layers_to_transform, layers_pattern, modules_to_save } = *wanted;
+        let bad = |option, value: String, why: &str| Err(Error::Option { option, value, why: why.into() });
+        let shown = |list: &[usize]| list.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        if *exclude_modules == Modules::AllLinear {
+            let why = "names modules, or is a regular expression; without any linear map nothing is left to adapt";
+            return bad("exclude-modules", exclude_modules.to_string(), why);
+        }
+        if !layers_to_transform.is_empty() && !matches!(targets, Modules::Names(_)) {
+            let why = "goes with targets that are a list of names, as in PEFT; put the layers into the expression";
+            return bad("layers-to-transform", shown(layers_to_transform), why);
+        }
+        if !layers_pattern.is_empty() && layers_to_transform.is_empty() {
+            let why = "says where a layer's number stands, so it goes with layers-to-transform";
+            return bad("layers-pattern", layers_pattern.join(","), why);
+        }
+        let pattern = |p: &String| Regex::new("layers-pattern", p, r"\A(?:|.*?\.)", r"\.(?P<idx>\d+)\.");
+        Ok(Selection {
+            targets: Matcher::new("targets", targets)?,
+            exclude: Matcher::new("exclude-modules", exclude_modules)?,
+            layers: layers_to_transform.to_vec(),
+            layers_pattern: layers_pattern.iter().map(pattern).collect::<Result<_>>()?,
+            saved: modules_to_save.to_vec(),
+        })
+    }
+
+    /// The same with other targets.
+    pub(super) fn with_targets(&self, targets: &Modules) -> Result<Selection> {
+        Ok(Selection { targets: Matcher::new("targets", targets)?, ..self.clone() })
+    }
+
+    /// The names that are targets on a base that looks like this, unless the targets are said in another way.
+    fn names<'a>(&'a self, outline: &'a Outline) -> Option<&'a [String]> {
+        match &self.targets {
+            Matcher::Names(names) if names.is_empty() => Some(&outline.default_targets),
+            Matcher::Names(names) => Some(names),
+            _ => None,
+        }
+    }
+
+    /// Refuses what names nothing that this base has.
+    pub(super) fn check(&self, outline: &Outline) -> Result<()> {
+        let linear = || outline.linear_sites().map(|(site, _)| site);
+        if let Some(targets) = self.names(outline) {
+            for target in targets {
+                let mut known = outline.linear_sites().any(|(s, linear)| matching(target, s, linear).is_some());
+                // What trains whole may be named without being adapted.
+                for module in outline.modules_of(|_| true).filter(|m| names(target, m)) {
+                    known |= self.is_left_out(module, outline)?;
+                }
+                if !known {
+                    return Err(no_such(target, outline));
+                }
+            }
+        }
+        if let Matcher::Regex(regex) = &self.targets {
+            let mut matched = false;
+            for site in linear() {
+                matched |= regex.is_match(&site.name)?;
+            }
+            if !matched {
+                return Err(no_such(regex.text(), outline));
+            }
+            for module in outline.modules_of(|_| true).filter(|m| !linear().any(|s| s.name == *m)) {
+                if regex.is_match(module)? && !self.is_left_out(module, outline)? {
+                    let why = format!("it matches {module} too, which is no linear map that could be adapted here");
+                    return Err(Error::Option { option: "targets", value: regex.text().into(), why });
+                }
+            }
+        }
+        self.exclude.check_excludes(outline)?;
+        if let Some(layer) = self.layers.iter().find(|l| **l >= outline.layers) {
+            let why = format!("the model has {} layers, numbered from 0", outline.layers);
+            return Err(Error::Option { option: "layers-to-transform", value: layer.to_string(), why });
+        }
+        Ok(())
+    }
+
+    /// What of a linear map is adapted, parts in the order of their columns. Naming the same thing twice (`c_proj` and
+    /// `attn.c_proj`) is naming it once, as in PEFT; naming a module and a part of it is a mistake.
+    pub(super) fn of(&self, site: &Site, linear: &LinearSite, outline: &Outline) -> Result<Vec<Match>> {
+        if self.is_left_out(&site.name, outline)? {
+            return Ok(Vec::new());
+        }
+        let Some(targets) = self.names(outline) else {
+            return Ok(if self.targets.matches(&site.name)? { vec![Match::Whole] } else { Vec::new() });
+        };
+        let mut hits: Vec<(&str, Match)> = Vec::new();
+        for target in targets {
+            let Some(hit) = matching(target, site, linear) else { continue };
+            match hits.iter().find(|(_, other)| *other == hit || *other == Match::Whole || hit == Match::Whole) {
+                None => hits.push((target, hit)),
+                Some((_, other)) if *other == hit => {}
+                Some((first, _)) => {
+                    let (first, second) = (first.to_string(), target.clone());
+                    return Err(Error::OverlappingTargets { first, second, module: site.name.clone() });
+                }
+            }
+        }
+        let mut hits: Vec<Match> = hits.into_iter().map(|(_, hit)| hit).collect();
+        hits.sort_by_key(|m| match m {
+            Match::Whole => 0,
+            Match::Part(i) => *i,
+        });
+        Ok(hits)
+    }
+
+    /// Whether a module stays as it is although a target may name it.
+    fn is_left_out(&self, module: &str, outline: &Outline) -> Result<bool> {
+        if self.exclude.matches(module)? || self.saved.iter().chain(&outline.modules_to_save).any(|m| is_in(module, m))
+        {
+            return Ok(true);
+        }
+        if self.layers.is_empty() {
+            return Ok(false);
+        }
+        Ok(self.layer(module)?.is_none_or(|layer| !self.layers.contains(&layer)))
+    }
+
+    /// The number of the layer that a module's name says.
+    fn layer(&self, module: &str) -> Result<Option<usize>> {
+        let number = |s: &str| s.parse().ok();
+        if self.layers_pattern.is_empty() {
+            // PEFT's `.*?\.[^.]*\.(\d+)\.`: the first number with two names before it and one after.
+            let segments: Vec<&str> = module.split('.').collect();
+            let inner = segments.get(2..segments.len().saturating_sub(1)).unwrap_or_default();
+            return Ok(inner
+                .iter()
+                .find(|s| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit()))
+                .and_then(|s| number(s)));
+        }
+        for pattern in &self.layers_pattern {
+            if let Some(found) = pattern.group("idx", module)? {
+                return Ok(number(found));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Whether a module is this one, whose name may be the end of a path, or lies in it.
+pub(super) fn is_in(module: &str, whole: &str) -> bool {
+    let (parts, wanted): (Vec<&str>, Vec<&str>) = (module.split('.').collect(), whole.split('.').collect());
+    parts.windows(wanted.len()).any(|w| w == wanted)
+}
+
+/// What of a site a target names.
+fn matching(target: &str, site: &Site, linear: &LinearSite) -> Option<Match> {
+    if names(target, &site.name) {
+        return Some(Match::Whole);
+    }
+    let (module, part) = target.rsplit_once('.')?;
+    let i = linear.parts.iter().position(|(name, _)| *name == part)?;
+    names(module, &site.name).then_some(Match::Part(i))
+}
+
+/// The answer to a target that names nothing: all that one could name.
+fn no_such(target: &str, outline: &Outline) -> Error {
+    let mut modules: Vec<String> = Vec::new();
+    for (site, linear) in outline.linear_sites() {
+        // `transformer.h.3.attn.c_attn` is shown as `attn.c_attn`: what follows the layer's number.
+        let parts: Vec<&str> = site.name.split('.').collect();
+        let from = parts.iter().rposition(|p| p.parse::<usize>().is_ok()).map_or(0, |i| i + 1);
+        let name = parts[from..].join(".");
+        let fused = linear.parts.iter().map(|(p, _)| format!("{name}.{p}"));
+        modules.extend([name.clone()].into_iter().chain(fused));
+    }
+    modules.sort();
+    modules.dedup();
+    Error::NoSuchTarget { target: target.into(), modules }
+}

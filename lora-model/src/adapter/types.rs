@@ -1,0 +1,298 @@
+//! Adapters in PEFT's own format beside LoRA: its types, which keys their configurations have, and what their tensors are
+//! called in a file.
+
+use std::collections::BTreeMap;
+
+use lora_core::{
+    Tensor,
+    lowrank::Layout,
+    peft::{Ia3, LnTuning, MethodRow, Modules, Options, Outline, find, saves},
+};
+use serde_json::{Value, json};
+
+use super::{
+    ARCHITECTURE_KEY, AdapterFile, PREFIX,
+    config::{HEADS, modules, read_modules, some},
+    finite,
+    own::strings,
+};
+use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig, error::List};
+
+/// A type of PEFT's that is read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Ia3,
+    LnTuning,
+    Prompt,
+    Prefix,
+}
+
+/// Each with PEFT's word and the method.
+const KINDS: [(Kind, &str, &str); 4] = [
+    (Kind::Ia3, "IA3", "ia3"),
+    (Kind::LnTuning, "LN_TUNING", "ln-tuning"),
+    (Kind::Prompt, "PROMPT_TUNING", "pre-embed"),
+    (Kind::Prefix, "PREFIX_TUNING", "pre-layer"),
+];
+
+/// What PEFT puts before the name of a module that trains whole beside virtual tokens.
+const BESIDE: &str = "base_model.";
+/// PEFT's name for all virtual tokens.
+const PROMPT: &str = "prompt_embeddings";
+
+impl Kind {
+    /// The one of this word.
+    pub(super) fn named(word: &str) -> Option<Kind> {
+        KINDS.iter().find(|(_, w, _)| *w == word).map(|(kind, ..)| *kind)
+    }
+
+    /// The words of all.
+    pub(super) fn words() -> impl Iterator<Item = &'static str> {
+        KINDS.iter().map(|(_, word, _)| *word)
+    }
+
+    /// How PEFT has what a method trained, if it has it. It puts virtual tokens before the text alone, it has none for tasks
+    /// that it has no name for, and it classifies a text by its first row, which is a virtual token in prompt tuning where
+    /// here it is the text's own.
+    pub(super) fn of(row: &MethodRow, options: &Options, outline: &Outline) -> Option<Kind> {
+        let (kind, ..) = KINDS.iter().find(|(.., method)| *method == row.name)?;
+        match kind {
+            Kind::Ia3 | Kind::LnTuning => true,
+            Kind::Prompt => options.infix == 0 && outline.task_type == Some("CAUSAL_LM"),
+            Kind::Prefix => options.infix == 0 && outline.task_type.is_some(),
+        }
+        .then_some(*kind)
+    }
+
+    /// The text of `adapter_config.json`.
+    pub(super) fn text(self, options: &Options, outline: &Outline, base_model: Option<&str>) -> String {
+        let (_, word, _) = KINDS.iter().find(|(kind, ..)| *kind == self).expect("each kind has a row");
+        let mut saved = outline.modules_to_save.clone();
+        let mut keys: BTreeMap<&str, Value> = [
+            ("base_model_name_or_path", json!(base_model)),
+            ("inference_mode", json!(true)),
+            ("peft_type", json!(word)),
+            ("task_type", json!(outline.task_type)),
+        ]
+        .into();
+        let more = |saved: &mut Vec<String>| {
+            saved.extend(options.modules_to_save.iter().filter(|m| !outline.modules_to_save.contains(m)).cloned());
+        };
+        let excluded = (!options.exclude_modules.is_default()).then(|| modules(&options.exclude_modules));
+        match self {
+            Kind::Ia3 => {
+                let named = [options.targets.clone(), options.feedforward_modules.clone()];
+                let defaults = || Ia3::defaults(outline).unwrap_or_default();
+                let [targets, feedforward] = if options.targets.is_default() { defaults() } else { named };
+                more(&mut saved);
+                keys.extend([
+                    ("exclude_modules", json!(excluded)),
+                    ("fan_in_fan_out", json!(outline.linear_sites().any(|(_, l)| l.layout == Layout::InOut))),
+                    ("feedforward_modules", modules(&sorted(feedforward))),
+                    ("init_ia3_weights", json!(true)),
+                    ("target_modules", modules(&sorted(targets))),
+                ]);
+            }
+            Kind::LnTuning => {
+                let targets = match options.targets.is_default() {
+                    true => LnTuning::default_targets(outline),
+                    false => options.targets.clone(),
+                };
+                more(&mut saved);
+                keys.extend([("target_modules", modules(&sorted(targets))), ("exclude_modules", json!(excluded))]);
+            }
+            Kind::Prompt | Kind::Prefix => {
+                // The widths PEFT knows from the base, and where heads share keys it would divide them once more.
+                keys.extend([
+                    ("num_layers", json!(outline.layers)),
+                    ("num_transformer_submodules", json!(1)),
+                    ("num_virtual_tokens", json!(options.prefix)),
+                ]);
+            }
+        }
+        match self {
+            Kind::Prompt => drop(keys.insert("prompt_tuning_init", json!("RANDOM"))),
+            Kind::Prefix => drop(keys.insert("prefix_projection", json!(false))),
+            Kind::Ia3 | Kind::LnTuning => {}
+        }
+        keys.insert("modules_to_save", some(&saved));
+        format!("{:#}", json!(keys))
+    }
+
+    /// The name in a file of a tensor of the adapter.
+    pub(super) fn stored_name(self, name: &str, outline: &Outline) -> String {
+        match self {
+            Kind::LnTuning if outline.tensors.iter().any(|t| t.norm && t.name == name) => {
+                let (module, tensor) = name.rsplit_once('.').unwrap_or_default();
+                format!("{PREFIX}{module}.{NORM}.{tensor}")
+            }
+            Kind::Ia3 | Kind::LnTuning => format!("{PREFIX}{name}"),
+            Kind::Prompt | Kind::Prefix if name.ends_with(PROMPT) => PROMPT.into(),
+            Kind::Prompt | Kind::Prefix => format!("{BESIDE}{name}"),
+        }
+    }
+
+    /// The adapter of a configuration that was read, and of the tensors beside it.
+    pub(super) fn load(self, raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
+        check(self, &raw)?;
+        let (_, _, method) = KINDS.iter().find(|(kind, ..)| *kind == self).expect("each kind has a row");
+        let row = find(method)?;
+        let mut options = Options::default();
+        let task_type = raw.str("task_type")?.map(str::to_owned);
+        let mut saved = strings(&raw, "modules_to_save")?.unwrap_or_default();
+        saved.dedup();
+        match self {
+            Kind::Ia3 | Kind::LnTuning => {
+                if self == Kind::Ia3 {
+                    // It may be an empty list: no module has its input multiplied.
+                    options.feedforward_modules = match raw.value("feedforward_modules") {
+                        Some(Value::Array(list)) if list.is_empty() => Modules::default(),
+                        _ => read_modules(&raw, "feedforward_modules")?.unwrap_or_default(),
+                    };
+                }
+                options.targets = read_modules(&raw, "target_modules")?.unwrap_or_default();
+                options.exclude_modules = read_modules(&raw, "exclude_modules")?.unwrap_or_default();
+                let is_head = |m: &String| task_type.as_deref() == Some("SEQ_CLS") && HEADS.contains(&m.as_str());
+                options.modules_to_save = saved.iter().filter(|m| !is_head(m)).cloned().collect();
+            }
+            Kind::Prompt | Kind::Prefix => {
+                let needed = || raw.error("num_virtual_tokens", "missing; it says how the adapter was made");
+                options.prefix = raw.usize("num_virtual_tokens")?.ok_or_else(needed)?;
+                options.infix = 0;
+            }
+        }
+        let (mut tensors, mut strange) = (BTreeMap::new(), Vec::new());
+        for key in file.names() {
+            match (self.own_name(key, &saved), file.info(key)) {
+                (Some(own), Some(info)) => drop(tensors.insert(own, finite(file, &info)?)),
+                _ => strange.push(key.to_owned()),
+            }
+        }
+        if !strange.is_empty() {
+            let problem = format!("not a tensor of this kind of adapter: {}", List(&strange));
+            return Err(Error::Weights { file: file.path().to_owned(), problem });
+        }
+        let adapter = AdapterFile {
+            method: row.name,
+            options,
+            base_model_name_or_path: raw.str("base_model_name_or_path")?.map(str::to_owned),
+            tensors,
+            architecture: file.metadata().get(ARCHITECTURE_KEY).cloned(),
+            task_type,
+            base_fingerprint: None,
+            weights: file.path().to_owned(),
+            raw,
+        };
+        adapter.build()?;
+        Ok(adapter)
+    }
+
+    /// The name here of a tensor of the file. Virtual tokens have that of their site only once there is a base.
+    fn own_name(self, key: &str, saved: &[String]) -> Option<String> {
+        let whole = |name: &str| saved.iter().any(|m| saves(m, name)).then(|| name.to_owned());
+        match self {
+            Kind::Ia3 => {
+                let name = key.strip_prefix(PREFIX)?;
+                let gains = name.rsplit_once(".ia3_l").filter(|(module, rest)| {
+                    !module.is_empty() && (rest.is_empty() || rest.starts_with('.') && !rest[1..].contains('.'))
+                });
+                gains.map(|(module, _)| format!("{module}.ia3_l")).or_else(|| whole(name))
+            }
+            Kind::LnTuning => {
+                let name = key.strip_prefix(PREFIX)?;
+                let norm = name.rsplit_once('.').and_then(|(module, tensor)| {
+                    // With or without the adapter's own name.
+                    let (module, rest) = module.split_once(&format!(".{NORM}"))?;
+                    (rest.is_empty() || rest.starts_with('.') && !rest[1..].contains('.'))
+                        .then(|| format!("{module}.{tensor}"))
+                });
+                norm.or_else(|| whole(name))
+            }
+            Kind::Prompt | Kind::Prefix if key == PROMPT => Some(PROMPT.into()),
+            Kind::Prompt | Kind::Prefix => whole(key.strip_prefix(BESIDE)?),
+        }
+    }
+}
+
+/// Names in the order of the alphabet, as PEFT's sets are best compared.
+fn sorted(modules: Modules) -> Modules {
+    match modules {
+        Modules::Names(mut names) => {
+            names.sort();
+            Modules::Names(names)
+        }
+        other => other,
+    }
+}
+
+/// What PEFT calls its copies of normalisations.
+const NORM: &str = "ln_tuning_layers";
+
+/// Gives virtual tokens the name that they have on a base, the only one of `wanted` that ends so.
+pub(super) fn placed(
+    tensors: &BTreeMap<String, Tensor>,
+    wanted: &BTreeMap<String, Tensor>,
+) -> BTreeMap<String, Tensor> {
+    let place = |name: &str| wanted.keys().find(|w| w.strip_suffix(name).is_some_and(|site| site.ends_with('.')));
+    let named = |(name, t): (&String, &Tensor)| match name.as_str() {
+        PROMPT => (place(name).unwrap_or(name).clone(), t.clone()),
+        _ => (name.clone(), t.clone()),
+    };
+    tensors.iter().map(named).collect()
+}
+
+/// Refuses what would compute something else, by its key.
+fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
+    // Read, or without a meaning for what a saved adapter computes.
+    const GENERAL: [&str; 8] = [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    ];
+    const NORMS: [&str; 2] = ["target_modules", "exclude_modules"];
+    // How the base stores its weights, the base knows better; how the vectors began does not matter.
+    const GAINS: [&str; 3] = ["fan_in_fan_out", "feedforward_modules", "init_ia3_weights"];
+    // Sizes that the tensor has to have anyway, and how it began.
+    const TOKENS: [&str; 10] = [
+        "encoder_hidden_size",
+        "init_weights",
+        "num_attention_heads",
+        "num_layers",
+        "num_virtual_tokens",
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "token_dim",
+        "tokenizer_kwargs",
+        "tokenizer_name_or_path",
+    ];
+    // Saved flattened, a projection is gone.
+    const PROJECTION: &str = "prefix_projection";
+    let known = |key: &str| match kind {
+        Kind::Ia3 => NORMS.contains(&key) || GAINS.contains(&key),
+        Kind::LnTuning => NORMS.contains(&key),
+        Kind::Prompt => TOKENS.contains(&key),
+        Kind::Prefix => TOKENS.contains(&key) || key == PROJECTION,
+    };
+    for (key, value) in raw.keys() {
+        if key == "num_transformer_submodules"
+            && matches!(value.as_u64(), None | Some(1))
+            && matches!(kind, Kind::Prompt | Kind::Prefix)
+        {
+            continue;
+        }
+        if !GENERAL.contains(&key.as_str()) && !known(key) && !super::options::is_empty(value) {
+            return Err(raw.error(key, format_args!("is not supported with this type of adapter; found {value}")));
+        }
+    }
+    if kind == Kind::Prompt && raw.str("task_type")? == Some("SEQ_CLS") {
+        let problem = "prompt tuning of a classifier is not supported: PEFT classifies a text by its first virtual token, \
+                       and here its own first token decides";
+        return Err(raw.error("task_type", problem));
+    }
+    Ok(())
+}

@@ -1,0 +1,201 @@
+"""Writes the golden files of PEFT's own adapters: its methods and options on a model of each architecture.
+
+    .venv/bin/python lora-model/tests/golden/adapters.py [MODEL ...]    # installed as make.py says, after it and architectures.py
+
+Each row of `MODELS` takes the model of another golden folder, and each row of `VARIANTS` that fits it becomes
+
+    peft/MODEL/VARIANT/         the adapter as PEFT saves it, all of its parameters random
+    peft/MODEL.safetensors      VARIANT    logits, [own tokens of all sequences, vocab] or [sequences, labels]
+    peft/MODEL.json             the data: sequences, target_rows (within the sequence) and target_ids, or labels; the
+                                variants, each with its `losses` and how far PyTorch's own f32 is from them
+
+A loss is the mean over all targets. `losses` are those before each of ten steps of AdamW (`LR`, `WEIGHT_DECAY`) that begin
+at the saved adapter, in f64, where nothing is dropped out. Every sequence runs alone, so there is no padding to argue about.
+The weights are those of the f32 files, the references are computed in f64 and stored rounded to f32. Running the script
+again writes the same values.
+"""
+
+import copy
+import json
+import os
+import shutil
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from architectures import exact_rope, in_precision
+from common import PINNED, check_versions, relative
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+
+LENGTHS = [4, 7, 5]
+FIRST_ROWS = [0, 3, 1]  # that predict
+STEPS, LR, WEIGHT_DECAY = 10, 1e-2, 0.01
+
+# The class, and the names of some of its modules: one attention projection and another, a map of the MLP, a norm, the
+# embeddings, and what stands before a layer's number.
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", "c_attn", "attn.c_proj", "c_fc", "ln_1", "wte", "h"),
+    "bert_classification": (
+        "BertForSequenceClassification", "query", "value", "intermediate.dense", "output.LayerNorm", "word_embeddings",
+        "layer"),
+    "roberta_classification": (
+        "RobertaForSequenceClassification", "key", "value", "intermediate.dense", "output.LayerNorm", "word_embeddings",
+        "layer"),
+    "llama3": ("LlamaForCausalLM", "q_proj", "v_proj", "up_proj", "input_layernorm", "embed_tokens", "layers"),
+    "qwen2": ("Qwen2ForCausalLM", "k_proj", "v_proj", "down_proj", "input_layernorm", "embed_tokens", "layers"),
+}
+
+
+def lora(**options):
+    return lambda task: peft.LoraConfig(task_type=task, **({"r": 2, "lora_alpha": 3} | options))
+
+
+def variants(first, second, mlp, norm, embedding, layers):
+    """Name -> the configuration for a task."""
+    return {
+        "default": lora(),
+        "rslora": lora(use_rslora=True, r=4, target_modules=[first, mlp]),
+        "regex": lora(target_modules=rf".*\.1\..*({first}|{mlp})".replace("attn.c_proj", r"attn\.c_proj")),
+        "lookahead": lora(target_modules=rf"(?!.*\.0\.).*{layers}\.\d+\..*({first}|{second})"),
+        "all_linear": lora(target_modules="all-linear"),
+        "exclude": lora(target_modules=[first, second, mlp], exclude_modules=[f"0.{x}" for x in ("attn", "mlp")]
+                        + [mlp]),
+        "exclude_regex": lora(target_modules="all-linear", exclude_modules=rf".*{first}|.*\.0\..*"),
+        "patterns": lora(
+            target_modules=[first, second, mlp], rank_pattern={first: 1, rf".*\.1\..*{mlp}": 4},
+            alpha_pattern={second: 7, rf".*\.0\..*": 5.5}),
+        "layers_to_transform": lora(target_modules=[first, mlp], layers_to_transform=1),
+        "layers_pattern": lora(target_modules=[first, mlp], layers_to_transform=[0], layers_pattern=layers),
+        "modules_to_save": lora(target_modules=[first], modules_to_save=[norm, f"1.{'intermediate' if layers == 'layer' else 'mlp'}"]),
+        "bias_all": lora(target_modules=[second], bias="all"),
+        "bias_lora_only": lora(target_modules=[first, mlp], bias="lora_only"),
+        "dora": lora(target_modules=[first, mlp], use_dora=True),
+        "dora_patterns": lora(
+            target_modules="all-linear", use_dora=True, use_rslora=True, bias="lora_only", rank_pattern={mlp: 1}),
+        "ia3": lambda task: peft.IA3Config(task_type=task),
+        "ia3_feedforward": lambda task: peft.IA3Config(
+            task_type=task, target_modules=rf".*({first}|{mlp})", feedforward_modules=[mlp]),
+        # PEFT has no default for encoders.
+        "ln_tuning": lambda task: peft.LNTuningConfig(
+            task_type=task, target_modules=["LayerNorm"] if task == "SEQ_CLS" else None),
+        "ln_tuning_some": lambda task: peft.LNTuningConfig(
+            task_type=task, target_modules=rf".*{norm}", exclude_modules=["1." + norm], modules_to_save=[second]),
+        "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
+        # A text is classified by its first row, which in PEFT is a virtual token, and here its own.
+        "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
+        if task == "CAUSAL_LM" else None,
+    }
+
+
+def main(names):
+    check_versions()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    os.chdir(HERE)  # PEFT writes the path of the base into the adapter's config: a relative one is the same everywhere
+    for name in names or MODELS:
+        write(name, *MODELS[name])
+
+
+def write(name, cls, *modules):
+    cls = getattr(transformers, cls)
+    folder = Path("peft", name)
+    shutil.rmtree(folder, ignore_errors=True)
+    data = make_data(name, cls)
+    task = "SEQ_CLS" if "labels" in data else "CAUSAL_LM"
+    tensors, rows = {}, {}
+    for variant, config in variants(*modules).items():
+        # Of the names, so that a new case changes no other.
+        torch.manual_seed(zlib.crc32(f"{name} {variant}".encode()))
+        config = config(task)
+        if config is None:
+            continue
+        model = peft.get_peft_model(load(name, cls), config).eval()
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        save(model, folder / variant)
+        results = {}
+        for dtype in (torch.float32, torch.float64):
+            # PEFT does not go on with virtual tokens of a file.
+            fresh = copy.deepcopy(model) if config.is_prompt_learning else peft.PeftModel.from_pretrained(
+                load(name, cls), folder / variant, is_trainable=True)
+            results[dtype] = train(fresh.to(dtype).eval(), data, dtype)
+        logits, losses = results[torch.float64]
+        error = [relative([results[torch.float32][0]], [logits]),
+                 max(abs(x / y - 1) for x, y in zip(results[torch.float32][1], losses))]
+        print(f"{name} {variant}: logits {error[0]:.1e}, losses {error[1]:.1e}")
+        assert losses[-1] < losses[0] and error[0] < 3e-6 and error[1] < 3e-5, (losses, error)
+        tensors[variant] = logits.float().contiguous()
+        rows[variant] = {"losses": losses, "f32_vs_f64": dict(zip(("logits", "losses"), error))}
+    save_file(tensors, f"peft/{name}.safetensors", metadata={"format": "pt"})
+    head = {"versions": PINNED} | data | {"adamw": {"lr": LR, "weight_decay": WEIGHT_DECAY}}
+    lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
+    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
+    lines.append(f' "variants": {{\n{rows}\n }}')
+    Path(f"peft/{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def make_data(name, cls):
+    torch.manual_seed(zlib.crc32(name.encode()))
+    config = cls.config_class.from_pretrained(f"{name}/model")
+    ids = lambda n: torch.randint(5, config.vocab_size, (n,)).tolist()
+    data = {"sequences": [ids(n) for n in LENGTHS]}
+    if "SequenceClassification" in cls.__name__:
+        return data | {"labels": [2, 0, 1]}
+    rows = [list(range(f, n - 1)) for f, n in zip(FIRST_ROWS, LENGTHS)]
+    return data | {"target_rows": rows, "target_ids": [s[r[0] + 1:] for s, r in zip(data["sequences"], rows)]}
+
+
+def load(name, cls):
+    return cls.from_pretrained(f"{name}/model", attn_implementation="eager")
+
+
+def save(model, folder):
+    """PEFT's folder, without what is empty in it or differs from run to run: the order of sets."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    for key in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(saved.get(key), list):
+            saved[key].sort()
+    path.write_text(json.dumps(saved, indent=2, sort_keys=True))
+
+
+def train(model, data, dtype):
+    """The logits and the losses of training."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
+    first, losses = None, []
+    with in_precision(dtype):
+        exact_rope(model)
+        for _ in range(STEPS):
+            logits, targets = zip(*(forward(model, data, i) for i in range(len(data["sequences"]))))
+            first = torch.cat(logits).detach() if first is None else first
+            loss = F.cross_entropy(
+                torch.cat([x[t] for x, (t, _) in zip(logits, targets)]), torch.tensor(sum((i for _, i in targets), [])))
+            losses.append(loss.item())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return first, losses
+
+
+def forward(model, data, i):
+    """[tokens, vocab] of a language model or [1, labels], and the rows that predict with what they predict."""
+    ids = torch.tensor([data["sequences"][i]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    if logits.dim() == 2:
+        return logits, ([0], [data["labels"][i]])
+    return logits[0, -ids.shape[1]:], (data["target_rows"][i], data["target_ids"][i])
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")  # PEFT calls what Transformers renames
+    main(sys.argv[1:])

@@ -1,0 +1,173 @@
+//! Agreement with PEFT on its own adapters, every method and option on a model of each architecture: `golden/adapters.py`
+//! wrote what it says, in f64. Whatever lies there is compared.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::common::{CPU, goldens, reference, relative, within};
+use lora_core::{Grads, Tape, Tensor, peft::Adapted};
+use lora_kernels::{AdamW, DType, adamw};
+use lora_model::{Batch, Model, Targets, Texts, adapter, checkpoint::TensorFile, load};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Golden {
+    sequences: Vec<Vec<u32>>,
+    labels: Option<Vec<u32>>,
+    /// Within each sequence.
+    target_rows: Option<Vec<Vec<u32>>>,
+    target_ids: Option<Vec<Vec<u32>>>,
+    adamw: Optimiser,
+    variants: BTreeMap<String, Variant>,
+}
+
+#[derive(Deserialize)]
+struct Optimiser {
+    lr: f64,
+    weight_decay: f64,
+}
+
+#[derive(Deserialize)]
+struct Variant {
+    /// Before each step of training.
+    losses: Vec<f64>,
+}
+
+impl Golden {
+    /// All sequences with their targets, and the number of these.
+    fn batch(&self, model: &dyn Model, adapted: &Adapted) -> (Batch, usize) {
+        let lengths: Vec<usize> = self.sequences.iter().map(Vec::len).collect();
+        let (tokens, segments) = (self.sequences.concat(), vec![0; lengths.iter().sum()]);
+        let segments = (model.limits().segments > 0).then_some(&segments[..]);
+        let (mut rows, mut ids, mut first) = (Vec::new(), Vec::new(), 0);
+        let (targets, count) = match (&self.labels, &self.target_rows, &self.target_ids) {
+            (Some(labels), ..) => (Targets::Labels(labels), labels.len()),
+            (_, Some(target_rows), Some(target_ids)) => {
+                for (n, of) in lengths.iter().zip(target_rows) {
+                    rows.extend(of.iter().map(|r| first + r));
+                    first += *n as u32;
+                }
+                ids.extend(target_ids.concat());
+                (Targets::Tokens { rows: &rows, ids: &ids }, ids.len())
+            }
+            _ => panic!("neither labels nor targets"),
+        };
+        let texts = Texts { segments, ..Texts::new(&tokens, &lengths) };
+        (model.batch(adapted, &texts.targets(targets)).unwrap(), count)
+    }
+
+    /// The losses before each step of training.
+    fn train(&self, model: &dyn Model, adapted: &mut Adapted, steps: usize) -> Vec<f64> {
+        let (batch, count) = self.batch(model, adapted);
+        let mut grads = Grads::new(&adapted.params).unwrap();
+        let n = adapted.params.count();
+        let [mut m, mut v] = [0, 1].map(|_| Tensor::zeros(&CPU, DType::F32, &[1, n]).unwrap());
+        let step = |step: u64| {
+            grads.reset();
+            let mut t = Tape::new(&adapted.params);
+            let loss = model.loss(&mut t, adapted, &batch, 0.0, 1.0 / count as f64).unwrap();
+            let value = loss.value().to_f64().unwrap()[0];
+            t.backward(loss, &mut grads).unwrap();
+            let Optimiser { lr, weight_decay } = self.adamw;
+            let rule = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay, step };
+            let (p, g) = (adapted.params.flat_mut().unwrap(), grads.flat_mut().unwrap());
+            adamw(&rule, p, g.as_mat(), m.make_mut().unwrap(), v.make_mut().unwrap()).unwrap();
+            value
+        };
+        (1..=steps as u64).map(step).collect()
+    }
+}
+
+/// Every model with its variants.
+fn each(check: impl Fn(&str, &Path, &Golden, &Variant, &dyn Model, &TensorFile)) {
+    let folder = goldens().join("peft");
+    let mut files: Vec<PathBuf> = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|f| f.extension().is_some_and(|e| e == "json"));
+    files.sort();
+    assert!(files.len() >= 5, "{files:?}");
+    for file in files {
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        let golden: Golden = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+        let tensors = TensorFile::open(&file.with_extension("safetensors")).unwrap();
+        let mut model = load(&goldens().join(name).join("model"), &CPU).unwrap();
+        model.set_base_dropout(0.0);
+        assert!(golden.variants.len() >= 12, "{name}");
+        for (variant, of) in &golden.variants {
+            check(&format!("{name}, {variant}"), &folder.join(name).join(variant), &golden, of, &*model, &tensors);
+        }
+    }
+}
+
+#[test]
+fn logits_and_ten_steps_of_training_of_pefts_adapters() {
+    each(|what, dir, golden, variant, model, tensors| {
+        let mut adapted = adapter::attach(dir, model, &CPU).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let logits = model.logits(&adapted, &golden.batch(model, &adapted).0).unwrap();
+        let name = what.rsplit_once(", ").unwrap().1;
+        within(&format!("{what}: logits"), relative(&logits, &reference(tensors, name)), 1e-5);
+        let losses = golden.train(model, &mut adapted, variant.losses.len());
+        let worst = losses.iter().zip(&variant.losses).map(|(x, y)| (x / y - 1.0).abs()).fold(0.0, f64::max);
+        within(&format!("{what}: losses"), worst, 1e-4);
+    });
+}
+
+/// What PEFT wrote, read and written here, is what PEFT wrote: tensor by tensor, and by every key of the configuration that
+/// both have.
+#[test]
+fn pefts_adapters_are_written_as_peft_writes_them() {
+    each(|what, dir, _, _, model, _| {
+        let file = adapter::load(dir).unwrap();
+        let adapted = file.attach(model, &CPU).unwrap();
+        let saved = tempfile::tempdir().unwrap();
+        let name = file.base_model_name_or_path.as_deref();
+        adapter::save(saved.path(), file.method, &file.options, &adapted, model, name).unwrap();
+        let all = |dir: &Path| {
+            let file = TensorFile::open(&dir.join(adapter::WEIGHTS_FILE)).unwrap();
+            // With all biases PEFT writes those inside its wrappers once more.
+            let names =
+                file.names().filter(|n| ![".original_module.", ".modules_to_save."].iter().any(|w| n.contains(w)));
+            names.map(|n| (n.to_owned(), reference(&file, n))).collect::<BTreeMap<String, Tensor>>()
+        };
+        let (ours, theirs) = (all(saved.path()), all(dir));
+        assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>(), "{what}");
+        for (name, t) in &ours {
+            assert_eq!(t.shape(), theirs[name].shape(), "{what}: {name}");
+            assert_eq!(t.to_f64().unwrap(), theirs[name].to_f64().unwrap(), "{what}: {name}");
+        }
+        let config = |dir: &Path| -> serde_json::Map<String, serde_json::Value> {
+            serde_json::from_slice(&fs::read(dir.join(adapter::CONFIG_FILE)).unwrap()).unwrap()
+        };
+        let (ours, theirs) = (config(saved.path()), config(dir));
+        for (key, value) in &ours {
+            let same = |a: &serde_json::Value, b: &serde_json::Value| match (a.as_array(), b) {
+                // One layer is one, or a list of one.
+                (Some(list), b) if list.len() == 1 => list[0] == *b || a == b,
+                _ => a == b || a.as_f64().is_some_and(|x| Some(x) == b.as_f64()),
+            };
+            // PEFT lists two names for every classifier's head, whatever it is called.
+            let known = key == "modules_to_save";
+            assert!(known || same(value, &theirs[key]), "{what}: {key} is {value}, in PEFT's file {}", theirs[key]);
+        }
+    });
+}
+
+/// Trains each adapter on and writes it with its logits where `lora-bench/interop/check_adapters.py` looks for them.
+#[test]
+#[ignore = "for lora-bench/interop/check_adapters.py: set LORA_INTEROP to a folder"]
+fn adapters_for_peft_to_read() {
+    let folder = PathBuf::from(std::env::var_os("LORA_INTEROP").expect("LORA_INTEROP names a folder"));
+    each(|what, dir, golden, _, model, _| {
+        let file = adapter::load(dir).unwrap();
+        let mut adapted = file.attach(model, &CPU).unwrap();
+        golden.train(model, &mut adapted, 3);
+        let (name, variant) = what.rsplit_once(", ").unwrap();
+        let to = folder.join(name).join(variant);
+        let base = file.base_model_name_or_path.as_deref();
+        adapter::save(&to, file.method, &file.options, &adapted, model, base).unwrap();
+        let logits = model.logits(&adapted, &golden.batch(model, &adapted).0).unwrap().to_f64().unwrap();
+        fs::write(to.join("logits.json"), serde_json::to_string(&logits).unwrap()).unwrap();
+    });
+}
