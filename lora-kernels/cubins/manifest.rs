@@ -25,6 +25,11 @@
         ("sm_90a", include_bytes!("attention_cached.sm_90a.cubin.z")),
         ("ptx", include_bytes!("attention_cached.ptx.z")),
     ] },
+    Prebuilt { module: "columns", source: 0x09bff6dab7b0e1fc, images: &[
+        ("sm_80", include_bytes!("columns.sm_80.cubin.z")),
+        ("sm_90a", include_bytes!("columns.sm_90a.cubin.z")),
+        ("ptx", include_bytes!("columns.ptx.z")),
+    ] },
     Prebuilt { module: "dropout", source: 0x7cc8a77ed8bf6fd8, images: &[
         ("sm_80", include_bytes!("dropout.sm_80.cubin.z")),
         ("sm_90a", include_bytes!("dropout.sm_90a.cubin.z")),
