@@ -39,15 +39,6 @@ pub fn gemm(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
     gemm_with(alpha, a, b, beta, c, &Epilogue::default())
 }
 
-/// Bytes of the pool that each thread takes for itself during a product of f32 or bf16 matrices on this machine's CPU.
-pub fn gemm_scratch() -> usize {
-    #[cfg(target_arch = "x86_64")]
-    if blocked::available() {
-        return blocked::SCRATCH;
-    }
-    0
-}
-
 /// What happens to a product on its way into C.
 #[derive(Clone, Copy, Default)]
 pub struct Epilogue<'a> {

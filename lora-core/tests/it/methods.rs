@@ -189,7 +189,7 @@ const BAD: &[(&str, Change)] = &[
     ("exclude-modules", |o| o.exclude_modules = Modules::Regex("blocks.*".into())),
     ("exclude-modules", |o| o.exclude_modules = Modules::AllLinear),
     ("layers-to-transform", |o| o.layers_to_transform = vec![0, LAYERS]),
-    ("layers-to-transform", |o| (o.layers_to_transform, o.targets) = (vec![0], Modules::AllLinear)),
+    ("layers-to-transform or targets", |o| (o.layers_to_transform, o.targets) = (vec![0], Modules::AllLinear)),
     ("layers-pattern", |o| o.layers_pattern = vec!["layers".into()]),
     ("layers-pattern", |o| (o.layers_to_transform, o.layers_pattern) = (vec![0], vec!["(".into()])),
     ("rank-pattern", |o| o.rank_pattern = vec![("c_attn".into(), 0)]),
@@ -427,7 +427,11 @@ fn bad_options_are_refused_by_whoever_reads_them() {
             let mut o = options_of(row, &base);
             change(&mut o);
             match output(&o) {
-                Err(e) => assert!(e.to_string().contains(option), "{}, {i}: {e}", row.name),
+                // Methods that read only some of what was changed name those.
+                Err(e) => {
+                    let e = e.to_string();
+                    assert!(option.split(" or ").any(|o| e.contains(o)), "{}, {i}: {e}", row.name);
+                }
                 Ok(got) => assert!(got == good, "{}: reads {option} and accepts {o:?}", row.name),
             }
         }

@@ -6,6 +6,8 @@
 
 mod avx512;
 
+use std::cell::RefCell;
+
 use rayon::prelude::*;
 
 use avx512::{Arithmetic, F32, Source};
@@ -32,9 +34,6 @@ const ROWS: usize = 20 * MR;
 pub(super) fn available() -> bool {
     avx512::available()
 }
-
-/// Bytes of scratch that each task takes.
-pub(super) const SCRATCH: usize = size_of::<u32>() * (ROWS + NR) * WORDS;
 
 /// `C = α·A·B + β·C` in f32, on a processor that is [`available`].
 pub(super) fn f32_product(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, c: HostMut<f32>) -> Result<()> {
@@ -78,18 +77,30 @@ fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
     let firsts = |bounds: &[usize]| bounds[..bounds.len() - 1].to_vec();
     let places = firsts(&rows).into_iter().flat_map(|i| firsts(&cols).into_iter().map(move |j| (i, j)));
     let tasks: Vec<_> = places.zip(c.grid(&rows, &cols)).collect();
-    // All tasks ask for the same sizes, so that the pool serves every one of them from the same few blocks.
     let one = |((i, j), c)| {
-        let mut left = Buffer::empty(&Device::Cpu, DType::U32, ROWS * WORDS)?;
-        let mut right = Buffer::empty(&Device::Cpu, DType::U32, WORDS * NR)?;
-        // SAFETY: the products are only called where `available`.
-        unsafe { avx512::block::<T, A, B>(scalars, (a, i), (b, j), k, c, [left.host_mut(), right.host_mut()]) };
-        Ok(())
+        with_scratch(|scratch| {
+            // SAFETY: the products are only called where `available`.
+            unsafe { avx512::block::<T, A, B>(scalars, (a, i), (b, j), k, c, scratch) };
+        })
     };
     match tasks.len() {
         0 | 1 => tasks.into_iter().try_for_each(one),
         _ => tasks.into_par_iter().try_for_each(one),
     }
+}
+
+/// Calls `f` with this thread's own room for [`ROWS`] packed rows of A and a panel of B, which it keeps.
+fn with_scratch(f: impl FnOnce([&mut [u32]; 2])) -> Result<()> {
+    thread_local!(static SCRATCH: RefCell<Option<Buffer>> = const { RefCell::new(None) });
+    SCRATCH.with_borrow_mut(|scratch| {
+        let buffer = match scratch {
+            Some(buffer) => buffer,
+            None => scratch.insert(Buffer::empty(&Device::Cpu, DType::U32, (ROWS + NR) * WORDS)?),
+        };
+        let (left, right) = buffer.host_mut().split_at_mut(ROWS * WORDS);
+        f([left, right]);
+        Ok(())
+    })
 }
 
 /// Boundaries 0 to n of parts as even as multiples of `unit` allow, none above `most`, which is rounded up to such.

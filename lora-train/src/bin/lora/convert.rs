@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use indicatif::{HumanBytes, HumanCount};
-use lora_core::peft::{Adapted, Options};
+use lora_core::peft::{Adapted, Modules, Options};
 use lora_kernels::Device;
 use lora_model::{
     Model, adapter,
@@ -151,7 +151,10 @@ fn adapter_folder(
         HumanBytes(bytes),
         args.out.display()
     ));
-    let targets = (method == "lora").then(|| options.targets.to_string());
+    let targets = (method == "lora").then(|| match &options.targets {
+        Modules::Names(names) => json!(names),
+        other => json!(other.to_string()),
+    });
     summary(
         args,
         json!({"out": args.out, "method": method, "parameters": parameters, "places": adapted.site_count(), "targets": targets, "bytes": bytes}),

@@ -292,7 +292,11 @@ fn adapters() {
         ("adapter_config.json", |lab, f| lab.set(f, "r", json!(0)), &["adapter_config.json", "\"r\"", "0"]),
         ("adapter_config.json", |lab, f| lab.set(f, "lora_alpha", json!(-1)), &["adapter_config.json", "lora_alpha"]),
         ("adapter_config.json", |lab, f| lab.set(f, "peft_type", json!("OFT")), &["adapter_config.json", "OFT"]),
-        ("adapter_config.json", |lab, f| lab.set(f, "use_dora", json!(true)), &["adapter_config.json", "use_dora"]),
+        (
+            "adapter_config.json",
+            |lab, f| lab.set(f, "use_dora", json!(true)),
+            &["adapter_model.safetensors", "c_fc.lora_magnitude_vector"],
+        ),
         (
             "adapter_config.json",
             |lab, f| lab.set(f, "target_modules", json!(["x"])),
