@@ -31,7 +31,7 @@ pub(crate) struct MethodArgs {
           default_missing_value = "true", hide_possible_values = true)]
     rslora: Option<bool>,
     /// lora, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
-    /// (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's whole name matches ('.*[qv]_proj')
+    /// (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's whole name matches ('.*(q|v)_proj')
     /// [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj, ...]
     #[arg(long, alias = "target-modules", value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
