@@ -8,13 +8,9 @@ the logits that it computed with the original. With --peft every merged adapter 
 has to find every key, and computes what its own merged adapter computes.
 """
 
-import sys
-
-# This folder has a profile.py, which is not the one that the standard library's cProfile looks for.
-sys.path.pop(0)
-
 import json
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path

@@ -2,6 +2,7 @@ use std::{fmt, ops::Range, sync::Arc};
 
 use half::{bf16, f16};
 use lora_kernels::{Buffer, DType, Device, Element, Mat, MatMut};
+use ndarray::Array2;
 
 use crate::Result;
 
@@ -121,6 +122,13 @@ impl Tensor {
     /// When `T` is not the tensor's type.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         Ok(self.buf.to_vec(self.offset..self.offset + self.len())?)
+    }
+
+    /// The matrix of [`rows`](Tensor::rows) and [`cols`](Tensor::cols) on the host, in f32, for the mathematics of
+    /// [`lowrank`](crate::lowrank).
+    pub fn to_array(&self) -> Result<Array2<f32>> {
+        let values = self.to_dtype(DType::F32)?.to_vec()?;
+        Ok(Array2::from_shape_vec((self.rows(), self.cols()), values).expect("as many elements as the shape says"))
     }
 
     /// The elements as f64, whatever floating-point type they have; for reports and checks.

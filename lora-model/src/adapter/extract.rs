@@ -10,10 +10,7 @@ use lora_core::{
 use lora_kernels::DType;
 use rayon::prelude::*;
 
-use super::{
-    Update, Updates,
-    updates::{array, short_name},
-};
+use super::{Update, Updates, updates::short_name};
 use crate::{Error, Result, error::List, fingerprint};
 
 /// An adapter that was taken out of a tuned model, and what of the tuning it does not hold.
@@ -119,8 +116,8 @@ pub fn extract(
     let one = |&&(site, layout): &&(&str, Layout)| -> Result<(String, Update, Extracted)> {
         let name = format!("{site}.weight");
         let bad = |reason| Error::Core(lora_core::Error::Merge { name: name.clone(), reason });
-        let w = array(before[name.as_str()])?.mapv(f64::from);
-        let delta = array(after[name.as_str()])?.mapv(f64::from) - &w;
+        let w = before[name.as_str()].to_array()?.mapv(f64::from);
+        let delta = after[name.as_str()].to_array()?.mapv(f64::from) - &w;
         let delta = match layout {
             Layout::OutIn => delta.view(),
             Layout::InOut => delta.t(),

@@ -101,7 +101,7 @@ impl AdapterFile {
             };
             let second = format!("{module}{}", if embedding { EMBEDDING[1] } else { LINEAR[1] });
             let missing = || lora_core::Error::Missing { name: format!("{PREFIX}{second}") };
-            let (a, b) = (array(tensor)?, array(self.tensors.get(&second).ok_or_else(missing)?)?);
+            let (a, b) = (tensor.to_array()?, self.tensors.get(&second).ok_or_else(missing)?.to_array()?);
             let refused = |e: lowrank::Error| Error::Weights {
                 file: self.weights.clone(),
                 problem: format!("module {module}: {e}"),
@@ -204,7 +204,7 @@ impl Updates {
             // An embedding's weight is stored [tokens, width]: as inputs and outputs.
             let layout = if update.embedding { Layout::InOut } else { layouts[module.as_str()] };
             let merged = |w: &Tensor| -> Result<Tensor> {
-                let w = array(w)?;
+                let w = w.to_array()?;
                 let merged = lowrank::merge(w.view(), &update.delta, layout);
                 tensor(merged.map_err(|reason| lora_core::Error::Merge { name: name.clone(), reason })?.into_weight())
             };
@@ -280,12 +280,6 @@ pub(crate) fn short_name(module: &str) -> &str {
         rest = tail;
     }
     name
-}
-
-/// A matrix on the host, in f32.
-pub(super) fn array(t: &Tensor) -> Result<Array2<f32>> {
-    let t = t.to_dtype(DType::F32)?;
-    Ok(Array2::from_shape_vec((t.rows(), t.cols()), t.to_vec()?).expect("as many elements as the shape says"))
 }
 
 fn tensor(m: impl std::borrow::Borrow<Array2<f32>>) -> Result<Tensor> {

@@ -8,7 +8,6 @@ use lora_core::{
     lowrank::{self, Layout, LowRank, Side},
     peft::Base,
 };
-use lora_kernels::DType;
 use lora_model::adapter::Updates;
 use ndarray::Array2;
 use rayon::prelude::*;
@@ -94,10 +93,7 @@ pub fn analyse(adapter: &Updates, base: Option<&dyn Base>, against: Option<&Upda
         let against_base = match weights.get(format!("{name}.weight").as_str()) {
             None => None,
             Some(w) => {
-                let w = w.to_dtype(DType::F32).map_err(lora_model::Error::from)?;
-                let values = w.to_vec::<f32>().map_err(lora_model::Error::from)?;
-                let w =
-                    Array2::from_shape_vec((w.rows(), w.cols()), values).expect("as many elements as the shape says");
+                let w = w.to_array().map_err(lora_model::Error::from)?;
                 let base_norm = norm(&w.mapv(f64::from));
                 let layout = layouts.get(name.as_str()).copied().unwrap_or(Layout::InOut);
                 let (projected_norm, amplification) = match lowrank::amplification(w.view(), delta, layout) {

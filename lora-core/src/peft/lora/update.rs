@@ -45,17 +45,12 @@ impl Update {
         let mut b = Array2::zeros((self.outputs, n * r));
         for (i, term) in self.terms.iter().enumerate() {
             let block = ndarray::s![i * r..(i + 1) * r, ..];
-            a.slice_mut(block).assign(&array(&params.tensor(term.a))?);
+            a.slice_mut(block).assign(&params.tensor(term.a).to_array()?);
             let block = ndarray::s![term.cols.clone(), i * r..(i + 1) * r];
-            b.slice_mut(block).assign(&array(&params.tensor(term.b))?);
+            b.slice_mut(block).assign(&params.tensor(term.b).to_array()?);
         }
         Ok((a, b))
     }
-}
-
-fn array(t: &Tensor) -> Result<Array2<f32>> {
-    let t = t.to_dtype(lora_kernels::DType::F32)?;
-    Ok(Array2::from_shape_vec((t.rows(), t.cols()), t.to_vec()?).expect("as many elements as the shape says"))
 }
 
 fn tensor(like: &Params, a: &Array2<f32>) -> Result<Tensor> {
@@ -84,14 +79,14 @@ impl LinearAdapter for Update {
     }
 
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor> {
-        let mut w = array(w)?;
+        let mut w = w.to_array()?;
         let outputs = match self.layout {
             Layout::OutIn => Axis(0),
             Layout::InOut => Axis(1),
         };
         // Each term into its own columns: the ranks of all terms together may exceed what one update can have.
         for term in &self.terms {
-            let (a, b) = (array(&params.tensor(term.a))?, array(&params.tensor(term.b))?);
+            let (a, b) = (params.tensor(term.a).to_array()?, params.tensor(term.b).to_array()?);
             let update = LowRank::new(a, b, self.scale)?;
             let mut block = w.slice_axis_mut(outputs, term.cols.clone().into());
             let merged = lowrank::merge(block.view(), &update, self.layout)?.into_weight();
@@ -121,9 +116,9 @@ impl Adapter for Update {
     fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
         let (r, n) = (self.rank, self.terms.len());
         let inputs = params.shape(self.terms[0].a)[1];
-        let a = array(&take(tensors, &format!("{site}.lora_A.weight"), &[n * r, inputs])?)?;
+        let a = take(tensors, &format!("{site}.lora_A.weight"), &[n * r, inputs])?.to_array()?;
         let name = format!("{site}.lora_B.weight");
-        let mut b = array(&take(tensors, &name, &[self.outputs, n * r])?)?;
+        let mut b = take(tensors, &name, &[self.outputs, n * r])?.to_array()?;
         for (i, term) in self.terms.iter().enumerate() {
             let part = a.slice(ndarray::s![i * r..(i + 1) * r, ..]).to_owned();
             params.set(term.a, &tensor(params, &part)?)?;
