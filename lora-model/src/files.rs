@@ -16,7 +16,8 @@ const SUFFIX: &str = ".tmp";
 /// into a temporary file in the same folder, flushed to the disk, renamed over `path`, and the folder flushed in turn.
 ///
 /// Whatever maps or has opened the old file keeps its old contents, so a folder can be saved over the very files that
-/// its tensors are mapped from.
+/// its tensors are mapped from. A link stays a link to the new contents, and what is no file (a pipe, a terminal,
+/// `/dev/null`) is written to as it is.
 ///
 /// `write` may fail with an [`io::Error`] or, through `?`, with an [`Error`], which comes back as it is.
 ///
@@ -24,14 +25,27 @@ const SUFFIX: &str = ".tmp";
 /// [`Error::Io`] with the path and the system's reason (a full disk, say). The temporary file is then gone and `path`
 /// is as it was.
 pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let temporary = temporary(path)?;
-    let written = write_new(&temporary, write).and_then(|()| fs::rename(&temporary, path));
+    let told = |e: io::Error| e.downcast::<Error>().unwrap_or_else(|e| Error::io("write", path, e));
+    let Some(place) = replaceable(path) else {
+        return OpenOptions::new().write(true).open(path).and_then(|f| write_to(f, write)).map(drop).map_err(told);
+    };
+    let temporary = temporary(&place)?;
+    let written = write_new(&temporary, write).and_then(|()| fs::rename(&temporary, &place));
     if let Err(e) = written {
         // Best effort: the first error is the one worth telling.
         let _ = fs::remove_file(&temporary);
-        return Err(e.downcast::<Error>().unwrap_or_else(|e| Error::io("write", path, e)));
+        return Err(told(e));
     }
-    sync_folder(folder(path)).map_err(|e| Error::io("flush the folder of", path, e))
+    sync_folder(folder(&place)).map_err(|e| Error::io("flush the folder of", path, e))
+}
+
+/// The file whose place new contents of `path` can take: `path` itself, or what a link leads to. `None` for a pipe, a
+/// terminal or a device: renaming a file over one would take it from every other program.
+pub fn replaceable(path: &Path) -> Option<PathBuf> {
+    match fs::metadata(path) {
+        Ok(m) if !m.is_file() && !m.is_dir() => None,
+        _ => Some(if path.is_symlink() { fs::canonicalize(path).unwrap_or(path.into()) } else { path.into() }),
+    }
 }
 
 /// [`write_atomic`] of bytes that are already there.
@@ -78,10 +92,13 @@ pub fn remove_temporary(folder: &Path) -> Result<()> {
 }
 
 fn write_new(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    write_to(OpenOptions::new().write(true).create_new(true).open(path)?, write)?.sync_all()
+}
+
+fn write_to(file: File, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<File> {
     let mut buffered = BufWriter::with_capacity(BUFFER, file);
     write(&mut buffered)?;
-    buffered.into_inner().map_err(|e| e.into_error())?.sync_all()
+    buffered.into_inner().map_err(|e| e.into_error())
 }
 
 /// A name beside `path` that no other process and no other thread uses.
@@ -143,6 +160,38 @@ mod tests {
         assert!(text.contains("a.txt") && text.contains("no space left"), "{text}");
         assert_eq!(read_to_string(&path).unwrap(), "old");
         assert_eq!(names(dir.path()), ["a.txt"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_and_what_is_no_file_stay_what_they_are() {
+        use std::os::unix::{fs::FileTypeExt, fs::symlink, net::UnixListener};
+        let dir = tempfile::tempdir().unwrap();
+        let [file, link, lost, pipe, socket] =
+            ["file", "link", "lost", "pipe", "socket"].map(|name| dir.path().join(name));
+        write_bytes(&file, b"old").unwrap();
+        symlink("file", &link).unwrap();
+        write_bytes(&link, b"new").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(read_to_string(&file).unwrap(), "new");
+        symlink("nowhere", &lost).unwrap();
+        write_bytes(&lost, b"found").unwrap();
+        assert_eq!(read_to_string(&lost).unwrap(), "found");
+
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || read_to_string(&pipe).unwrap()
+        });
+        write_bytes(&pipe, b"through the pipe").unwrap();
+        assert_eq!(reader.join().unwrap(), "through the pipe");
+        assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+
+        // A file that may not be opened is not replaced either.
+        let _held = UnixListener::bind(&socket).unwrap();
+        assert!(write_bytes(&socket, b"x").unwrap_err().to_string().contains("socket"));
+        assert!(fs::symlink_metadata(&socket).unwrap().file_type().is_socket());
+        assert_eq!(names(dir.path()), ["file", "link", "lost", "pipe", "socket"]);
     }
 
     #[test]

@@ -7,25 +7,26 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use lora_model::files;
 
 use crate::ui;
 
 pub(crate) struct PartFile {
     out: PathBuf,
-    /// `None` for a pipe or a terminal, which is written to as it is, not replaced by a file.
-    part: Option<PathBuf>,
+    /// The file that grows, and the one whose place it takes; `None` for a pipe or a terminal, which is written to as it is.
+    part: Option<(PathBuf, PathBuf)>,
     file: File,
     texts: usize,
 }
 
 impl PartFile {
     pub(crate) fn create(out: &Path) -> anyhow::Result<PartFile> {
-        let part = (out.is_file() || !out.exists()).then(|| {
-            let mut name = out.as_os_str().to_owned();
+        let part = files::replaceable(out).map(|place| {
+            let mut name = place.as_os_str().to_owned();
             name.push(".part");
-            PathBuf::from(name)
+            (PathBuf::from(name), place)
         });
-        let path = part.as_deref().unwrap_or(out);
+        let path = part.as_ref().map_or(out, |(part, _)| part);
         let file = File::create(path).with_context(|| format!("could not make {}", path.display()))?;
         Ok(PartFile { out: out.into(), part, file, texts: 0 })
     }
@@ -40,8 +41,8 @@ impl PartFile {
 
     /// All is there: the file takes its place.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
-        if let Some(part) = &self.part {
-            let moved = self.file.sync_all().and_then(|()| fs::rename(part, &self.out));
+        if let Some((part, place)) = &self.part {
+            let moved = self.file.sync_all().and_then(|()| fs::rename(part, place));
             moved.with_context(|| format!("could not move {} to {}", part.display(), self.out.display()))?;
         }
         ui::say(format_args!("{} texts in {}", self.texts, self.out.display()));
@@ -50,7 +51,7 @@ impl PartFile {
 
     /// There will be no more: what is there stays beside the place, which is left as it was.
     pub(crate) fn give_up(self) {
-        let Some(part) = &self.part else { return };
+        let Some((part, _)) = &self.part else { return };
         if self.texts == 0 {
             // What stopped the work is what is worth telling.
             let _ = fs::remove_file(part);
@@ -60,7 +61,7 @@ impl PartFile {
     }
 
     fn path(&self) -> &Path {
-        self.part.as_deref().unwrap_or(&self.out)
+        self.part.as_ref().map_or(&self.out, |(part, _)| part)
     }
 }
 
