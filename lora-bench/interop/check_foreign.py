@@ -71,8 +71,6 @@ def adapterhub(work, about, golden):
     import adapters
 
     for name, case in about["adapterhub"].items():
-        if case["method"] not in ("adapter-h", "adapter-p"):
-            continue
         base = GOLDEN / case["model"] / "model"
         lora("convert", GOLDEN / "foreign/adapterhub" / name, "--from", "adapterhub", "--model", base, "--out", work / name)
         lora("convert", work / name, "--to", "adapterhub", "--model", base, "--name", "mine", "--out", work / f"{name}-back")

@@ -84,6 +84,14 @@ pub enum Error {
         /// What is wrong with it or with the adapter. W₀ is the tensor, rows and columns as of ΔW: [out, in].
         reason: crate::lowrank::Error,
     },
+    /// An adapter that cannot share a batch with others.
+    #[error("adapter {adapter} cannot share a batch with others: {why}")]
+    Mixed {
+        /// Its number among them.
+        adapter: usize,
+        /// What is in the way.
+        why: String,
+    },
     /// A saved adapter whose values contradict its structure.
     #[error("tensor `{name}`: {why}")]
     Structure {

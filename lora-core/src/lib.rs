@@ -39,6 +39,7 @@ pub mod lowrank;
 pub mod ops;
 mod params;
 pub mod peft;
+mod shares;
 mod tape;
 mod tensor;
 
@@ -46,5 +47,6 @@ pub use error::{Error, Result};
 pub use gradcheck::{Worst, gradcheck, gradcheck_some};
 pub use lora_kernels::hash;
 pub use params::{Grads, Init, Marks, ParamId, Params, ParamsBuilder};
+pub use shares::{Share, Shares};
 pub use tape::{Backward, Noise, Open, Slot, Tape, Var};
 pub use tensor::Tensor;

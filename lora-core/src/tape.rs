@@ -1,6 +1,8 @@
+use std::{mem, sync::Arc};
+
 use lora_kernels::{Acc, Device, Dropout, axpby, fill};
 
-use crate::{Grads, ParamId, Params, Result, Tensor};
+use crate::{Grads, ParamId, Params, Result, Share, Shares, Tensor};
 
 /// A place for the gradient of one value. What has no slot is a constant: nothing is saved or computed for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +75,7 @@ pub struct Tape {
     noise: Option<Noise>,
     noisy: bool,
     sites: u32,
+    shares: Option<Shares>,
     /// Step i makes the value of node i.
     steps: Vec<Back>,
 }
@@ -80,7 +83,15 @@ pub struct Tape {
 impl Tape {
     /// A tape on which `params` are variables. Without [`Tape::with_noise`] nothing is dropped out.
     pub fn new(params: &Params) -> Tape {
-        Tape { params: params.clone(), recording: true, noise: None, noisy: false, sites: 0, steps: Vec::new() }
+        Tape {
+            params: params.clone(),
+            recording: true,
+            noise: None,
+            noisy: false,
+            sites: 0,
+            shares: None,
+            steps: Vec::new(),
+        }
     }
 
     /// A tape that records nothing: evaluation and generation.
@@ -92,6 +103,16 @@ impl Tape {
     pub fn with_noise(mut self, noise: Noise) -> Tape {
         self.noise = Some(noise);
         self
+    }
+
+    /// Says which rows have which of several adapters ([`crate::peft::Adapted::mixed`]).
+    pub fn share_rows(&mut self, shares: Option<Shares>) {
+        self.shares = shares;
+    }
+
+    /// The shares of the rows that are computed now, where they have different adapters.
+    pub fn shares(&self) -> Option<Arc<[Share]>> {
+        self.shares.as_ref().map(|shares| shares.current().clone())
     }
 
     /// A value that nothing trainable lies below.
@@ -126,9 +147,12 @@ impl Tape {
     }
 
     /// Runs `f` on rows that all micro-batches of a step have in common, those of a table: its dropout masks count rows from
-    /// 0, so that splitting a batch does not change them.
+    /// 0, so that splitting a batch does not change them. They are of no sequence, so in no share.
     pub fn on_common_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
-        self.counting_rows_from(|_| 0, f)
+        let shares = mem::take(&mut self.shares);
+        let result = self.counting_rows_from(|_| 0, f);
+        self.shares = shares;
+        result
     }
 
     /// Runs `f` on one row for each target, as heads see them: its dropout masks count targets over the whole step, where
@@ -140,6 +164,7 @@ impl Tape {
     /// As [`Tape::on_target_rows`], for what follows up to the end of the function that [`Tape::on_rows_with`] runs.
     pub fn go_on_with_target_rows(&mut self) {
         self.noise = self.noise.map(|noise| Noise { row_offset: noise.target_offset, ..noise });
+        self.shares.iter_mut().for_each(Shares::go_on_with_targets);
     }
 
     /// Runs `f` on rows among which every sequence has so many virtual ones: its dropout masks count those too, so that

@@ -158,10 +158,10 @@ impl Tensor {
             DType::F64 => Tensor::from_slice(&device, shape, &values),
             DType::F32 => Tensor::from_slice(&device, shape, &values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
             DType::Bf16 => {
-                Tensor::from_slice(&device, shape, &values.into_iter().map(bf16::from_f64).collect::<Vec<_>>())
+                Tensor::from_slice(&device, shape, &values.into_iter().map(rounded(bf16::from_f32)).collect::<Vec<_>>())
             }
             DType::F16 => {
-                Tensor::from_slice(&device, shape, &values.into_iter().map(f16::from_f64).collect::<Vec<_>>())
+                Tensor::from_slice(&device, shape, &values.into_iter().map(rounded(f16::from_f32)).collect::<Vec<_>>())
             }
             other => Err(lora_kernels::Error::DType { kernel: "to_dtype", dtype: other }.into()),
         }
@@ -223,9 +223,23 @@ impl fmt::Debug for Tensor {
     }
 }
 
+/// To 16 bits by way of f32: `half` does not see the last three bits of an f32 when it rounds an f64.
+fn rounded<T>(to: impl Fn(f32) -> T) -> impl Fn(f64) -> T {
+    move |v| to(v as f32)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounding_to_16_bits_sees_every_bit() {
+        // Just above the middle of two neighbours, in bf16 and in f16.
+        let just_above = [f32::from_bits(0x3f80_8001), f32::from_bits(0x3f80_1001)];
+        let t = Tensor::from_slice(&Device::Cpu, &[2], &just_above).unwrap();
+        assert_eq!(t.to_dtype(DType::Bf16).unwrap().to_f64().unwrap()[0], 1.0 + 2f64.powi(-7));
+        assert_eq!(t.to_dtype(DType::F16).unwrap().to_f64().unwrap()[1], 1.0 + 2f64.powi(-10));
+    }
 
     #[test]
     fn a_write_never_shows_through_a_clone() {

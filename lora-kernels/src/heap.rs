@@ -9,6 +9,7 @@ use std::{
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
 static BYTES: AtomicU64 = AtomicU64::new(0);
+static FREED: AtomicU64 = AtomicU64::new(0);
 
 /// The system's allocator, counted. A program that wants the counts of [`heap_stats`] makes it its own:
 ///
@@ -20,8 +21,10 @@ static BYTES: AtomicU64 = AtomicU64::new(0);
 ///
 /// let before = heap_stats().calls;
 /// let x = std::hint::black_box(vec![0u8; 100]);
-/// assert_eq!(heap_stats().calls, before + 1);
+/// let with_x = heap_stats();
+/// assert_eq!(with_x.calls, before + 1);
 /// drop(x);
+/// assert_eq!(heap_stats().live, with_x.live - 100);
 /// ```
 pub struct CountingHeap;
 
@@ -32,11 +35,16 @@ pub struct HeapStats {
     pub calls: u64,
     /// Bytes that they asked for.
     pub bytes: u64,
+    /// Bytes that are in use now.
+    pub live: u64,
 }
 
 /// The counts so far; zeros where [`CountingHeap`] is not the allocator.
 pub fn heap_stats() -> HeapStats {
-    HeapStats { calls: CALLS.load(Relaxed), bytes: BYTES.load(Relaxed) }
+    // What is freed was counted before.
+    let freed = FREED.load(Relaxed);
+    let bytes = BYTES.load(Relaxed);
+    HeapStats { calls: CALLS.load(Relaxed), bytes, live: bytes - freed }
 }
 
 fn count(bytes: usize) {
@@ -60,11 +68,13 @@ unsafe impl GlobalAlloc for CountingHeap {
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count(size);
+        FREED.fetch_add(layout.size() as u64, Relaxed);
         // SAFETY: as above.
         unsafe { System.realloc(at, layout, size) }
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        FREED.fetch_add(layout.size() as u64, Relaxed);
         // SAFETY: as above.
         unsafe { System.dealloc(at, layout) }
     }

@@ -1,4 +1,7 @@
-use lora_core::{Tensor, peft::Adapted};
+use lora_core::{
+    Shares, Tensor,
+    peft::{Adapted, VirtualTokens},
+};
 use lora_kernels::{Device, Sequences};
 
 use crate::{
@@ -81,6 +84,8 @@ pub struct Batch {
     pub sequences: Sequences,
     /// Virtual rows among the tokens, or among keys and values.
     pub(crate) virtual_rows: Option<VirtualInputs>,
+    /// Which rows have which adapter, where the method is several.
+    pub(crate) shares: Option<Shares>,
     /// The rows that predict something, `[targets]`.
     pub target_rows: Tensor,
     /// What they should predict, `[targets]`: ids or labels of u32, or numbers.
@@ -123,7 +128,7 @@ impl Batch {
     ///
     /// # Panics
     /// When the lengths do not add up to the tokens, a target's row is not among them, there is not one label or number
-    /// per sequence, or the targets are not of the task's kind.
+    /// per sequence, the targets are not of the task's kind, or `adapted` is several adapters for another number of sequences.
     pub fn new(device: &Device, limits: Limits, task: Task, adapted: &Adapted, texts: &Texts) -> Result<Batch> {
         let host = Host::new(limits, task, Place::of(adapted), texts)?;
         let ids = |v: &[u32]| Tensor::from_slice(device, &[v.len()], v);
@@ -136,7 +141,9 @@ impl Batch {
                 sequences: Sequences::new(&host.rows.lengths),
             }),
         };
+        let shares = adapted.of_sequences().map(|of| Shares::new(of, &host.lengths, &targets_of(&host)));
         Ok(Batch {
+            shares,
             tokens: ids(host.tokens)?,
             positions: ids(&host.positions)?,
             segments: host.segments.as_deref().map(ids).transpose()?,
@@ -181,6 +188,16 @@ impl Batch {
     }
 }
 
+/// How many target rows lie in each sequence.
+fn targets_of(host: &Host) -> Vec<usize> {
+    let ends = host.lengths.iter().scan(0, |end, n| {
+        *end += n;
+        Some(*end)
+    });
+    let before = ends.map(|end| host.target_rows.partition_point(|&r| (r as usize) < end));
+    before.scan(0, |last, n| Some(n - std::mem::replace(last, n))).collect()
+}
+
 impl<'a> Host<'a> {
     fn new(limits: Limits, task: Task, place: Place, texts: &Texts<'a>) -> Result<Host<'a>> {
         let Texts { tokens, lengths, segments, targets } = *texts;
@@ -204,12 +221,13 @@ impl<'a> Host<'a> {
             place => VirtualRows::new(lengths, &splits, |_| place.tokens()),
         };
         let whole = if place == Place::Nowhere { lengths } else { &rows.lengths };
-        whole.iter().try_for_each(|&n| limits.check_length(n))?;
+        let counted = if place.tokens().uncounted { lengths } else { whole };
+        counted.iter().try_for_each(|&n| limits.check_length(n))?;
         let stream = matches!(place, Place::Stream(_));
-        let in_run = || whole.iter().flat_map(|&n| 0..n as u32);
+        let in_run = || counted.iter().flat_map(|&n| 0..n as u32);
         let first = limits.first_position as u32;
         let positions = match place {
-            Place::Attention(_) => {
+            Place::Attention(VirtualTokens { uncounted: false, .. }) => {
                 let all: Vec<u32> = in_run().collect();
                 rows.own.iter().map(|&r| all[r as usize] + first).collect()
             }

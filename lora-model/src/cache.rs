@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use lora_core::{Result, Tensor, peft::VirtualTokens};
+use lora_core::{Result, Shares, Tensor, peft::VirtualTokens};
 use lora_kernels::{Acc, Attention, CachedRows, DType, Device, Mat, Sequences, attention_cached, gather, put_rows};
 
 use crate::{
@@ -28,6 +28,8 @@ pub struct KvCache {
     sequences: Vec<Vec<u32>>,
     /// How many of each sequence's last rows the next forward pass computes.
     new: Vec<usize>,
+    /// Which of several adapters each sequence has, once it has begun with them.
+    of: Option<Vec<Option<usize>>>,
     used: usize,
     /// The lists as attention reads them.
     rows: CachedRows,
@@ -63,6 +65,7 @@ impl KvCache {
             layers,
             sequences: vec![Vec::new(); sequences],
             new: vec![0; sequences],
+            of: None,
             used: 0,
             rows: CachedRows::new(device, shape.group),
             inputs: Inputs {
@@ -88,12 +91,23 @@ impl KvCache {
     }
 
     /// Announces that the next forward pass adds `new[i]` tokens to sequence i, and virtual ones to those that begin. The
-    /// tokens come sequence by sequence.
+    /// tokens come sequence by sequence. `of` has the adapter of each sequence where they are several; it is read once, and
+    /// from then on they go where [`KvCache::reorder`] takes the sequences.
     ///
     /// # Panics
-    /// When there is not one number per sequence, or the tokens are not as many.
-    pub(crate) fn extend(&mut self, limits: Limits, place: Place, tokens: &[u32], new: &[usize]) -> Result<()> {
+    /// When there is not one number, and one adapter, per sequence, or the tokens are not as many.
+    pub(crate) fn extend(
+        &mut self,
+        limits: Limits,
+        place: Place,
+        of: Option<&[Option<usize>]>,
+        tokens: &[u32],
+        new: &[usize],
+    ) -> Result<()> {
         assert_eq!(new.len(), self.sequences.len(), "one number per sequence");
+        if self.of.is_none() {
+            self.of = of.map(<[_]>::to_vec);
+        }
         assert_eq!(new.iter().sum::<usize>(), tokens.len(), "as many tokens as announced");
         let begins: Vec<bool> = self.sequences.iter().map(Vec::is_empty).collect();
         // After the whole of the prompt.
@@ -118,6 +132,14 @@ impl KvCache {
         if let (Place::Attention(_), Some(v)) = (place, &virtual_rows) {
             positions = v.own.iter().map(|&r| positions[r as usize]).collect();
             stream = new;
+        }
+        if place.tokens().uncounted {
+            // All sequences have begun by now, each with its virtual rows.
+            let own = |(rows, &n): (&Vec<u32>, &usize)| {
+                let end = rows.len() - place.tokens().count() + limits.first_position;
+                (end - n..end).map(|p| p as u32)
+            };
+            positions = self.sequences.iter().zip(new).flat_map(own).collect();
         }
         let ends = stream.iter().scan(0u32, |at, &n| {
             *at += n as u32;
@@ -144,17 +166,25 @@ impl KvCache {
         Ok(())
     }
 
+    /// Which rows of the next forward pass have which adapter, where they are several. One row of each sequence is looked at.
+    pub(crate) fn shares(&self) -> Option<Shares> {
+        let of = self.of.as_ref()?;
+        Some(Shares::new(of, &self.new, &vec![1; of.len()]))
+    }
+
     /// What recorded work depends on, as [`CachedRows::shape`]; with one new token for every sequence it stays the same
-    /// from token to token.
+    /// from token to token. Not where sequences have different adapters: the rows of each change as sequences end.
     #[cfg(feature = "cuda")]
     pub(crate) fn rows_shape(&self) -> Option<u64> {
-        self.new.iter().all(|&n| n == 1).then(|| self.rows.shape())
+        let same = self.new.iter().all(|&n| n == 1) && self.of.is_none();
+        same.then(|| self.rows.shape())
     }
 
     /// Makes sequence i a continuation of what sequence `parents[i]` is now: beam search, or dropping finished ones.
     pub fn reorder(&mut self, parents: &[usize]) {
         self.sequences = parents.iter().map(|&p| self.sequences[p].clone()).collect();
         self.new = vec![0; parents.len()];
+        self.of = self.of.take().map(|of| parents.iter().map(|&p| of[p]).collect());
     }
 
     /// Moves the rows that a sequence still has into new pools, with room for at least as many again: rows of beams that

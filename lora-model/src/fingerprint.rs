@@ -30,7 +30,7 @@ pub fn of_base(base: &dyn Base) -> Result<String> {
     for (name, t) in own() {
         bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| (*n as u64).to_le_bytes())));
         let (part, after) = rest.split_at(places(t).len());
-        bytes.extend(part.iter().flat_map(|v| bf16::from_f64(*v).to_le_bytes()));
+        bytes.extend(part.iter().flat_map(|v| bf16::from_f32(*v as f32).to_le_bytes()));
         rest = after;
     }
     Ok(format!("{:016x}", fnv1a(bytes)))

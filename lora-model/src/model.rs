@@ -4,7 +4,7 @@ use lora_core::{
     Tape, Tensor, Var, lowrank, ops,
     peft::{Adapted, Base},
 };
-use lora_kernels::{Device, add_bias, gemm};
+use lora_kernels::{DType, Device, add_bias, gemm};
 
 use crate::{
     Batch, Error, Input, KvCache, KvShape, Limits, Parts, Result, Texts,
@@ -111,7 +111,7 @@ pub trait Model: Base + Send + Sync {
 
     /// The positions that a method's virtual tokens leave for the text.
     fn free_positions(&self, adapted: &Adapted) -> usize {
-        self.limits().max_positions.saturating_sub(Place::of(adapted).tokens().count())
+        self.limits().max_positions.saturating_sub(Place::of(adapted).tokens().positions())
     }
 
     /// A batch for this model under a method; see [`Batch::new`].
@@ -126,6 +126,7 @@ pub trait Model: Base + Send + Sync {
     /// squared error ([`ops::squared_error`]), which label smoothing leaves alone.
     fn loss(&self, t: &mut Tape, adapted: &Adapted, batch: &Batch, smoothing: f64, scale: f64) -> Result<Var> {
         let mut input = Input::whole(batch).only(&batch.target_rows);
+        t.share_rows(batch.shares.clone());
         let x = t.on_rows_with(adapted.stream_tokens().count(), |t| self.hidden(t, adapted, &mut input))?;
         let x = t.on_target_rows(|t| self.features(t, adapted, x))?;
         let (w, b) = self.head().vars(t, adapted)?;
@@ -142,6 +143,7 @@ pub trait Model: Base + Send + Sync {
     /// labels]: for inspection and evaluation; training and generation never hold those of all tokens.
     fn logits(&self, adapted: &Adapted, batch: &Batch) -> Result<Tensor> {
         let mut t = Tape::inference(&adapted.params);
+        t.share_rows(batch.shares.clone());
         let all = Input::whole(batch);
         let mut input = match (self.task(), &batch.virtual_rows) {
             (Task::Classification { .. } | Task::Regression, _) => all.only(&batch.target_rows),
@@ -177,13 +179,18 @@ pub trait Model: Base + Send + Sync {
         let (limits, place) = (self.limits(), Place::of(adapted));
         limits.check_tokens(tokens)?;
         for (i, &n) in new.iter().enumerate() {
-            let so_far = cache.len(i);
-            let virtual_tokens = if so_far == 0 { place.tokens().count() } else { 0 };
-            limits.check_length(so_far + n + virtual_tokens)?;
+            // The cache has rows of virtual tokens too, counted or not.
+            let tokens = place.tokens();
+            let so_far = match cache.len(i) {
+                0 => tokens.positions(),
+                rows => rows - (tokens.count() - tokens.positions()),
+            };
+            limits.check_length(so_far + n)?;
         }
-        cache.extend(limits, place, tokens, new)?;
+        cache.extend(limits, place, adapted.of_sequences(), tokens, new)?;
         let pass = |cache: &mut KvCache| {
             let mut t = Tape::inference(&adapted.params);
+            t.share_rows(cache.shares());
             let x = self.hidden(&mut t, adapted, &mut Input::cached(cache))?;
             let x = self.features(&mut t, adapted, x)?;
             self.head().logits(&t, adapted, x.value())
@@ -194,22 +201,31 @@ pub trait Model: Base + Send + Sync {
         pass(cache)
     }
 
-    /// Writes the model's configuration and weights into `dir`, in the layout and under the names they were read with;
+    /// Writes the model's configuration and weights into `dir` in f32, in the layout and under the names they were read with;
     /// tensors of `changed` in place of the model's own.
     ///
     /// # Errors
     /// What writing files can cause; see [`checkpoint::save`].
     fn save(&self, dir: &Path, changed: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.save_in(DType::F32, dir, changed)
+    }
+
+    /// As [`Model::save`], with all weights rounded to a type: f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// Those of [`Model::save`], and a number that is too large for f16.
+    fn save_in(&self, dtype: DType, dir: &Path, changed: &BTreeMap<String, Tensor>) -> Result<()> {
         let tensors: BTreeMap<&str, &Tensor> =
             self.tensors().map(|(name, t)| (name, changed.get(name).unwrap_or(t))).collect();
-        let specs: Vec<TensorSpec> = tensors.iter().map(|(name, t)| TensorSpec::new(*name, t.shape())).collect();
-        checkpoint::save(dir, self.layout(), &specs, |name| Ok(tensors[name].clone()))?;
-        // Weights are written in f32; a configuration that says otherwise would have them rounded when they are loaded.
-        let mut config = self.config().clone();
-        for key in ["dtype", "torch_dtype"] {
-            if config.value(key).is_some() {
-                config.set(key, "float32");
-            }
+        let specs: Vec<TensorSpec> =
+            tensors.iter().map(|(name, t)| TensorSpec::new(*name, t.shape()).in_dtype(dtype)).collect();
+        checkpoint::save(dir, self.layout(), &specs, |name| Ok(tensors[name].to_dtype(DType::F32)?))?;
+        // A configuration that says otherwise would have them rounded when they are loaded.
+        let (mut config, name) = (self.config().clone(), RawConfig::type_name(dtype));
+        let said: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| config.value(key).is_some()).collect();
+        said.iter().for_each(|key| config.set(key, name));
+        if said.is_empty() && dtype != DType::F32 {
+            config.set("torch_dtype", name);
         }
         config.save(dir)
     }

@@ -51,7 +51,7 @@ impl VirtualRows {
         let (mut rows, mut first) = (VirtualRows::default(), 0u32);
         for (i, (&n, &split)) in lengths.iter().zip(splits).enumerate() {
             assert!(split <= n, "the infix stands within its sequence");
-            let VirtualTokens { prefix, infix } = tokens(i);
+            let VirtualTokens { prefix, infix, .. } = tokens(i);
             let start = rows.sources.len();
             rows.sources.extend(own..own + prefix as u32);
             for r in 0..=n {
@@ -77,7 +77,8 @@ mod tests {
 
     #[test]
     fn prefix_and_infix_stand_where_they_belong() {
-        let tokens = |i| if i == 2 { VirtualTokens::default() } else { VirtualTokens { prefix: 2, infix: 1 } };
+        let tokens =
+            |i| if i == 2 { VirtualTokens::default() } else { VirtualTokens { prefix: 2, infix: 1, uncounted: false } };
         let rows = VirtualRows::new(&[3, 1, 2], &[1, 1, 0], tokens);
         // Own rows 0 to 5, virtual 6 and 7 before and 8 between.
         assert_eq!(rows.sources, [6, 7, 0, 8, 1, 2, 6, 7, 3, 8, 4, 5]);

@@ -72,6 +72,8 @@ pub struct TrainConfig {
     pub feedforward_modules: Modules,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
+    /// What stands between its two maps, by Hugging Face's names; the method's own when absent.
+    pub non_linearity: Option<String>,
     /// Train the base's normalisations beside adapters.
     pub train_norms: bool,
     /// The layers that `top2` trains: see [`peft::Layers`].
@@ -82,6 +84,8 @@ pub struct TrainConfig {
     pub prefix: usize,
     /// Virtual tokens after the prompt.
     pub infix: usize,
+    /// Whether the virtual tokens of `pre-layer` count as positions of the text.
+    pub count_prefix: bool,
     /// Width of the hidden layer that a prefix is reparametrised with; 0 is none.
     pub reparam: usize,
     /// Folders of the trained adapters that `fusion` combines.
@@ -170,11 +174,13 @@ impl Default for TrainConfig {
             use_dora: options.use_dora,
             feedforward_modules: options.feedforward_modules,
             bottleneck: options.bottleneck,
+            non_linearity: None,
             train_norms: options.train_norms,
             layers: options.layers.to_string(),
             drop_layers: None,
             prefix: options.prefix,
             infix: options.infix,
+            count_prefix: options.count_prefix,
             reparam: options.reparam,
             fuse: Vec::new(),
             init_adapter: None,

@@ -22,6 +22,7 @@ use std::path::Path;
 use lora_core::peft::Adapted;
 use lora_model::{
     Model,
+    adapter::Adapters,
     generate::{self, Generated, GenerationConfig},
     tokenizer::Tokenizer,
 };
@@ -40,13 +41,22 @@ pub fn end_tokens(dir: &Path, encoder: &Encoder) -> Result<Vec<u32>> {
     Ok(ends)
 }
 
+/// What prompts are continued with.
+#[derive(Clone, Copy)]
+pub enum Continued<'a> {
+    /// All with the same.
+    Alike(&'a Adapted),
+    /// Each with an adapter of its own, by name, or with the bare base.
+    Each(&'a Adapters, &'a [Option<String>]),
+}
+
 /// Continues prompts, `batch_size` at a time, when the next batch is asked for. Each prompt draws from a stream of its own,
 /// whichever batch it is in.
 ///
 /// # Errors
-/// Each batch those of [`generate::generate`]; the index in [`lora_model::Error::Prompt`] is that within all prompts.
+/// Each batch those of [`generate::generate`] and of [`Adapters::mixed`]; the index in [`lora_model::Error::Prompt`] is that within all prompts.
 pub fn batches<'a>(
-    (model, adapted): (&'a dyn Model, &'a Adapted),
+    (model, by): (&'a dyn Model, Continued<'a>),
     prompts: &'a [Vec<u32>],
     config: &'a GenerationConfig,
     batch_size: usize,
@@ -55,6 +65,15 @@ pub fn batches<'a>(
     prompts.chunks(batch_size).enumerate().map(move |(i, batch)| {
         let first = i * batch_size;
         let config = GenerationConfig { first_stream: config.first_stream + first as u64, ..config.clone() };
+        let mixed;
+        let adapted = match by {
+            Continued::Alike(adapted) => adapted,
+            Continued::Each(adapters, names) => {
+                let names: Vec<Option<&str>> = names[first..first + batch.len()].iter().map(Option::as_deref).collect();
+                mixed = adapters.mixed(&names, &model.device())?;
+                &mixed
+            }
+        };
         generate::generate(model, adapted, batch, &config, None).map_err(|e| match e {
             lora_model::Error::Prompt { index, problem } => lora_model::Error::Prompt { index: first + index, problem },
             e => e,
@@ -99,8 +118,8 @@ mod tests {
         let mut prompts: Vec<Vec<u32>> = (0..7).map(|i| (0..=i).collect()).collect();
         let config = GenerationConfig { max_new_tokens: 6, do_sample: true, temperature: 3.0, ..Default::default() };
         let all = |prompts: &[Vec<u32>], size| -> lora_model::Result<Vec<Generated>> {
-            let batches: Vec<_> =
-                batches((&model, &none), prompts, &config, size).collect::<lora_model::Result<_>>()?;
+            let batches: Vec<_> = batches((&model, Continued::Alike(&none)), prompts, &config, size)
+                .collect::<lora_model::Result<_>>()?;
             Ok(batches.concat())
         };
         let together = generate::generate(&model, &none, &prompts, &config, None).unwrap();

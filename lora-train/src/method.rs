@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use lora_core::peft::{self, Bias, Layers, Modules};
+use lora_kernels::Activation;
 use lora_model::adapter::AdapterFile;
 
 use crate::{Error, Result, TrainConfig};
@@ -38,11 +39,13 @@ impl TrainConfig {
             use_dora: self.use_dora,
             feedforward_modules: self.feedforward_modules.clone(),
             bottleneck: self.bottleneck,
+            non_linearity: self.non_linearity.as_deref().map(peft::non_linearity).transpose()?,
             train_norms: self.train_norms,
             layers: Layers::parse("layers", &self.layers)?,
             drop_layers,
             prefix: self.prefix,
             infix: self.infix,
+            count_prefix: self.count_prefix,
             reparam: self.reparam,
             fuse: if self.reads("fuse")? { self.frozen()? } else { Vec::new() },
         })
@@ -68,6 +71,10 @@ impl TrainConfig {
                     "it was trained with {}; adapters of adapter-p can be combined",
                     adapter.method
                 ));
+            }
+            // What adapter-p has by itself may be said or not.
+            if let Some(kind) = adapter.options.non_linearity.filter(|kind| *kind != Activation::Relu) {
+                return refuse(format!("its bottlenecks have {}; those of relu can be combined", kind.hf_name()));
             }
             let name = dir.file_name().map(|n| n.to_string_lossy().replace('.', "_")).unwrap_or_default();
             if name.is_empty() || all.iter().any(|a| a.name == name) {
@@ -133,11 +140,13 @@ impl TrainConfig {
             use_dora: o.use_dora,
             feedforward_modules: o.feedforward_modules.clone(),
             bottleneck: o.bottleneck,
+            non_linearity: o.non_linearity.map(|kind| kind.hf_name().to_owned()),
             train_norms: o.train_norms,
             layers: o.layers.to_string(),
             drop_layers: o.drop_layers.as_ref().map(Layers::to_string),
             prefix: o.prefix,
             infix: o.infix,
+            count_prefix: o.count_prefix,
             reparam: o.reparam,
             ..self
         }
@@ -169,11 +178,17 @@ impl TrainConfig {
             "use-dora" => self.use_dora.to_string(),
             "feedforward-modules" => modules(&self.feedforward_modules),
             "bottleneck" => self.bottleneck.to_string(),
+            "non-linearity" => {
+                let known =
+                    |name: &str| peft::non_linearity(name).map_or(name.to_owned(), |kind| kind.hf_name().into());
+                self.non_linearity.as_deref().map_or("the default".into(), known)
+            }
             "train-norms" => self.train_norms.to_string(),
             "layers" => layers(&self.layers),
             "drop-layers" => self.drop_layers.as_deref().map_or("the default".into(), layers),
             "prefix" => self.prefix.to_string(),
             "infix" => self.infix.to_string(),
+            "count-prefix" => self.count_prefix.to_string(),
             "reparam" => self.reparam.to_string(),
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
@@ -197,11 +212,13 @@ impl TrainConfig {
             "use-dora" => self.use_dora = from.use_dora,
             "feedforward-modules" => self.feedforward_modules.clone_from(&from.feedforward_modules),
             "bottleneck" => self.bottleneck = from.bottleneck,
+            "non-linearity" => self.non_linearity.clone_from(&from.non_linearity),
             "train-norms" => self.train_norms = from.train_norms,
             "layers" => self.layers.clone_from(&from.layers),
             "drop-layers" => self.drop_layers.clone_from(&from.drop_layers),
             "prefix" => self.prefix = from.prefix,
             "infix" => self.infix = from.infix,
+            "count-prefix" => self.count_prefix = from.count_prefix,
             "reparam" => self.reparam = from.reparam,
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }

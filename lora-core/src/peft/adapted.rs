@@ -5,7 +5,9 @@ use std::{
 
 use lora_kernels::{DType, Device};
 
-use super::{Attached, Base, BaseTensor, Layers, Linear, Method, Norm, Outline, Plan, VirtualTokens, join};
+use super::{
+    Attached, Base, BaseTensor, Layers, Linear, LinearAdapter, Method, Norm, Outline, Plan, VirtualTokens, join,
+};
 use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var};
 
 /// A method applied to one base: its parameters, which of the base's tensors train, and what is attached where. The
@@ -16,6 +18,8 @@ pub struct Adapted {
     pub params: Params,
     trained: BTreeMap<String, ParamId>,
     places: Places,
+    /// The adapter of each sequence, where they are several ([`Adapted::mixed`]).
+    pub(super) of_sequences: Option<Box<[Option<usize>]>>,
 }
 
 /// What is attached where.
@@ -88,12 +92,34 @@ impl Adapted {
     /// Options that do not fit the base, or a method that trains nothing on it.
     pub fn new(method: &dyn Method, base: &dyn Base, device: &Device, dtype: DType, seed: u64) -> Result<Adapted> {
         let (builder, trained, places) = plan(method, base.outline(), Some(base))?;
-        Ok(Adapted { params: builder.build(device, dtype, seed)?, trained, places })
+        Ok(Adapted { params: builder.build(device, dtype, seed)?, trained, places, of_sequences: None })
     }
 
     /// The bare base: nothing trains, nothing is attached.
     pub fn none(device: &Device) -> Result<Adapted> {
-        Ok(Adapted { params: Params::none(device)?, trained: BTreeMap::new(), places: Places::default() })
+        let (params, places) = (Params::none(device)?, Places::default());
+        Ok(Adapted { params, trained: BTreeMap::new(), places, of_sequences: None })
+    }
+
+    /// The sites with an adapter, each with its layer.
+    pub(super) fn sites(&self) -> impl Iterator<Item = &(String, Option<usize>)> {
+        self.places.sites.iter()
+    }
+
+    /// What is attached to the linear map of a site.
+    pub(super) fn linear(&self, site: &str) -> Option<&dyn LinearAdapter> {
+        match self.places.attached.get(site) {
+            Some(Attached::Linear(a)) => Some(a.as_ref()),
+            _ => None,
+        }
+    }
+
+    /// Attaches something at a site, unless there is something already.
+    pub(super) fn attach(&mut self, site: &(String, Option<usize>), attached: Attached) {
+        if !self.places.attached.contains_key(&site.0) {
+            self.places.attached.insert(site.0.clone(), attached);
+            self.places.sites.push(site.clone());
+        }
     }
 
     /// A weight of the base as a variable of the tape: trainable when the method trains it, else the constant `base`.
@@ -106,9 +132,9 @@ impl Adapted {
 
     /// The output of a site's linear map, with what is attached there.
     pub fn project(&self, t: &mut Tape, site: &str, x: &Var, base: &Linear) -> Result<Var> {
-        match self.places.attached.get(site) {
-            Some(Attached::Linear(a)) => a.apply(t, x, base),
-            _ => base.apply(t, x),
+        match self.linear(site) {
+            Some(a) => a.apply(t, x, base),
+            None => base.apply(t, x),
         }
     }
 

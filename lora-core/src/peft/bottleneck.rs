@@ -5,21 +5,26 @@ use crate::{Error, Init, ParamId, Result, Tape, Var, lowrank::Layout, ops};
 
 /// What all methods with bottlenecks read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Size {
+pub struct Bottlenecks {
     /// Width r of the bottleneck.
     width: usize,
+    /// What stands between its two maps, where it is not what the method's authors have there.
+    non_linearity: Option<Activation>,
     /// Whether the base's normalisations train.
     train_norms: bool,
 }
 
-impl Size {
+impl Bottlenecks {
+    /// Bottlenecks of this width; `non_linearity`: another than the method's; `train_norms`: the base's normalisations train
+    /// too.
+    ///
     /// # Errors
     /// [`Error::Option`] for a width of 0, and for an absurd one.
-    pub(super) fn new(width: usize, train_norms: bool) -> Result<Size> {
+    pub fn new(width: usize, non_linearity: Option<Activation>, train_norms: bool) -> Result<Bottlenecks> {
         match width {
             0 => Err(refused(0, "a bottleneck has at least one unit; 48 is usual".into())),
             _ if width > MOST => Err(refused(width, format!("a bottleneck has at most {MOST} units; 48 is usual"))),
-            _ => Ok(Size { width, train_norms }),
+            _ => Ok(Bottlenecks { width, non_linearity, train_norms }),
         }
     }
 
@@ -33,8 +38,10 @@ impl Size {
         outline.needs(method, SUBLAYERS, |k| matches!(k, SiteKind::Sublayer { .. }))
     }
 
-    /// A bottleneck at a site of this width, with matrices that begin as `init` says and biases of zero.
-    pub(super) fn add(&self, plan: &mut Plan, site: &Site, width: usize, kind: Activation, init: Init) -> Bottleneck {
+    /// A bottleneck at a site of this width, with matrices that begin as `init` says and biases of zero; `own` is the method's
+    /// nonlinearity.
+    pub(super) fn add(&self, plan: &mut Plan, site: &Site, width: usize, own: Activation, init: Init) -> Bottleneck {
+        let kind = self.non_linearity.unwrap_or(own);
         let (d, r) = (width, self.width);
         let mut map = |name: &str, shape: [usize; 2]| {
             let w = plan.add(format!("{}.{name}.weight", site.name), &shape, init.clone());
@@ -42,6 +49,19 @@ impl Size {
         };
         Bottleneck { down: map("adapter_down", [r, d]), up: map("adapter_up", [d, r]), kind }
     }
+}
+
+/// The nonlinearity of that name, by Hugging Face's.
+///
+/// # Errors
+/// [`Error::Option`] with the names that there are.
+pub fn non_linearity(name: &str) -> Result<Activation> {
+    Activation::from_hf(name).ok_or_else(|| Error::Option {
+        option: "non-linearity",
+        value: name.into(),
+        why: "a bottleneck has relu, gelu, gelu_new (its approximation by tanh), silu (also called swish) or tanh"
+            .into(),
+    })
 }
 
 /// Units beyond which a width is a mistake, and must not end in an allocation.

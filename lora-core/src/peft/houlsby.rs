@@ -4,7 +4,7 @@ use lora_kernels::Activation;
 
 use super::{
     Adapter, Attached, BaseTensor, Method, Norm, Outline, Part, Plan, Site, Start, SublayerAdapter,
-    bottleneck::{Bottleneck, Size, sublayer},
+    bottleneck::{Bottleneck, Bottlenecks, sublayer},
     join, load_plain, save_plain,
 };
 use crate::{Init, Params, Result, Tape, Tensor, Var, ops};
@@ -20,15 +20,12 @@ use crate::{Init, Params, Result, Tape, Tensor, Var, ops};
 /// RoBERTa large. The matrices begin normal with deviation 0.01, cut off at two deviations (section 3.6), the biases at 0,
 /// so that training starts near the base. With `train_norms` the base's normalisations train too, as in that paper.
 #[derive(Clone, Copy, Debug)]
-pub struct Houlsby(Size);
+pub struct Houlsby(Bottlenecks);
 
 impl Houlsby {
-    /// With bottlenecks of this width; `train_norms`: the base's normalisations train too.
-    ///
-    /// # Errors
-    /// [`Error::Option`](crate::Error::Option) for a width of 0.
-    pub fn new(bottleneck: usize, train_norms: bool) -> Result<Houlsby> {
-        Size::new(bottleneck, train_norms).map(Houlsby)
+    /// With these bottlenecks.
+    pub fn new(bottlenecks: Bottlenecks) -> Houlsby {
+        Houlsby(bottlenecks)
     }
 }
 

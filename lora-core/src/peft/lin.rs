@@ -4,7 +4,7 @@ use lora_kernels::Activation;
 
 use super::{
     Adapter, Attached, BaseTensor, Method, Norm, Outline, Part, Plan, Site, Start, SublayerAdapter,
-    bottleneck::{Bottleneck, Size, sublayer},
+    bottleneck::{Bottleneck, Bottlenecks, sublayer},
     join, load_plain, save_plain,
 };
 use crate::{Init, ParamId, Params, Result, Tape, Tensor, Var, ops};
@@ -22,15 +22,12 @@ const EPS: f64 = 1e-5;
 /// them; 368,784 with r = 6 on GPT-2 Medium. That paper does not say how the matrices begin: here normal with deviation
 /// 0.02, as those of [`Pfeiffer`](super::Pfeiffer), biases 0, γ = 1 and β = 0.
 #[derive(Clone, Copy, Debug)]
-pub struct Lin(Size);
+pub struct Lin(Bottlenecks);
 
 impl Lin {
-    /// With bottlenecks of this width; `train_norms`: the base's normalisations train too.
-    ///
-    /// # Errors
-    /// [`Error::Option`](crate::Error::Option) for a width of 0.
-    pub fn new(bottleneck: usize, train_norms: bool) -> Result<Lin> {
-        Size::new(bottleneck, train_norms).map(Lin)
+    /// With these bottlenecks.
+    pub fn new(bottlenecks: Bottlenecks) -> Lin {
+        Lin(bottlenecks)
     }
 }
 

@@ -16,6 +16,7 @@ mod ia3;
 mod lin;
 mod ln_tuning;
 mod lora;
+mod mixed;
 mod modules;
 mod options;
 mod outline;
@@ -32,6 +33,7 @@ use std::{collections::BTreeMap, fmt::Debug};
 pub use adapted::{Adapted, parameters, trainable};
 pub use adapter_drop::AdapterDrop;
 pub use bitfit::BitFit;
+pub use bottleneck::{Bottlenecks, non_linearity};
 pub use combined::Combined;
 pub use full::Full;
 pub use fusion::Fusion;
@@ -47,6 +49,8 @@ pub use pfeiffer::Pfeiffer;
 pub use pre_embed::PreEmbed;
 pub use pre_layer::PreLayer;
 pub use top::Top;
+
+use lora_kernels::{Mat, MatMut};
 
 use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var, lowrank::Layout, ops};
 
@@ -150,6 +154,13 @@ pub trait LinearAdapter: Adapter {
     /// The adapted output for the site's input x. The adapter evaluates the base's linear map, or an operation does both.
     fn apply(&self, t: &mut Tape, x: &Var, base: &Linear) -> Result<Var>;
 
+    /// Adds to y, without a tape, what the adapter adds to the base's output for the input x: for rows of a batch whose other
+    /// rows have other adapters. `false`, with y as it was, where the adapter is no such sum: then [`LinearAdapter::apply`]
+    /// computes the rows.
+    fn add(&self, _params: &Params, _x: Mat, _y: MatMut) -> Result<bool> {
+        Ok(false)
+    }
+
     /// The weight that gives the adapted output without an adapter. `w` is not written.
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor>;
 
@@ -185,12 +196,20 @@ pub struct VirtualTokens {
     pub prefix: usize,
     /// After the prompt: before the first token that is to be predicted, or at the end where there is none.
     pub infix: usize,
+    /// Whether the text has the positions that it would have without them (AdapterHub), rather than those after them (PEFT).
+    /// Only where attention alone sees them: among the tokens each has a position.
+    pub uncounted: bool,
 }
 
 impl VirtualTokens {
     /// All of them.
     pub fn count(&self) -> usize {
         self.prefix + self.infix
+    }
+
+    /// How many positions they take from the text.
+    pub fn positions(&self) -> usize {
+        if self.uncounted { 0 } else { self.count() }
     }
 }
 

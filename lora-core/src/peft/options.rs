@@ -1,8 +1,10 @@
 use std::collections::BTreeMap;
 
+use lora_kernels::Activation;
+
 use super::{
-    AdapterDrop, Bias, BitFit, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, Layers, Lin, LnTuning, Lora,
-    LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
+    AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, Layers, Lin, LnTuning,
+    Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -40,6 +42,8 @@ pub struct Options {
     pub use_dora: bool,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
+    /// What stands between its two maps; `None` is what the method's authors have there.
+    pub non_linearity: Option<Activation>,
     /// Whether the base's normalisations train beside adapters: Houlsby et al. 2019 train them, the LoRA paper's counts
     /// leave them out, and so does the default.
     pub train_norms: bool,
@@ -52,6 +56,8 @@ pub struct Options {
     pub prefix: usize,
     /// Virtual tokens after the prompt.
     pub infix: usize,
+    /// Whether the virtual tokens of `pre-layer` count as positions, as in PEFT; in AdapterHub they do not.
+    pub count_prefix: bool,
     /// Width of the hidden layer that a prefix is reparametrised with; 0 is none.
     pub reparam: usize,
     /// Trained adapters that `fusion` combines.
@@ -77,11 +83,13 @@ impl Default for Options {
             bias: lora.bias,
             use_dora: lora.use_dora,
             bottleneck: 48,
+            non_linearity: None,
             train_norms: false,
             layers: Layers::Last(2),
             drop_layers: None,
             prefix: 8,
             infix: 0,
+            count_prefix: true,
             reparam: 0,
             fuse: Vec::new(),
         }
@@ -148,7 +156,7 @@ impl Options {
     }
 
     fn virtual_tokens(&self) -> VirtualTokens {
-        VirtualTokens { prefix: self.prefix, infix: self.infix }
+        VirtualTokens { prefix: self.prefix, infix: self.infix, uncounted: false }
     }
 
     fn lora(&self) -> Result<Lora> {
@@ -164,8 +172,12 @@ impl Options {
         })
     }
 
+    fn bottlenecks(&self) -> Result<Bottlenecks> {
+        Bottlenecks::new(self.bottleneck, self.non_linearity, self.train_norms)
+    }
+
     fn pfeiffer(&self) -> Result<Pfeiffer> {
-        Pfeiffer::new(self.bottleneck, self.train_norms)
+        Ok(Pfeiffer::new(self.bottlenecks()?))
     }
 
     fn pre_embed(&self) -> Result<PreEmbed> {
@@ -173,7 +185,8 @@ impl Options {
     }
 
     fn pre_layer(&self) -> Result<PreLayer> {
-        PreLayer::new(self.virtual_tokens(), self.reparam)
+        let tokens = VirtualTokens { uncounted: !self.count_prefix, ..self.virtual_tokens() };
+        PreLayer::new(tokens, self.reparam)
     }
 }
 
@@ -207,8 +220,8 @@ const LORA: [&str; 13] = [
     "use-dora",
 ];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
-const PRE_LAYER: [&str; 3] = ["prefix", "infix", "reparam"];
-const ADAPTER: [&str; 2] = ["bottleneck", "train-norms"];
+const PRE_LAYER: [&str; 4] = ["prefix", "infix", "reparam", "count-prefix"];
+const ADAPTER: [&str; 3] = ["bottleneck", "non-linearity", "train-norms"];
 
 /// All methods. The command line, the tests and the comparison tables iterate over this.
 pub const METHODS: &[MethodRow] = &[
@@ -259,14 +272,14 @@ pub const METHODS: &[MethodRow] = &[
         about: "bottlenecks after attention and MLP (Houlsby et al. 2019)",
         options: &ADAPTER,
         whole_model: false,
-        build: |o| Ok(Box::new(Houlsby::new(o.bottleneck, o.train_norms)?)),
+        build: |o| Ok(Box::new(Houlsby::new(o.bottlenecks()?))),
     },
     MethodRow {
         name: "adapter-l",
         about: "bottlenecks with a LayerNorm of their own after the MLP (Lin et al. 2020)",
         options: &ADAPTER,
         whole_model: false,
-        build: |o| Ok(Box::new(Lin::new(o.bottleneck, o.train_norms)?)),
+        build: |o| Ok(Box::new(Lin::new(o.bottlenecks()?))),
     },
     MethodRow {
         name: "adapter-p",
@@ -278,7 +291,7 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "adapter-d",
         about: "those of adapter-p, but none in some layers (AdapterDrop, Rücklé et al. 2021)",
-        options: &["bottleneck", "train-norms", "drop-layers"],
+        options: &["bottleneck", "non-linearity", "train-norms", "drop-layers"],
         whole_model: false,
         build: |o| Ok(Box::new(AdapterDrop::new(o.pfeiffer()?, o.drop_layers.clone())?)),
     },
@@ -313,7 +326,7 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "lora+pre-layer",
         about: "LoRA with keys and values of virtual tokens",
-        options: &joined::<16>(&LORA, &PRE_LAYER),
+        options: &joined::<17>(&LORA, &PRE_LAYER),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-layer", o.lora()?, o.pre_layer()?))),
     },

@@ -4,7 +4,7 @@ use lora_kernels::Activation;
 
 use super::{
     Adapter, Attached, BaseTensor, Method, Norm, Outline, Part, Plan, Site, Start, SublayerAdapter,
-    bottleneck::{Bottleneck, Size, sublayer},
+    bottleneck::{Bottleneck, Bottlenecks, sublayer},
     load_plain, save_plain,
 };
 use crate::{Init, Params, Result, Tape, Tensor, Var, ops};
@@ -23,15 +23,12 @@ pub(super) const KIND: Activation = Activation::Relu;
 /// becomes h + z. These are 2·d·r + r + d scalars in a layer (W_down [r, d], W_up [d, r]); 811,392 with r = 16 on RoBERTa
 /// large. As in AdapterHub the matrices begin normal with deviation 0.02, as BERT's, and the biases at 0.
 #[derive(Clone, Copy, Debug)]
-pub struct Pfeiffer(Size);
+pub struct Pfeiffer(Bottlenecks);
 
 impl Pfeiffer {
-    /// With bottlenecks of this width; `train_norms`: the base's normalisations train too.
-    ///
-    /// # Errors
-    /// [`Error::Option`](crate::Error::Option) for a width of 0.
-    pub fn new(bottleneck: usize, train_norms: bool) -> Result<Pfeiffer> {
-        Size::new(bottleneck, train_norms).map(Pfeiffer)
+    /// With these bottlenecks.
+    pub fn new(bottlenecks: Bottlenecks) -> Pfeiffer {
+        Pfeiffer(bottlenecks)
     }
 
     /// [`Method::check`], in the name of a method that is built on this one.

@@ -19,7 +19,7 @@ pub struct PreEmbed {
 /// Refuses no virtual tokens, and absurdly many.
 pub(super) fn checked(tokens: VirtualTokens) -> Result<VirtualTokens> {
     const MOST: usize = 1 << 20;
-    let VirtualTokens { prefix, infix } = tokens;
+    let VirtualTokens { prefix, infix, .. } = tokens;
     let bad =
         |option, value: usize, why: &str| Err(Error::Option { option, value: value.to_string(), why: why.into() });
     match () {
@@ -32,10 +32,10 @@ pub(super) fn checked(tokens: VirtualTokens) -> Result<VirtualTokens> {
 
 /// Refuses virtual tokens that leave no positions for others.
 pub(super) fn check_positions(tokens: VirtualTokens, outline: &Outline) -> Result<()> {
-    if tokens.count() < outline.max_positions {
+    if tokens.positions() < outline.max_positions {
         return Ok(());
     }
-    let VirtualTokens { prefix, infix } = tokens;
+    let VirtualTokens { prefix, infix, .. } = tokens;
     let option = if prefix >= infix { "prefix" } else { "infix" };
     Err(Error::Option {
         option,

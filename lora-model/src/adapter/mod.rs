@@ -21,7 +21,9 @@ mod extract;
 mod options;
 mod own;
 mod peft;
+mod rounding;
 mod save;
+mod several;
 mod types;
 mod updates;
 
@@ -45,7 +47,9 @@ use crate::{
 
 pub use combine::{COMBINATIONS, Combined, Recipe, Weighted, check_one_base, combine};
 pub use extract::{Extracted, Extraction, extract};
+pub use rounding::{Rounding, rounding};
 pub use save::{metadata, save, stored_name};
+pub use several::Adapters;
 use types::Kind;
 pub(crate) use updates::short_name;
 pub use updates::{Update, Updates};

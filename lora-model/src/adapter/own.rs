@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 
 use lora_core::{
     Tensor,
-    peft::{Bias, Frozen, Layers, MethodRow, Modules, Options, Outline, find},
+    peft::{Bias, Frozen, Layers, MethodRow, Modules, Options, Outline, find, non_linearity},
 };
+use lora_kernels::Activation;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -21,7 +22,9 @@ use super::{
 use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
 
 /// Options that methods have come to read later: a configuration without them means their defaults.
-const LATER: [&str; 8] = [
+const LATER: [&str; 10] = [
+    "count-prefix",
+    "non-linearity",
     "exclude-modules",
     "layers-to-transform",
     "layers-pattern",
@@ -67,11 +70,13 @@ fn value(o: &Options, option: &str) -> Value {
         "use-dora" => json!(o.use_dora),
         "feedforward-modules" => modules(&o.feedforward_modules),
         "bottleneck" => json!(o.bottleneck),
+        "non-linearity" => json!(o.non_linearity.map(Activation::hf_name)),
         "train-norms" => json!(o.train_norms),
         "layers" => json!(o.layers.to_string()),
         "drop-layers" => json!(o.drop_layers.as_ref().map(Layers::to_string)),
         "prefix" => json!(o.prefix),
         "infix" => json!(o.infix),
+        "count-prefix" => json!(o.count_prefix),
         "reparam" => json!(o.reparam),
         "fuse" => Value::Object(o.fuse.iter().map(|f| (f.name.clone(), json!(f.bottleneck))).collect()),
         other => panic!("an option of a method that its files do not know: {other}"),
@@ -154,11 +159,15 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         "use-dora" => o.use_dora = raw.bool(key)?.unwrap_or(o.use_dora),
         "feedforward-modules" => o.feedforward_modules = some_modules(raw, key)?,
         "bottleneck" => o.bottleneck = raw.usize(key)?.unwrap_or(o.bottleneck),
+        "non-linearity" => {
+            o.non_linearity = raw.str(key)?.map(non_linearity).transpose().map_err(|e| refused(raw, e))?;
+        }
         "train-norms" => o.train_norms = raw.bool(key)?.unwrap_or(o.train_norms),
         "layers" => o.layers = layers(raw.str(key)?)?.unwrap_or(o.layers.clone()),
         "drop-layers" => o.drop_layers = layers(raw.str(key)?)?,
         "prefix" => o.prefix = raw.usize(key)?.unwrap_or(o.prefix),
         "infix" => o.infix = raw.usize(key)?.unwrap_or(o.infix),
+        "count-prefix" => o.count_prefix = raw.bool(key)?.unwrap_or(o.count_prefix),
         "reparam" => match raw.usize(key)? {
             None | Some(0) => {}
             Some(_) => return Err(raw.error(key, "a saved prefix is keys and values alone; set it to 0")),

@@ -51,7 +51,7 @@ impl Kind {
         KINDS.iter().map(|(_, word, _)| *word)
     }
 
-    /// How PEFT has what a method trained, if it has it. It puts virtual tokens before the text alone, it has none for tasks
+    /// How PEFT has what a method trained, if it has it. It puts virtual tokens before the text alone and counts them as positions, it has none for tasks
     /// that it has no name for, and it classifies a text by its first row, which is a virtual token in prompt tuning where
     /// here it is the text's own.
     pub(super) fn of(row: &MethodRow, options: &Options, outline: &Outline) -> Option<Kind> {
@@ -59,7 +59,7 @@ impl Kind {
         match kind {
             Kind::Ia3 | Kind::LnTuning => true,
             Kind::Prompt => options.infix == 0 && outline.task_type == Some("CAUSAL_LM"),
-            Kind::Prefix => options.infix == 0 && outline.task_type.is_some(),
+            Kind::Prefix => options.infix == 0 && options.count_prefix && outline.task_type.is_some(),
         }
         .then_some(*kind)
     }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use lora_core::Tensor;
-use lora_kernels::Device;
+use lora_kernels::{DType, Device};
 
 use crate::{Error, Result};
 
@@ -26,19 +26,26 @@ pub const SINGLE_FILE: &str = "model.safetensors";
 /// The index of weights in several files.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// The name and the shape of a tensor: what a model expects to read, or is about to write.
+/// The name and the shape of a tensor: what a model expects to read, or is about to write, and then in which type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// The name, as the model's code has it.
     pub name: String,
     /// The length of each dimension.
     pub shape: Vec<usize>,
+    /// The type that it is written in: f32, or what f32 is rounded to, bf16 or f16. Not compared with what is read.
+    pub dtype: DType,
 }
 
 impl TensorSpec {
-    /// A spec of `name` with `shape`.
+    /// A spec of `name` with `shape`, in f32.
     pub fn new(name: impl Into<String>, shape: impl Into<Vec<usize>>) -> TensorSpec {
-        TensorSpec { name: name.into(), shape: shape.into() }
+        TensorSpec { name: name.into(), shape: shape.into(), dtype: DType::F32 }
+    }
+
+    /// To be written in another type.
+    pub fn in_dtype(self, dtype: DType) -> TensorSpec {
+        TensorSpec { dtype, ..self }
     }
 }
 

@@ -4,7 +4,9 @@ use std::{
     path::Path,
 };
 
+use half::{bf16, f16};
 use lora_core::Tensor;
+use lora_kernels::DType;
 use serde_json::{Map, Value, json};
 
 use super::{INDEX_FILE, Layout, SINGLE_FILE, TensorSpec};
@@ -13,7 +15,7 @@ use crate::{Error, Result, files};
 /// Elements that are turned into bytes at a time.
 const CHUNK: usize = 1 << 16;
 
-/// Writes a model's weights into `dir`, in f32 (what they are computed in, whatever they were read from), spread over
+/// Writes a model's weights into `dir`, each in the type of its spec (whatever they were read from), spread over
 /// files and named there as `layout` says; tensors that it does not know go to its last file under their own names.
 ///
 /// `fetch` is asked for one tensor at a time, when its bytes are due, so that no second copy of the weights is ever
@@ -45,7 +47,7 @@ pub fn save(
     let mut names: BTreeMap<String, &str> = BTreeMap::new();
     for t in tensors {
         let (file, stored) = layout.place(&t.name).unwrap_or((last, &t.name));
-        shards[file].push(TensorSpec::new(stored, t.shape.clone()));
+        shards[file].push(TensorSpec { name: stored.to_owned(), ..t.clone() });
         names.insert(stored.to_owned(), &t.name);
     }
     files::create_folder(dir)?;
@@ -69,15 +71,15 @@ pub fn file_bytes(metadata: &[(&str, &str)], tensors: &[TensorSpec]) -> u64 {
     (8 + header(metadata, &sorted).len() + sorted.iter().map(|t| bytes(t)).sum::<usize>()) as u64
 }
 
-/// Writes one safetensors file atomically: `tensors` in f32, sorted by name, each asked of `fetch` when its bytes are
+/// Writes one safetensors file atomically: `tensors` in the types of their specs, sorted by name, each asked of `fetch` when its bytes are
 /// due, with `metadata` in the header. The same tensors give the same bytes.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Shape`] when `fetch` gives another shape than announced, [`Error::Weights`] for a name that
-/// comes twice, and what `fetch` gives. No file is left then, and one that was there is as it was.
+/// comes twice and for a number that is too large for its type, and what `fetch` gives. No file is left then, and one that was there is as it was.
 ///
 /// # Panics
-/// When `fetch` gives a tensor that is not f32.
+/// When `fetch` gives a tensor that is not f32, or a spec has a type that weights are not written in.
 pub fn write_tensors(
     path: &Path,
     metadata: &[(&str, &str)],
@@ -104,23 +106,37 @@ pub fn write_tensors(
                     found: t.shape().to_vec(),
                 })?;
             }
-            write_floats(w, &t)?;
+            if !write_floats(w, &t, spec.dtype)? {
+                let problem =
+                    format!("tensor {} has numbers beyond 65504, the largest of f16; write it in bf16", spec.name);
+                Err(Error::Weights { file: path.to_owned(), problem })?;
+            }
         }
         Ok(())
     })
 }
 
-fn write_floats(w: &mut dyn Write, t: &Tensor) -> std::io::Result<()> {
+/// `false` where a finite number would become infinite.
+fn write_floats(w: &mut dyn Write, t: &Tensor, dtype: DType) -> std::io::Result<bool> {
     let mut bytes = Vec::with_capacity(4 * CHUNK);
     let n = t.len();
     let column = t.clone().reshape(&[n, 1]);
     for start in (0..n).step_by(CHUNK) {
         let floats = column.rows_in(start..n.min(start + CHUNK)).to_vec::<f32>().map_err(Error::from)?;
         bytes.clear();
-        bytes.extend(floats.iter().flat_map(|x| x.to_le_bytes()));
+        match dtype {
+            DType::Bf16 => bytes.extend(floats.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes())),
+            DType::F16 => {
+                if floats.iter().any(|&x| x.is_finite() && f16::from_f32(x).is_infinite()) {
+                    return Ok(false);
+                }
+                bytes.extend(floats.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
+            }
+            _ => bytes.extend(floats.iter().flat_map(|x| x.to_le_bytes())),
+        }
         w.write_all(&bytes)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The JSON of a header, filled up with spaces so that the tensors' bytes begin at a multiple of 8.
@@ -133,7 +149,10 @@ fn header(metadata: &[(&str, &str)], tensors: &[&TensorSpec]) -> String {
     let mut start = 0;
     for t in tensors {
         let end = start + bytes(t);
-        keys.insert(t.name.clone(), json!({"dtype": "F32", "shape": t.shape, "data_offsets": [start, end]}));
+        keys.insert(
+            t.name.clone(),
+            json!({"dtype": type_name(t.dtype), "shape": t.shape, "data_offsets": [start, end]}),
+        );
         start = end;
     }
     let mut text = Value::Object(keys).to_string();
@@ -146,7 +165,8 @@ fn write_index(path: &Path, metadata: &Map<String, Value>, names: &[String], sha
     let total: usize = shards.iter().flatten().map(bytes).sum();
     metadata.insert("total_size".to_owned(), total.into());
     if let Some(parameters) = metadata.get_mut("total_parameters") {
-        *parameters = (total / 4).into();
+        let count = |t: &TensorSpec| t.shape.iter().product::<usize>();
+        *parameters = shards.iter().flatten().map(count).sum::<usize>().into();
     }
     let mut map: BTreeMap<&str, &str> = BTreeMap::new();
     for (name, shard) in names.iter().zip(shards) {
@@ -156,6 +176,16 @@ fn write_index(path: &Path, metadata: &Map<String, Value>, names: &[String], sha
     files::write_bytes(path, text.as_bytes())
 }
 
+/// The name that safetensors has for a type.
+fn type_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "F32",
+        DType::Bf16 => "BF16",
+        DType::F16 => "F16",
+        other => panic!("weights are not written in {other:?}"),
+    }
+}
+
 fn bytes(t: &TensorSpec) -> usize {
-    4 * t.shape.iter().product::<usize>()
+    t.dtype.size() * t.shape.iter().product::<usize>()
 }

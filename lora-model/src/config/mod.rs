@@ -10,7 +10,7 @@ mod rope;
 
 use std::path::{Path, PathBuf};
 
-use lora_kernels::Activation;
+use lora_kernels::{Activation, DType};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -73,6 +73,19 @@ impl RawConfig {
     /// All keys, in the order of the file.
     pub fn keys(&self) -> &Map<String, Value> {
         &self.keys
+    }
+
+    /// Transformers' name for a type of weights.
+    ///
+    /// # Panics
+    /// For a type that weights do not have.
+    pub(crate) fn type_name(dtype: DType) -> &'static str {
+        match dtype {
+            DType::F32 => "float32",
+            DType::Bf16 => "bfloat16",
+            DType::F16 => "float16",
+            other => panic!("weights are not {other:?}"),
+        }
     }
 
     /// Adds or replaces a key.

@@ -122,8 +122,9 @@ def adapterhub(tensors):
             "adapter-h": adapters.DoubleSeqBnConfig(reduction_factor=4, non_linearity="gelu"),
             "swish": adapters.DoubleSeqBnConfig(reduction_factor=4),
             "prefix": adapters.PrefixTuningConfig(flat=True, prefix_length=3),
+            "prefix-mlp": adapters.PrefixTuningConfig(flat=False, prefix_length=3, bottleneck_size=5),
         }.items():
-            if model_name != "roberta_masked_lm" and method in ("swish", "prefix"):
+            if (method == "swish" and model_name != "roberta_masked_lm") or (method == "prefix-mlp" and model_name != "gpt2"):
                 continue
             torch.manual_seed(4)
             model = cls.from_pretrained(HERE / model_name / "model", attn_implementation="eager")

@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use lora_core::Tensor;
-use lora_kernels::{DType, Device};
+use lora_core::{Params, Tensor};
+use lora_kernels::{DType, Device, axpby};
 use lora_model::checkpoint::TensorFile;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 pub(crate) const CPU: Device = Device::Cpu;
 
@@ -58,6 +60,15 @@ pub(crate) fn goldens() -> PathBuf {
 pub(crate) fn reference(file: &TensorFile, name: &str) -> Tensor {
     let info = file.info(name).unwrap_or_else(|| panic!("no {name} in {}", file.path().display()));
     file.tensor(name, &info.shape, &CPU).unwrap()
+}
+
+/// Moves every parameter away from where it began: nothing is zero any more.
+pub(crate) fn disturb(params: &mut Params, scale: f32) {
+    let mut rng = ChaCha8Rng::seed_from_u64(77);
+    let noise: Vec<f32> = (0..params.count()).map(|_| rng.random_range(-scale..scale)).collect();
+    let noise = Tensor::from_slice(&CPU, &[1, params.count()], &noise).unwrap();
+    let noise = noise.to(&params.device(), params.dtype()).unwrap();
+    axpby(1.0, noise.mat(), 1.0, params.flat_mut().unwrap()).unwrap();
 }
 
 /// |x − ref| / |ref|.

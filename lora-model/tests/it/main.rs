@@ -17,5 +17,6 @@ mod join;
 mod methods;
 mod peft;
 mod rows;
+mod several;
 mod tokenizer;
 mod virtual_tokens;

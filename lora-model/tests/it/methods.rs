@@ -7,18 +7,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::common::{CPU, distance, goldens, gpus, norm, relative};
+use crate::common::{CPU, distance, disturb, goldens, gpus, norm, relative};
 
 use lora_core::{
     Error, Grads, Noise, Params, Tape, Tensor, gradcheck_some,
     peft::{Adapted, Bias, Frozen, Layers, METHODS, MethodRow, Modules, Options, Start, find},
 };
-use lora_kernels::{AdamW, DType, Device, adamw, axpby};
+use lora_kernels::{Activation, AdamW, DType, Device, adamw, axpby};
 use lora_model::{
     ARCHITECTURES, Batch, LoadOptions, Model, Targets, Task, Texts, adapter, config::RawConfig, load_with,
 };
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 
 /// The folders of the golden models, by the names of their cases.
 fn golden() -> BTreeMap<String, PathBuf> {
@@ -98,8 +96,10 @@ const VARIANTS: &[(&str, Change)] = &[
     ("plain", |_| {}),
     ("an infix", |o| (o.prefix, o.infix) = (1, 2)),
     ("reparametrised", |o| o.reparam = 5),
+    ("uncounted", |o| o.count_prefix = false),
     ("dropped layers", |o| o.drop_layers = Some(Layers::First(1))),
     ("norms train too", |o| o.train_norms = true),
+    ("another nonlinearity", |o| o.non_linearity = Some(Activation::Tanh)),
     ("dropout", |o| o.dropout = 0.3),
     ("wider than the stream", |o| o.bottleneck = 40),
     ("DoRA", |o| o.use_dora = true),
@@ -114,8 +114,10 @@ fn reads(row: &MethodRow, variant: &str) -> bool {
         "plain" => return true,
         "an infix" => "infix",
         "reparametrised" => "reparam",
+        "uncounted" => "count-prefix",
         "dropped layers" => "drop-layers",
         "norms train too" => "train-norms",
+        "another nonlinearity" => "non-linearity",
         "dropout" => "dropout",
         "wider than the stream" => "bottleneck",
         "DoRA" | "DoRA with dropout" => "use-dora",
@@ -157,15 +159,6 @@ fn for_all(dtype: DType, check: impl Fn(&str, &Base, &MethodRow, &Options)) {
 
 fn bits(t: &Tensor) -> Vec<u64> {
     t.to_f64().unwrap().into_iter().map(f64::to_bits).collect()
-}
-
-/// Moves every parameter away from where it began: nothing is zero any more.
-fn disturb(params: &mut Params, scale: f32) {
-    let mut rng = ChaCha8Rng::seed_from_u64(77);
-    let noise: Vec<f32> = (0..params.count()).map(|_| rng.random_range(-scale..scale)).collect();
-    let noise = Tensor::from_slice(&CPU, &[1, params.count()], &noise).unwrap();
-    let noise = noise.to(&params.device(), params.dtype()).unwrap();
-    axpby(1.0, noise.mat(), 1.0, params.flat_mut().unwrap()).unwrap();
 }
 
 #[test]

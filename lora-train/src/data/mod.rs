@@ -37,7 +37,7 @@ pub use encode::{Dataset, Encode, EncodeError, Goal, Sequence, encode, encode_pr
 pub use error::{Error, Result};
 pub use labelled::read_task;
 pub use labels::{Join, Labels, encode_task};
-pub use read::{read, read_prompts};
+pub use read::{read, read_key, read_prompts};
 pub use references::{References, read_predictions, references};
 pub use sampler::{Position, Sampler};
 pub use task::{TASKS, TaskKind, TaskRow, task};

@@ -31,6 +31,28 @@ pub fn read_prompts(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
     parse(path.as_ref(), format, false)
 }
 
+/// What each line of a file of JSON lines has under a key that no content uses, in the order of [`read`]'s examples; `None`
+/// where it is not there, or null.
+///
+/// # Errors
+/// A file that is not UTF-8 or empty, a line that is no JSON object, or that has something else than a string there.
+pub fn read_key(path: impl AsRef<Path>, key: &str) -> Result<Vec<Option<String>>> {
+    let path = path.as_ref();
+    let text = text_of(path)?;
+    let body = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let lines = body.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    lines
+        .map(|(i, text)| match object(path, i + 1, text, false)?.remove(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(other) => {
+                let found = format!("\"{key}\" is {} in place of a string", kind(&other));
+                Err(Error::NotAnExample { path: path.to_owned(), line: i + 1, found })
+            }
+        })
+        .collect()
+}
+
 /// `whole`: a pair needs both of its sides.
 fn parse(path: &Path, format: Format, whole: bool) -> Result<Corpus> {
     let text = text_of(path)?;

@@ -16,4 +16,5 @@ mod methods;
 mod misfits;
 mod plan;
 mod resume;
+mod several;
 mod tasks;

@@ -1,5 +1,6 @@
 use std::{collections::BTreeMap, ops::Range};
 
+use lora_kernels::{Mat, MatMut, gemm};
 use ndarray::{Array2, Axis};
 
 use super::{
@@ -76,6 +77,19 @@ impl LinearAdapter for Update {
             y = ops::linear_onto(t, y, cols, &u, &b, self.scale)?;
         }
         Ok(y)
+    }
+
+    fn add(&self, params: &Params, x: Mat, mut y: MatMut) -> Result<bool> {
+        if self.dora.is_some() {
+            return Ok(false);
+        }
+        for Term { a, b, cols } in &self.terms {
+            let (a, b) = (params.compute_tensor(*a)?, params.compute_tensor(*b)?);
+            let mut h = Tensor::empty(x.device(), x.dtype(), &[x.rows(), self.rank])?;
+            gemm(self.scale, x, a.t(), 0.0, h.make_mut()?)?;
+            gemm(1.0, h.mat(), b.t(), 1.0, y.reborrow().cols_in(cols.clone()))?;
+        }
+        Ok(true)
     }
 
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor> {

@@ -15,6 +15,9 @@ use lora_train::{
 
 use crate::ui;
 
+/// The group of the flags that name adapters.
+pub(crate) const ADAPTERS: &str = "adapters-of-the-model";
+
 #[derive(Args)]
 #[command(next_help_heading = "Model")]
 // Where they are optional, they are there when the model is.
@@ -24,10 +27,10 @@ pub(crate) struct BaseArgs {
     #[arg(long, value_name = "DIR|HUB_ID")]
     model: PathBuf,
     /// Folder of an adapter for it
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", group = ADAPTERS)]
     adapter: Option<PathBuf>,
     /// Refuse an adapter that was trained on another base than this one, rather than warn of it
-    #[arg(long, requires = "adapter")]
+    #[arg(long, requires = ADAPTERS)]
     strict: bool,
     /// Layers to take the adapter out of (AdapterDrop): first:N, last:N, or numbers from 0 such as 0,2,4-7
     #[arg(long, value_name = "LAYERS", requires = "adapter", value_parser = layers)]
@@ -67,6 +70,11 @@ impl BaseArgs {
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
         let loaded = load(&self.model, self.adapter.as_deref(), &self.place()?, self.strict)?;
         self.dropped(loaded)
+    }
+
+    /// An adapter for a model that was loaded.
+    pub(crate) fn attach(&self, dir: &Path, model: &dyn Model) -> anyhow::Result<Adapted> {
+        attach(dir, model, self.strict)
     }
 
     /// A model that continues text, without a task or for one of completions.
@@ -130,16 +138,18 @@ fn load_for(
     let model = lora_model::load_with(&dir, device, &options)?;
     let adapted = match adapter {
         None => Adapted::none(device)?,
-        Some(dir) => {
-            check_adapter(dir)?;
-            let file = adapter::load(dir)?;
-            if strict {
-                file.check_same_base(&*model).with_context(|| format!("--strict: {}", dir.display()))?;
-            }
-            file.attach(&*model, device)?
-        }
+        Some(dir) => attach(dir, &*model, strict)?,
     };
     Ok(Loaded { dir, model, adapted })
+}
+
+fn attach(dir: &Path, model: &dyn Model, strict: bool) -> anyhow::Result<Adapted> {
+    check_adapter(dir)?;
+    let file = adapter::load(dir)?;
+    if strict {
+        file.check_same_base(model).with_context(|| format!("--strict: {}", dir.display()))?;
+    }
+    Ok(file.attach(model, &model.device())?)
 }
 
 fn check_adapter(dir: &Path) -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ use lora_train::{
     Encoder, Evaluation,
     data::{self, Corpus, References, TaskRow},
     evaluate,
-    generation::{batches, completion, end_tokens},
+    generation::{Continued, batches, completion, end_tokens},
     metrics::{Scores, text::Completions},
     task,
 };
@@ -148,7 +148,7 @@ impl CompletionArgs {
         let mut texts = Vec::with_capacity(tokens.len());
         let mut all = || -> anyhow::Result<()> {
             let bar = ui::counter(tokens.len() as u64, "prompts");
-            let mut generated = batches((&*model, &adapted), &tokens, &config, args.batch_size);
+            let mut generated = batches((&*model, Continued::Alike(&adapted)), &tokens, &config, args.batch_size);
             for batch in tokens.chunks(args.batch_size) {
                 if ui::interrupted() {
                     return Err(ui::Interrupted.into());

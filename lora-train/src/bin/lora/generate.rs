@@ -8,23 +8,22 @@ use std::{
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::Args;
 use lora_model::{
-    Error, Task,
+    Error, Model, Task,
+    adapter::Adapters,
     generate::{Generated, GenerationConfig, check, generate},
-    tokenizer::{
-        Tokenizer,
-        chat::{ChatPrompt, Message},
-    },
+    tokenizer::Tokenizer,
 };
 use lora_train::{
     Encoder,
-    data::{self, Content, Encode, Format},
-    generation::{batches, end_tokens, text},
+    data::Encode,
+    generation::{Continued, batches, end_tokens, text},
 };
 use serde::Serialize;
 
 use crate::{
-    base::{BaseArgs, Loaded},
+    base::{ADAPTERS, BaseArgs, Loaded},
     part::{PartFile, check_writable},
+    prompts::{Prompt, Prompts, prompts},
     train::formats,
     ui,
 };
@@ -34,6 +33,18 @@ use crate::{
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     base: BaseArgs,
+    /// Several adapters in one batch: each JSON line of --data names its own under the key "adapter", or has none and is
+    /// continued by the bare model; --prompt is continued by each. A name is that of the folder unless it is given
+    #[arg(
+        long,
+        value_name = "[NAME=]DIR,...",
+        value_delimiter = ',',
+        value_parser = named,
+        group = ADAPTERS,
+        conflicts_with_all = ["adapter", "drop_layers"],
+        help_heading = "Model"
+    )]
+    pub(crate) adapters: Vec<(String, PathBuf)>,
 
     /// Text to continue, as it is
     #[arg(
@@ -43,30 +54,30 @@ pub(crate) struct GenerateArgs {
         conflicts_with = "data",
         help_heading = "Prompts"
     )]
-    prompt: Option<String>,
+    pub(crate) prompt: Option<String>,
     /// End the prompt as training ends it before a completion: trimmed, then the end-of-text token
     #[arg(long, requires = "prompt", help_heading = "Prompts")]
-    append_end_of_text: bool,
+    pub(crate) append_end_of_text: bool,
     /// The prompt is what a user says: write it as the model's chat template does, and generate the answer
     #[arg(long, requires = "prompt", conflicts_with_all = ["append_end_of_text", "data"], help_heading = "Prompts")]
-    chat: bool,
+    pub(crate) chat: bool,
     /// What the system says before the user
     #[arg(long, value_name = "TEXT", requires = "chat", help_heading = "Prompts")]
-    system: Option<String>,
+    pub(crate) system: Option<String>,
     /// File of prompts: contexts of e2e lines and prompts of JSON lines, ended as in training; messages of JSON lines, by
     /// the model's chat template, without a last one of the assistant; texts as they are. References and completions need
     /// not be there. Equal contexts on neighbouring e2e lines are continued once
     #[arg(long, value_name = "FILE", help_heading = "Prompts")]
-    data: Option<PathBuf>,
+    pub(crate) data: Option<PathBuf>,
     /// Layout of --data [default: jsonl by its extension, otherwise e2e]
     #[arg(long, value_parser = formats(), requires = "data", help_heading = "Prompts")]
-    format: Option<String>,
+    pub(crate) format: Option<String>,
 
     /// Write to this file instead of standard output. Until all is done the texts are in FILE.part, where they stay after
     /// Ctrl-C or an error
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     out: Option<PathBuf>,
-    /// One JSON object per prompt: prompt, text, tokens, finished, score (of beams). Without it, files of prompts give
+    /// One JSON object per prompt: adapter (with --adapters), prompt, text, tokens, finished, score (of beams). Without it, files of prompts give
     /// one line of text for each, line breaks within as spaces [default: by the extension of --out]
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -113,15 +124,6 @@ pub(crate) struct GenerateArgs {
     batch_size: usize,
 }
 
-/// What is continued.
-struct Prompt {
-    /// Where it stands, for messages.
-    place: String,
-    text: String,
-    /// Whether it ends as in training, so that what follows is a text of its own.
-    ended: bool,
-}
-
 pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     ensure!(args.batch_size > 0, "batch-size = 0: must be at least 1");
     if let Some(out) = &args.out {
@@ -131,6 +133,7 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     if model.task() != Task::CausalLm {
         bail!("{} is for {}, and continues no text", args.base, model.task().name());
     }
+    let adapters = adapters(&args, &*model)?;
     let encoder = Encoder::from_dir(&dir, &*model)?;
     let mut config = config(&args, &dir, &encoder)?;
     config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
@@ -140,11 +143,17 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
             config.eos_token_id.push(end);
         }
     }
+    let names: Vec<Option<String>> = prompts.iter().map(|p| p.adapter.clone()).collect();
     let place = |i: usize| prompts.get(i).map(|p| p.place.clone());
+    for (i, name) in names.iter().enumerate() {
+        let Some(name) = name else { continue };
+        adapters.get(name).with_context(|| place(i).unwrap_or_default())?;
+    }
     check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, place))?;
     let json = args.json || args.out.as_ref().is_some_and(|p| p.extension().is_some_and(|e| e == "jsonl"));
 
-    let streamed = args.prompt.is_some() && !json && args.out.is_none() && io::stdout().is_terminal();
+    let streamed =
+        args.prompt.is_some() && args.adapters.is_empty() && !json && args.out.is_none() && io::stdout().is_terminal();
     if streamed {
         let mut stream = Stream::new(encoder.tokenizer(), &tokens[0])?;
         let mut on_token = |_, token| stream.push(token, &config.eos_token_id);
@@ -158,7 +167,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     }
     let mut all = || -> anyhow::Result<()> {
         let bar = ui::counter(prompts.len() as u64, "prompts");
-        let mut generated = batches((&*model, &adapted), &tokens, &config, args.batch_size);
+        let by = if args.adapters.is_empty() { Continued::Alike(&adapted) } else { Continued::Each(&adapters, &names) };
+        let mut generated = batches((&*model, by), &tokens, &config, args.batch_size);
         for (batch, tokens) in prompts.chunks(args.batch_size).zip(tokens.chunks(args.batch_size)) {
             if ui::interrupted() {
                 return Err(ui::Interrupted.into());
@@ -166,8 +176,8 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
             let mut lines = String::new();
             let generated = generated.next().transpose().with_context(|| args.base.to_string())?.unwrap_or_default();
             for ((prompt, tokens), generated) in batch.iter().zip(tokens).zip(generated) {
-                let alone = args.prompt.is_some();
-                lines += &line((prompt, tokens), generated, encoder.tokenizer(), &config.eos_token_id, alone, json)?;
+                let shown = Shown { json, alone: args.prompt.is_some(), adapter: !args.adapters.is_empty() };
+                lines += &line((prompt, tokens), generated, encoder.tokenizer(), &config.eos_token_id, shown)?;
                 lines.push('\n');
             }
             match &mut out {
@@ -234,65 +244,33 @@ fn token(name: &str, encoder: &Encoder) -> anyhow::Result<u32> {
     found.with_context(|| format!("eos = {name}: is no token of the vocabulary and no id below {size}"))
 }
 
-/// The prompts, apart from them their tokens, and the tokens that end the assistant's turn after a conversation.
-#[derive(Default)]
-struct Prompts {
-    prompts: Vec<Prompt>,
-    tokens: Vec<Vec<u32>>,
-    ends: Vec<u32>,
+/// `NAME=DIR`, or a folder alone, which gives the name.
+fn named(text: &str) -> Result<(String, PathBuf), String> {
+    if let Some((name, dir)) = text.split_once('=') {
+        return Ok((name.to_owned(), dir.into()));
+    }
+    let name = Path::new(text).file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| format!("`{text}` ends in no name; write NAME={text}"))?;
+    Ok((name.to_owned(), text.into()))
 }
 
-impl Prompts {
-    fn add(&mut self, encoder: &Encoder, place: String, text: String, ended: bool) -> anyhow::Result<()> {
-        let encoded = match ended {
-            true => data::encode_prompt(&text, encoder).map_err(anyhow::Error::new),
-            false => encoder.encode_start(&text).map_err(anyhow::Error::new),
-        };
-        self.tokens.push(encoded.with_context(|| place.clone())?);
-        self.prompts.push(Prompt { place, text, ended });
-        Ok(())
+fn adapters(args: &GenerateArgs, model: &dyn Model) -> anyhow::Result<Adapters> {
+    let mut adapters = Adapters::new();
+    for (name, dir) in &args.adapters {
+        let replaced = adapters.insert(name, args.base.attach(dir, model)?);
+        ensure!(replaced.is_none(), "--adapters has two of the name `{name}`; write NAME=DIR");
     }
-
-    fn add_chat(&mut self, encoder: &Encoder, place: String, messages: &[Message]) -> anyhow::Result<()> {
-        let ChatPrompt { text, tokens, end_of_turn } = encoder.chat_prompt(messages).with_context(|| place.clone())?;
-        self.tokens.push(tokens);
-        self.prompts.push(Prompt { place, text, ended: true });
-        self.ends.extend(end_of_turn.filter(|end| !self.ends.contains(end)));
-        Ok(())
-    }
+    Ok(adapters)
 }
 
-fn prompts(args: &GenerateArgs, encoder: &Encoder) -> anyhow::Result<Prompts> {
-    let mut all = Prompts::default();
-    match (&args.prompt, &args.data) {
-        (Some(text), _) if args.chat => {
-            let system = args.system.as_ref().map(|text| Message::new("system", text));
-            let messages: Vec<Message> = system.into_iter().chain([Message::new("user", text)]).collect();
-            all.add_chat(encoder, "--prompt".to_owned(), &messages)?;
-        }
-        (Some(text), _) => all.add(encoder, "--prompt".to_owned(), text.clone(), args.append_end_of_text)?,
-        (None, Some(path)) => {
-            let format = args.format.as_ref().map(|f| f.parse()).transpose()?;
-            let format = format.unwrap_or_else(|| Format::of_path(path));
-            let mut last = None;
-            for example in data::read_prompts(path, format)?.examples {
-                let place = format!("{}:{}", path.display(), example.line);
-                match example.content {
-                    Content::Text(text) | Content::Labelled { text, .. } => all.add(encoder, place, text, false)?,
-                    Content::Chat(messages) => all.add_chat(encoder, place, data::unanswered(&messages))?,
-                    Content::Pair { prompt, .. } => {
-                        let again = format == Format::E2e && last.as_ref() == Some(&prompt);
-                        if !again {
-                            all.add(encoder, place, prompt.clone(), true)?;
-                        }
-                        last = Some(prompt);
-                    }
-                }
-            }
-        }
-        (None, None) => bail!("give --prompt or --data"),
-    }
-    Ok(all)
+/// How results are shown.
+#[derive(Clone, Copy)]
+struct Shown {
+    json: bool,
+    /// One prompt, on a terminal perhaps.
+    alone: bool,
+    /// Whether there are several adapters.
+    adapter: bool,
 }
 
 /// One prompt's result as a line of the output.
@@ -301,11 +279,13 @@ fn line(
     generated: Generated,
     tokenizer: &Tokenizer,
     eos: &[u32],
-    alone: bool,
-    json: bool,
+    shown: Shown,
 ) -> anyhow::Result<String> {
     #[derive(Serialize)]
     struct Line<'a> {
+        /// Outer: several adapters; inner: this prompt's own.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        adapter: Option<Option<&'a str>>,
         prompt: &'a str,
         text: &'a str,
         tokens: &'a [u32],
@@ -316,10 +296,15 @@ fn line(
     let text = text(tokenizer, before, &generated, eos)?;
     let text = if prompt.ended { text.trim() } else { &text };
     let Generated { tokens, score, finished } = generated;
-    Ok(match (json, alone) {
-        (true, _) => serde_json::to_string(&Line { prompt: &prompt.text, text, tokens: &tokens, finished, score })?,
-        (false, true) => text.to_owned(),
-        (false, false) => text.replace(['\r', '\n'], " "),
+    let adapter = shown.adapter.then_some(prompt.adapter.as_deref());
+    let (tokens, prompt) = (&tokens[..], &prompt.text[..]);
+    Ok(match (shown, adapter) {
+        (Shown { json: true, .. }, _) => {
+            serde_json::to_string(&Line { adapter, prompt, text, tokens, finished, score })?
+        }
+        (Shown { alone: true, .. }, Some(Some(name))) => format!("{name}: {text}"),
+        (Shown { alone: true, .. }, _) => text.to_owned(),
+        _ => text.replace(['\r', '\n'], " "),
     })
 }
 

@@ -18,6 +18,7 @@ mod new_folder;
 mod part;
 mod plan;
 mod pretrain;
+mod prompts;
 mod train;
 mod ui;
 

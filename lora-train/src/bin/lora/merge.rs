@@ -9,9 +9,9 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use indicatif::HumanBytes;
 use lora_core::{Tensor, lowrank::MajoritySign};
-use lora_kernels::Device;
+use lora_kernels::{DType, Device};
 use lora_model::{
-    adapter::{self, COMBINATIONS, Combined, Recipe, Updates, Weighted},
+    adapter::{self, COMBINATIONS, Combined, Recipe, Rounding, Updates, Weighted},
     tokenizer::Tokenizer,
 };
 use lora_train::{
@@ -53,6 +53,9 @@ pub(crate) struct MergeArgs {
     /// Folder for the merged model or adapter: new, or empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Type of the merged model's weights; of bf16 and f16 it is told what rounding costs the update
+    #[arg(long, default_value = "f32")]
+    dtype: Weights,
     /// Print a summary as JSON
     #[arg(long)]
     json: bool,
@@ -84,6 +87,23 @@ struct HowArgs {
 enum Written {
     Adapter,
     Model,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Weights {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Weights {
+    fn dtype(self) -> DType {
+        match self {
+            Weights::F32 => DType::F32,
+            Weights::Bf16 => DType::Bf16,
+            Weights::F16 => DType::F16,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -183,6 +203,7 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         }
         None => {
             anyhow::ensure!(args.into != Some(Written::Model), "--into model needs the base: give it as --model");
+            anyhow::ensure!(args.dtype == Weights::F32, "--dtype is for a merged model; an adapter is written in f32");
             let bytes = folder.write(|dir| {
                 task.as_ref().map_or(Ok(()), |task| task.save(dir))?;
                 updates.save(dir)?;
@@ -222,8 +243,8 @@ fn write_model(
     what: &str,
     about: Value,
 ) -> anyhow::Result<()> {
-    let out = &args.out;
-    let bytes = folder.write(|dir| write(dir, loaded, changed, task))?;
+    let (out, dtype) = (&args.out, args.dtype.dtype());
+    let bytes = folder.write(|dir| write(dir, loaded, changed, task, dtype))?;
     let tensors = loaded.model.tensors().count();
     ui::say(format_args!(
         "merged {what} into {} of {tensors} tensors; {} in {}",
@@ -231,7 +252,20 @@ fn write_model(
         HumanBytes(bytes),
         out.display()
     ));
-    summary(args, about, json!({"out": out, "changed": changed.len(), "tensors": tensors, "bytes": bytes}))
+    let mut more = json!({"out": out, "changed": changed.len(), "tensors": tensors, "bytes": bytes});
+    if dtype != DType::F32
+        && let Some(Rounding { share, worst: (name, most), largest }) =
+            adapter::rounding(&*loaded.model, changed, dtype)?
+    {
+        ui::say(format_args!(
+            "rounding to {dtype:?} changes the update by {:.2}% of it, at most by {:.2}% ({name}); no weight by more than \
+             {largest:.1e}",
+            100.0 * share,
+            100.0 * most
+        ));
+        more["rounding"] = json!({"share": share, "worst": most, "worst_tensor": name, "largest": largest});
+    }
+    summary(args, about, more)
 }
 
 fn summary(args: &MergeArgs, mut about: Value, more: Value) -> anyhow::Result<()> {
@@ -243,16 +277,18 @@ fn summary(args: &MergeArgs, mut about: Value, more: Value) -> anyhow::Result<()
     }
     ui::print_json(&about)
 }
+
 /// Writes the model, with the names of its labels, reads it again, and gives its size.
 fn write(
     dir: &Path,
     loaded: &Loaded,
     changed: &BTreeMap<String, Tensor>,
     task: Option<&Fitted>,
+    dtype: DType,
 ) -> anyhow::Result<u64> {
     Tokenizer::copy_files(&loaded.dir, dir)?;
     go_on()?;
-    loaded.model.save(dir, changed)?;
+    loaded.model.save_in(dtype, dir, changed)?;
     task.map_or(Ok(()), |task| task.name_labels(dir))?;
     go_on()?;
     lora_model::load(dir, &Device::Cpu)?;

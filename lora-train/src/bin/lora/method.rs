@@ -72,6 +72,10 @@ pub(crate) struct MethodArgs {
     /// adapter-h, adapter-l, adapter-p, adapter-d: width of the bottleneck [default: 48]
     #[arg(long, value_name = "R")]
     bottleneck: Option<usize>,
+    /// adapter-h, adapter-l, adapter-p, adapter-d: what stands between its two maps: relu, gelu, gelu_new, silu or tanh
+    /// [default: gelu in adapter-h, relu in the others]
+    #[arg(long, value_name = "NAME")]
+    non_linearity: Option<String>,
     /// adapter-h, adapter-l, adapter-p, adapter-d: train the base's normalisations too, as Houlsby et al. do and the LoRA
     /// paper's counts do not
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
@@ -90,6 +94,10 @@ pub(crate) struct MethodArgs {
     /// pre-embed, pre-layer: virtual tokens after the prompt [default: 0]
     #[arg(long, value_name = "N")]
     infix: Option<usize>,
+    /// pre-layer: whether virtual tokens count as positions of the text, as in PEFT; in AdapterHub they do not [default: true]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true)]
+    count_prefix: Option<bool>,
     /// pre-layer: width of the hidden layer that it is reparametrised with while it trains; 0 is none [default: 0]
     #[arg(long, value_name = "M")]
     reparam: Option<usize>,

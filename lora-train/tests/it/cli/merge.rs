@@ -1,6 +1,10 @@
 //! `lora merge --adapters`.
 
-use serde_json::json;
+use std::collections::BTreeMap;
+
+use lora_core::Tensor;
+use lora_kernels::{DType, Device};
+use serde_json::{Value, json};
 
 use crate::cli::lab::{Lab, names};
 
@@ -59,6 +63,57 @@ fn adapters_become_one_or_go_into_the_base() {
     lab.ok("merge --adapters c:0.5 --out half");
     lab.ok("merge --adapters half,half --how cat --out again");
     assert!((loss("--model base --adapter again") - loss("--model base --adapter c")).abs() < 1e-5);
+}
+
+#[test]
+fn a_merged_model_of_16_bits_says_what_rounding_costs() {
+    let lab = lab();
+    lab.ok("merge --model base --adapter a --out f32");
+    let tensors = |name: &str| {
+        let model = lora_model::load(&lab.path(name), &Device::Cpu).unwrap();
+        let tensors = model.tensors().map(|(name, t)| (name.to_owned(), t.to_f64().unwrap()));
+        tensors.collect::<BTreeMap<_, _>>()
+    };
+    let (base, exact) = (tensors("base"), tensors("f32"));
+    let mut shares = Vec::new();
+    for (name, dtype, said) in [("bf16", DType::Bf16, "bfloat16"), ("f16", DType::F16, "float16")] {
+        let about = lab.json(&format!("merge --model base --adapter a --dtype {name} --out {name} --json"));
+        let config: Value = serde_json::from_str(&lab.read(&format!("{name}/config.json"))).unwrap();
+        assert_eq!(config["torch_dtype"], said);
+        let whole = |folder: &str| lab.bytes(&format!("{folder}/model.safetensors")).len();
+        assert!(whole(name) < whole("f32") * 6 / 10, "{} of {} bytes", whole(name), whole("f32"));
+        let (mut errors, mut updates, mut worst) = (0.0, 0.0, (String::new(), 0.0));
+        for (tensor, read) in tensors(name) {
+            let rounded = Tensor::from_slice(&Device::Cpu, &[exact[&tensor].len()], &exact[&tensor]).unwrap();
+            let rounded = rounded.to_dtype(DType::F32).unwrap().to_dtype(dtype).unwrap().to_f64().unwrap();
+            assert!(read == rounded, "{tensor} in {name}");
+            let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+            let (error, update) = (sum(&read, &exact[&tensor]), sum(&exact[&tensor], &base[&tensor]));
+            if update > 0.0 {
+                errors += error;
+                updates += update;
+                if (error / update).sqrt() > worst.1 {
+                    worst = (tensor, (error / update).sqrt());
+                }
+            }
+        }
+        let near = |key: &str, expected: f64| {
+            let found = about["rounding"][key].as_f64().unwrap();
+            assert!((found - expected).abs() < 1e-9 * expected, "{key}: {found} {expected}");
+        };
+        near("share", (errors / updates).sqrt());
+        near("worst", worst.1);
+        assert_eq!(about["rounding"]["worst_tensor"], worst.0);
+        shares.push(errors / updates);
+    }
+    // Three more bits, an eighth of the error.
+    assert!((0.7..1.4).contains(&(shares[0].sqrt() / shares[1].sqrt() / 8.0)), "{shares:?}");
+
+    lab.copy("a", "huge");
+    lab.set("huge/adapter_config.json", "lora_alpha", json!(1e12));
+    lab.fails("merge --model base --adapter huge --dtype f16 --out out", &["c_attn", "65504", "bf16"]);
+    assert!(!lab.path("out").exists());
+    lab.fails("merge --adapters a,c --dtype bf16 --out out", &["--dtype", "merged model"]);
 }
 
 #[test]

@@ -1,0 +1,207 @@
+//! Batches whose sequences have different adapters: each sequence gets what its adapter alone gives it.
+
+use std::{path::Path, sync::Arc};
+
+use lora_core::peft::{Adapted, Bias, Modules, Options, find};
+use lora_kernels::{DType, Device};
+use lora_model::{
+    Error, LoadOptions, Model, Targets, Task, Texts,
+    adapter::{self, Adapters},
+    generate::{GenerationConfig, generate},
+    load_with,
+};
+
+use crate::common::{CPU, disturb, goldens, gpus, relative, within};
+
+fn model(case: &str, device: &Device, dtype: DType) -> Box<dyn Model> {
+    load_with(&goldens().join(case).join("model"), device, &LoadOptions { dtype, ..LoadOptions::default() }).unwrap()
+}
+
+fn options(change: impl FnOnce(&mut Options)) -> Options {
+    let mut options = Options { rank: 2, alpha: 3.0, bottleneck: 3, ..Options::default() };
+    change(&mut options);
+    options
+}
+
+fn adapted(method: &str, options: &Options, model: &dyn Model, seed: u64) -> Adapted {
+    let method = (find(method).unwrap().build)(options).unwrap();
+    let mut adapted = Adapted::new(&*method, model, &model.device(), model.dtype(), seed).unwrap();
+    disturb(&mut adapted.params, 0.2);
+    adapted
+}
+
+/// Of several ranks, on different modules, and of kinds that add to the base's output and that do not.
+fn several(model: &dyn Model) -> Adapters {
+    let mut adapters = Adapters::new();
+    let everywhere = options(|o| (o.rank, o.targets) = (3, Modules::AllLinear));
+    adapters.insert("small", adapted("lora", &options(|_| ()), model, 1));
+    adapters.insert("everywhere", adapted("lora", &everywhere, model, 2));
+    adapters.insert("dora", adapted("lora", &options(|o| o.use_dora = true), model, 3));
+    adapters.insert("ia3", adapted("ia3", &options(|_| ()), model, 4));
+    adapters
+}
+
+const OF: [Option<&str>; 8] =
+    [Some("small"), None, Some("everywhere"), Some("everywhere"), Some("dora"), Some("ia3"), None, Some("small")];
+
+/// Sequences of different lengths, each other tokens.
+fn sequences(model: &dyn Model) -> Vec<Vec<u32>> {
+    let vocab = model.limits().vocab_size as u32;
+    (0..OF.len() as u32).map(|i| (0..2 + i * 3 % 7).map(|j| (i * 31 + j * j * 7 + 5) % vocab).collect()).collect()
+}
+
+/// The adapter of that name, or the bare base.
+fn one(adapters: &Adapters, name: Option<&str>, device: &Device) -> Arc<Adapted> {
+    match name {
+        Some(name) => adapters.get(name).unwrap().clone(),
+        None => Arc::new(Adapted::none(device).unwrap()),
+    }
+}
+
+#[test]
+fn each_sequence_has_the_logits_of_its_adapter() {
+    let places = gpus().into_iter().map(|gpu| (gpu, DType::F32)).chain([(CPU, DType::F32), (CPU, DType::Bf16)]);
+    for (device, dtype) in places {
+        // In bf16 each row is rounded as it is alone.
+        for case in ["gpt2", "llama3", "qwen3", "mistral", "bert_masked_lm", "roberta_masked_lm"] {
+            let model = model(case, &device, dtype);
+            let (adapters, sequences) = (several(&*model), sequences(&*model));
+            let mixed = adapters.mixed(&OF, &device).unwrap();
+            let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
+            let batch = model.batch(&mixed, &Texts::new(&sequences.concat(), &lengths)).unwrap();
+            let together = model.logits(&mixed, &batch).unwrap();
+            let (mut worst, mut at) = (0f64, 0);
+            for (tokens, name) in sequences.iter().zip(OF) {
+                let adapted = one(&adapters, name, &device);
+                let batch = model.batch(&adapted, &Texts::new(tokens, &[tokens.len()])).unwrap();
+                let alone = model.logits(&adapted, &batch).unwrap();
+                worst = worst.max(relative(&together.rows_in(at..at + tokens.len()), &alone));
+                at += tokens.len();
+            }
+            within(&format!("{case} in {dtype:?} on {device:?}"), worst, 2e-6);
+        }
+    }
+}
+
+/// The loss looks at the rows of targets alone, of which each sequence has its own number.
+#[test]
+fn losses_add_up() {
+    for case in ["gpt2", "qwen2", "bert_masked_lm"] {
+        let model = model(case, &CPU, DType::F32);
+        let (adapters, sequences) = (several(&*model), sequences(&*model));
+        let loss = |adapted: &Adapted, some: &[Vec<u32>]| {
+            let (lengths, mut rows, mut start): (Vec<usize>, Vec<u32>, u32) =
+                (some.iter().map(Vec::len).collect(), vec![], 0);
+            for tokens in some {
+                let n = tokens.len() as u32;
+                rows.extend(start + n / 2..start + n - 1);
+                start += n;
+            }
+            let ids = vec![7; rows.len()];
+            let tokens = some.concat();
+            let texts = Texts::new(&tokens, &lengths).targets(Targets::Tokens { rows: &rows, ids: &ids });
+            let batch = model.batch(adapted, &texts).unwrap();
+            let mut t = lora_core::Tape::inference(&adapted.params);
+            model.loss(&mut t, adapted, &batch, 0.0, 1.0).unwrap().value().to_f64().unwrap()[0]
+        };
+        let together = loss(&adapters.mixed(&OF, &CPU).unwrap(), &sequences);
+        let alone: f64 =
+            sequences.iter().zip(OF).map(|(s, name)| loss(&one(&adapters, name, &CPU), std::slice::from_ref(s))).sum();
+        within(&format!("{case}: {together} of {alone}"), (together - alone).abs() / alone, 1e-6);
+    }
+}
+
+#[test]
+fn each_prompt_is_continued_as_by_its_adapter_alone() {
+    for device in gpus().into_iter().chain([CPU]) {
+        for case in ["gpt2", "llama3"] {
+            let model = model(case, &device, DType::F32);
+            let (adapters, prompts) = (several(&*model), sequences(&*model));
+            let mixed = adapters.mixed(&OF, &device).unwrap();
+            // Texts end at different times, so that the batch loses sequences, and beams change places.
+            let vocab = model.limits().vocab_size as u32;
+            let every = |n| (0..vocab).step_by(n).collect();
+            let greedy = GenerationConfig { max_new_tokens: 8, eos_token_id: every(4), ..Default::default() };
+            let beams = GenerationConfig { num_beams: 3, eos_token_id: every(9), ..greedy.clone() };
+            for config in [greedy, beams] {
+                let together = generate(&*model, &mixed, &prompts, &config, None).unwrap();
+                let mut lengths = Vec::new();
+                for ((prompt, name), together) in prompts.iter().zip(OF).zip(&together) {
+                    let adapted = one(&adapters, name, &device);
+                    let alone = generate(&*model, &adapted, std::slice::from_ref(prompt), &config, None).unwrap();
+                    assert_eq!(together.tokens, alone[0].tokens, "{case}, {} beams, {name:?}", config.num_beams);
+                    lengths.push(together.tokens.len());
+                }
+                lengths.dedup();
+                assert!(lengths.len() > 1, "{case}: all texts are as long: {lengths:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_cannot_share_a_batch_is_refused_by_name() {
+    let gpt2 = model("gpt2", &CPU, DType::F32);
+    let mut adapters = several(&*gpt2);
+    let e = adapters.mixed(&[Some("smal")], &CPU).unwrap_err().to_string();
+    assert!(e.contains("`smal`") && e.contains("dora, everywhere, ia3, small"), "{e}");
+    assert!(Adapters::new().get("x").unwrap_err().to_string().contains("none is loaded"));
+
+    adapters.insert("biases", adapted("lora", &options(|o| o.bias = Bias::All), &*gpt2, 5));
+    adapters.insert("bottleneck", adapted("adapter-p", &options(|_| ()), &*gpt2, 6));
+    for (name, wanted) in [("biases", ".bias of the base itself"), ("bottleneck", "no change of a linear map")] {
+        let Err(Error::Adapters { problem }) = adapters.mixed(&[Some("small"), Some(name)], &CPU) else { panic!() };
+        assert!(problem.contains(name) && problem.contains(wanted), "{problem}");
+    }
+
+    // Several are not saved, loaded or merged as if they were one.
+    let mut mixed = adapters.mixed(&OF, &CPU).unwrap();
+    let tensors = adapters.get("small").unwrap().adapter_tensors().unwrap();
+    for e in [
+        mixed.adapter_tensors().unwrap_err(),
+        mixed.merged(&*gpt2).unwrap_err(),
+        mixed.load_adapter_tensors(tensors.into_iter().collect()).unwrap_err(),
+    ] {
+        assert!(e.to_string().contains("each by itself"), "{e}");
+    }
+    // Nor are several of several.
+    adapters.insert("mixed", mixed);
+    let e = adapters.mixed(&[Some("mixed")], &CPU).unwrap_err().to_string();
+    assert!(e.contains("`mixed`") && e.contains("several"), "{e}");
+
+    // DeBERTa projects one table for all sequences.
+    let deberta = model("deberta_v2_masked_lm", &CPU, DType::F32);
+    assert_eq!(deberta.task(), Task::MaskedLm);
+    let mut adapters = Adapters::new();
+    adapters.insert("one", adapted("lora", &options(|o| o.targets = Modules::AllLinear), &*deberta, 1));
+    let mixed = adapters.mixed(&[Some("one"), None], &CPU).unwrap();
+    let batch = deberta.batch(&mixed, &Texts::new(&[1, 2, 3], &[2, 1])).unwrap();
+    let e = deberta.logits(&mixed, &batch).unwrap_err().to_string();
+    assert!(e.contains("belong to all sequences"), "{e}");
+}
+
+#[test]
+fn an_adapter_is_replaced_while_it_is_in_use() {
+    let gpt2 = model("gpt2", &CPU, DType::F32);
+    let (old, new, bad) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), Path::new("no/such/folder"));
+    for (dir, seed) in [(&old, 1), (&new, 2)] {
+        let adapted = adapted("lora", &options(|_| ()), &*gpt2, seed);
+        adapter::save(dir.path(), "lora", &options(|_| ()), &adapted, &*gpt2, None).unwrap();
+    }
+    let mut adapters = Adapters::new();
+    assert!(adapters.load("a", old.path(), &*gpt2, &CPU).unwrap().is_none());
+    let logits = |adapted: &Adapted| {
+        let batch = gpt2.batch(adapted, &Texts::new(&[1, 2, 3], &[3])).unwrap();
+        gpt2.logits(adapted, &batch).unwrap().to_vec::<f32>().unwrap()
+    };
+    let in_use = adapters.get("a").unwrap().clone();
+    let before = logits(&in_use);
+    assert!(adapters.load("a", bad, &*gpt2, &CPU).is_err());
+    assert_eq!(logits(adapters.get("a").unwrap()), before, "a failed load changes nothing");
+    let replaced = adapters.load("a", new.path(), &*gpt2, &CPU).unwrap().unwrap();
+    assert!(Arc::ptr_eq(&replaced, &in_use));
+    assert_eq!(logits(&in_use), before);
+    assert_ne!(logits(adapters.get("a").unwrap()), before);
+    assert_eq!(adapters.names().collect::<Vec<_>>(), ["a"]);
+    assert!(adapters.remove("a").is_some() && adapters.get("a").is_err());
+}
