@@ -3,7 +3,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lora_core::peft::{self, METHODS, Modules};
+use lora_core::peft::{self, InitLoraWeights, METHODS, Modules};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -67,6 +67,9 @@ pub struct TrainConfig {
     pub bias: String,
     /// DoRA on LoRA's targets.
     pub use_dora: bool,
+    /// How LoRA's A and B begin, by PEFT's words: true, false, gaussian, pissa, pissa_niter_N, olora, orthogonal.
+    #[serde(with = "init_lora_weights")]
+    pub init_lora_weights: InitLoraWeights,
     /// Among the targets of (IA)³ those whose inputs are multiplied.
     #[serde(with = "modules")]
     pub feedforward_modules: Modules,
@@ -168,6 +171,7 @@ impl Default for TrainConfig {
             modules_to_save: options.modules_to_save,
             bias: options.bias.word().into(),
             use_dora: options.use_dora,
+            init_lora_weights: options.init_lora_weights,
             feedforward_modules: options.feedforward_modules,
             bottleneck: options.bottleneck,
             train_norms: options.train_norms,
@@ -425,6 +429,35 @@ mod modules {
             Read::Names(names) => Modules::Names(names),
             Read::Text(text) => Modules::of_text(&text),
         })
+    }
+}
+
+/// [`InitLoraWeights`] in TOML and JSON: a truth value, or a word.
+mod init_lora_weights {
+    use lora_core::peft::InitLoraWeights;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected true, false, or a word for how A and B begin, such as \"pissa\"")]
+    enum Read {
+        Zero(bool),
+        Word(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(init: &InitLoraWeights, to: S) -> Result<S::Ok, S::Error> {
+        match init {
+            InitLoraWeights::Kaiming => true.serialize(to),
+            InitLoraWeights::Random => false.serialize(to),
+            other => other.word().serialize(to),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<InitLoraWeights, D::Error> {
+        let word = match Read::deserialize(from)? {
+            Read::Zero(zero) => zero.to_string(),
+            Read::Word(word) => word,
+        };
+        InitLoraWeights::parse(&word).map_err(D::Error::custom)
     }
 }
 

@@ -1,8 +1,8 @@
 use std::collections::BTreeMap;
 
 use super::{
-    AdapterDrop, Bias, BitFit, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, Layers, Lin, LnTuning, Lora,
-    LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
+    AdapterDrop, Bias, BitFit, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, InitLoraWeights, Layers, Lin, LnTuning,
+    Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -38,6 +38,8 @@ pub struct Options {
     pub bias: Bias,
     /// DoRA on LoRA's targets.
     pub use_dora: bool,
+    /// How LoRA's A and B begin.
+    pub init_lora_weights: InitLoraWeights,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
     /// Whether the base's normalisations train beside adapters: Houlsby et al. 2019 train them, the LoRA paper's counts
@@ -76,6 +78,7 @@ impl Default for Options {
             modules_to_save: lora.modules_to_save,
             bias: lora.bias,
             use_dora: lora.use_dora,
+            init_lora_weights: lora.init_lora_weights,
             bottleneck: 48,
             train_norms: false,
             layers: Layers::Last(2),
@@ -115,6 +118,7 @@ impl From<&Options> for LoraConfig {
             modules_to_save: o.modules_to_save.clone(),
             bias: o.bias,
             use_dora: o.use_dora,
+            init_lora_weights: o.init_lora_weights,
         }
     }
 }
@@ -136,15 +140,26 @@ impl From<&LoraConfig> for Options {
             modules_to_save: c.modules_to_save,
             bias: c.bias,
             use_dora: c.use_dora,
+            init_lora_weights: c.init_lora_weights,
             ..Options::default()
         }
     }
 }
 
 impl Options {
-    /// The options of what a method has saved: a reparametrised prefix is saved flattened.
+    /// The options of what a method has saved: a reparametrised prefix is saved flattened, and an adapter that began at a
+    /// part of the base as one that began at zero ([`LoraConfig::saved`]).
     pub fn saved(&self) -> Options {
-        Options { reparam: 0, ..self.clone() }
+        let lora = LoraConfig::from(self).saved();
+        Options {
+            reparam: 0,
+            rank: lora.rank,
+            alpha: lora.alpha,
+            rank_pattern: lora.rank_pattern,
+            alpha_pattern: lora.alpha_pattern,
+            init_lora_weights: lora.init_lora_weights,
+            ..self.clone()
+        }
     }
 
     fn virtual_tokens(&self) -> VirtualTokens {
@@ -191,7 +206,7 @@ pub struct MethodRow {
     pub build: fn(&Options) -> Result<Box<dyn Method>>,
 }
 
-const LORA: [&str; 13] = [
+const LORA: [&str; 14] = [
     "rank",
     "alpha",
     "dropout",
@@ -205,6 +220,7 @@ const LORA: [&str; 13] = [
     "modules-to-save",
     "bias",
     "use-dora",
+    "init-lora-weights",
 ];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
 const PRE_LAYER: [&str; 3] = ["prefix", "infix", "reparam"];
@@ -306,14 +322,14 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "lora+pre-embed",
         about: "LoRA with embeddings of virtual tokens",
-        options: &joined::<15>(&LORA, &PRE_EMBED),
+        options: &joined::<16>(&LORA, &PRE_EMBED),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-embed", o.lora()?, o.pre_embed()?))),
     },
     MethodRow {
         name: "lora+pre-layer",
         about: "LoRA with keys and values of virtual tokens",
-        options: &joined::<16>(&LORA, &PRE_LAYER),
+        options: &joined::<17>(&LORA, &PRE_LAYER),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-layer", o.lora()?, o.pre_layer()?))),
     },

@@ -15,13 +15,13 @@ use serde_json::{Map, Value, json};
 
 use super::{
     AdapterFile, PREFIX,
-    config::{alphas_of, modules, one_or_more, pattern, ranks, read_modules},
+    config::{alphas_of, init_value, modules, one_or_more, pattern, ranks, read_init, read_modules},
     finite, refused,
 };
 use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
 
 /// Options that methods have come to read later: a configuration without them means their defaults.
-const LATER: [&str; 8] = [
+const LATER: [&str; 9] = [
     "exclude-modules",
     "layers-to-transform",
     "layers-pattern",
@@ -30,6 +30,7 @@ const LATER: [&str; 8] = [
     "modules-to-save",
     "bias",
     "use-dora",
+    "init-lora-weights",
 ];
 
 /// The key that tells such a configuration from PEFT's.
@@ -65,6 +66,7 @@ fn value(o: &Options, option: &str) -> Value {
         "modules-to-save" => json!(o.modules_to_save),
         "bias" => json!(o.bias.word()),
         "use-dora" => json!(o.use_dora),
+        "init-lora-weights" => init_value(o.init_lora_weights),
         "feedforward-modules" => modules(&o.feedforward_modules),
         "bottleneck" => json!(o.bottleneck),
         "train-norms" => json!(o.train_norms),
@@ -152,6 +154,7 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
             }
         }
         "use-dora" => o.use_dora = raw.bool(key)?.unwrap_or(o.use_dora),
+        "init-lora-weights" => o.init_lora_weights = read_init(raw)?,
         "feedforward-modules" => o.feedforward_modules = some_modules(raw, key)?,
         "bottleneck" => o.bottleneck = raw.usize(key)?.unwrap_or(o.bottleneck),
         "train-norms" => o.train_norms = raw.bool(key)?.unwrap_or(o.train_norms),
