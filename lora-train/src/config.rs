@@ -107,6 +107,10 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Spare vectors (biases, norms) from weight decay.
     pub no_decay_vectors: bool,
+    /// LoRA+: how many times the learning rate is that of B (and of all vectors), by PEFT's name; none: it is the same.
+    pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: the learning rate of adapted embeddings, by PEFT's name.
+    pub loraplus_lr_embedding: f64,
     /// AdamW's β₁.
     pub beta1: f64,
     /// AdamW's β₂.
@@ -190,6 +194,8 @@ impl Default for TrainConfig {
             lr: 2e-4,
             weight_decay: 0.01,
             no_decay_vectors: false,
+            loraplus_lr_ratio: None,
+            loraplus_lr_embedding: 1e-6,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
@@ -240,6 +246,22 @@ impl TrainConfig {
         }
         within("lr", self.lr, f64::MIN_POSITIVE, 1e3, "a learning rate is a positive number, usually below 0.1")?;
         within("weight-decay", self.weight_decay, 0.0, 1e3, "weight decay is a number ≥ 0, usually below 1")?;
+        if let Some(ratio) = self.loraplus_lr_ratio {
+            const OPTION: &str = "loraplus-lr-ratio";
+            within(
+                OPTION,
+                ratio,
+                f64::MIN_POSITIVE,
+                1e6,
+                "a ratio of learning rates is a positive number, usually 2 to 32",
+            )?;
+            if !self.row()?.options.contains(&"rank") {
+                let why = format!("it is for methods with LoRA's B, and method {} has none; leave it out", self.method);
+                return Err(Error::option(OPTION, ratio, why));
+            }
+        }
+        let why = "a learning rate is a number ≥ 0, usually far below that of other parameters";
+        within("loraplus-lr-embedding", self.loraplus_lr_embedding, 0.0, 1e3, why)?;
         within("beta1", self.beta1, 0.0, 1.0, "β₁ is in [0, 1)")?;
         within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
         within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;

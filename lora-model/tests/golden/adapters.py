@@ -8,7 +8,8 @@ Each row of `MODELS` takes the model of another golden folder, and each row of `
     peft/MODEL.safetensors      VARIANT    logits, [own tokens of all sequences, vocab] or [sequences, labels]
                                 VARIANT.residual.MODULE    of one module of BEGUN, what its start left of the base's weight
     peft/MODEL.json             the data: sequences, target_rows (within the sequence) and target_ids, or labels; the
-                                variants, each with its `losses` and how far PyTorch's own f32 is from them
+                                variants, each with its `losses`, how far PyTorch's own f32 is from them, and for some
+                                of them (LORAPLUS) the `loraplus_losses` of PEFT's LoRA+
 
 A loss is the mean over all targets. `losses` are those before each of ten steps of AdamW (`LR`, `WEIGHT_DECAY`) that begin
 at the saved adapter, in f64, where nothing is dropped out. Every sequence runs alone, so there is no padding to argue about.
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 import transformers
 from architectures import exact_rope, in_precision
 from common import PINNED, check_versions, relative
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +46,9 @@ STEPS, LR, WEIGHT_DECAY = 10, 1e-2, 0.01
 BEGUN = ("pissa", "olora")
 # Saved a second time as PEFT converts it for the base as it is.
 CONVERTED = {"pissa_moved": "pissa_converted"}
+# Trained once more by PEFT's LoRA+: `loraplus_losses`.
+LORAPLUS = ("default", "modules_to_save", "bias_all", "dora_patterns")
+LORAPLUS_RATES = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 5e-3, "loraplus_weight_decay": 0.1}
 
 # The class, and the names of some of its modules: one attention projection and another, a map of the MLP, a norm, the
 # embeddings, and what stands before a layer's number.
@@ -174,8 +179,12 @@ def write(name, cls, *modules):
             assert losses[-1] < losses[0] and error[0] < 3e-6 and error[1] < 3e-5, (losses, error)
             tensors[variant] = logits.float().contiguous()
             rows[variant] = {"losses": losses, "f32_vs_f64": dict(zip(("logits", "losses"), error))}
+            if variant in LORAPLUS:
+                fresh = peft.PeftModel.from_pretrained(load(name, cls), folder / variant, is_trainable=True).double().eval()
+                optimiser = create_loraplus_optimizer(fresh, torch.optim.AdamW, **LORAPLUS_RATES)
+                rows[variant]["loraplus_losses"] = train(fresh, data, torch.float64, optimiser)[1]
     save_file(tensors, f"peft/{name}.safetensors", metadata={"format": "pt"})
-    head = {"versions": PINNED} | data | {"adamw": {"lr": LR, "weight_decay": WEIGHT_DECAY}}
+    head = {"versions": PINNED} | data | {"adamw": {"lr": LR, "weight_decay": WEIGHT_DECAY}, "loraplus": LORAPLUS_RATES}
     lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
     rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
     lines.append(f' "variants": {{\n{rows}\n }}')
@@ -209,9 +218,10 @@ def save(model, folder, **options):
     path.write_text(json.dumps(saved, indent=2, sort_keys=True))
 
 
-def train(model, data, dtype):
+def train(model, data, dtype, optimiser=None):
     """The logits and the losses of training."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
+    optimiser = optimiser or torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
     first, losses = None, []
     with in_precision(dtype):
         exact_rope(model)
