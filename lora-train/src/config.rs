@@ -70,6 +70,8 @@ pub struct TrainConfig {
     /// How LoRA's A and B begin, by PEFT's words: true, false, gaussian, pissa, pissa_niter_N, olora, orthogonal.
     #[serde(with = "init_lora_weights")]
     pub init_lora_weights: InitLoraWeights,
+    /// Whether LoRA's weights are stored [in, out], as GPT-2's are; the base knows, and what is said has to agree.
+    pub fan_in_fan_out: Option<bool>,
     /// Among the targets of (IA)³ those whose inputs are multiplied.
     #[serde(with = "modules")]
     pub feedforward_modules: Modules,
@@ -176,6 +178,7 @@ impl Default for TrainConfig {
             bias: options.bias.word().into(),
             use_dora: options.use_dora,
             init_lora_weights: options.init_lora_weights,
+            fan_in_fan_out: options.fan_in_fan_out,
             feedforward_modules: options.feedforward_modules,
             bottleneck: options.bottleneck,
             train_norms: options.train_norms,

@@ -37,6 +37,7 @@ impl TrainConfig {
             bias: Bias::parse(&self.bias)?,
             use_dora: self.use_dora,
             init_lora_weights: self.init_lora_weights,
+            fan_in_fan_out: self.fan_in_fan_out,
             feedforward_modules: self.feedforward_modules.clone(),
             bottleneck: self.bottleneck,
             train_norms: self.train_norms,
@@ -103,8 +104,8 @@ impl TrainConfig {
                 let ours = names(self.fuse.iter().filter_map(|p| p.to_str()).collect());
                 return conflict(option, ours, names(adapter.options.fuse.iter().map(|f| f.name.as_str()).collect()));
             }
-            // What a fusion combines stays in its own folder.
-            if *option == "fuse" || (*option == "dropout" && given(option)) {
+            // What a fusion combines stays in its own folder, and how weights are stored is the base's to say.
+            if *option == "fuse" || (["dropout", "fan-in-fan-out"].contains(option) && given(option)) {
                 continue;
             }
             let (ours, theirs) = (self.shown(option), adapters.shown(option));
@@ -133,6 +134,7 @@ impl TrainConfig {
             bias: o.bias.word().into(),
             use_dora: o.use_dora,
             init_lora_weights: o.init_lora_weights,
+            fan_in_fan_out: o.fan_in_fan_out,
             feedforward_modules: o.feedforward_modules.clone(),
             bottleneck: o.bottleneck,
             train_norms: o.train_norms,
@@ -170,6 +172,7 @@ impl TrainConfig {
             "bias" => self.bias.clone(),
             "use-dora" => self.use_dora.to_string(),
             "init-lora-weights" => self.init_lora_weights.word(),
+            "fan-in-fan-out" => self.fan_in_fan_out.map_or("the base's".into(), |b| b.to_string()),
             "feedforward-modules" => modules(&self.feedforward_modules),
             "bottleneck" => self.bottleneck.to_string(),
             "train-norms" => self.train_norms.to_string(),
@@ -199,6 +202,7 @@ impl TrainConfig {
             "bias" => self.bias.clone_from(&from.bias),
             "use-dora" => self.use_dora = from.use_dora,
             "init-lora-weights" => self.init_lora_weights = from.init_lora_weights,
+            "fan-in-fan-out" => self.fan_in_fan_out = from.fan_in_fan_out,
             "feedforward-modules" => self.feedforward_modules.clone_from(&from.feedforward_modules),
             "bottleneck" => self.bottleneck = from.bottleneck,
             "train-norms" => self.train_norms = from.train_norms,

@@ -40,6 +40,8 @@ pub struct Options {
     pub use_dora: bool,
     /// How LoRA's A and B begin.
     pub init_lora_weights: InitLoraWeights,
+    /// Whether LoRA's weights are stored [in, out]; what is said has to agree with the base.
+    pub fan_in_fan_out: Option<bool>,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
     /// Whether the base's normalisations train beside adapters: Houlsby et al. 2019 train them, the LoRA paper's counts
@@ -79,6 +81,7 @@ impl Default for Options {
             bias: lora.bias,
             use_dora: lora.use_dora,
             init_lora_weights: lora.init_lora_weights,
+            fan_in_fan_out: lora.fan_in_fan_out,
             bottleneck: 48,
             train_norms: false,
             layers: Layers::Last(2),
@@ -119,6 +122,7 @@ impl From<&Options> for LoraConfig {
             bias: o.bias,
             use_dora: o.use_dora,
             init_lora_weights: o.init_lora_weights,
+            fan_in_fan_out: o.fan_in_fan_out,
         }
     }
 }
@@ -141,6 +145,7 @@ impl From<&LoraConfig> for Options {
             bias: c.bias,
             use_dora: c.use_dora,
             init_lora_weights: c.init_lora_weights,
+            fan_in_fan_out: c.fan_in_fan_out,
             ..Options::default()
         }
     }
@@ -206,7 +211,7 @@ pub struct MethodRow {
     pub build: fn(&Options) -> Result<Box<dyn Method>>,
 }
 
-const LORA: [&str; 14] = [
+const LORA: [&str; 15] = [
     "rank",
     "alpha",
     "dropout",
@@ -221,6 +226,7 @@ const LORA: [&str; 14] = [
     "bias",
     "use-dora",
     "init-lora-weights",
+    "fan-in-fan-out",
 ];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
 const PRE_LAYER: [&str; 3] = ["prefix", "infix", "reparam"];
@@ -322,14 +328,14 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "lora+pre-embed",
         about: "LoRA with embeddings of virtual tokens",
-        options: &joined::<16>(&LORA, &PRE_EMBED),
+        options: &joined::<17>(&LORA, &PRE_EMBED),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-embed", o.lora()?, o.pre_embed()?))),
     },
     MethodRow {
         name: "lora+pre-layer",
         about: "LoRA with keys and values of virtual tokens",
-        options: &joined::<17>(&LORA, &PRE_LAYER),
+        options: &joined::<18>(&LORA, &PRE_LAYER),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-layer", o.lora()?, o.pre_layer()?))),
     },

@@ -211,6 +211,8 @@ const BAD: &[(&str, Change)] = &[
     ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Orthogonal, 3)),
     ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Olora, 3)),
     ("init-lora-weights", |o| (o.init_lora_weights, o.rank_pattern) = (PISSA, vec![("c_proj".into(), 3)])),
+    ("fan-in-fan-out", |o| o.fan_in_fan_out = Some(false)),
+    ("fan-in-fan-out", |o| o.fan_in_fan_out = Some(true)),
     ("feedforward-modules", |o| o.feedforward_modules = targets(&["c_fc"])),
     ("feedforward-modules", |o| o.feedforward_modules = Modules::AllLinear),
     ("feedforward-modules", |o| o.feedforward_modules = Modules::Regex("(".into())),
@@ -662,6 +664,20 @@ fn ways_to_begin_have_pefts_words() {
     {
         let error = InitLoraWeights::parse(word).unwrap_err().to_string();
         assert!(error.contains("init-lora-weights") && error.contains(why) && error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn a_layout_that_is_the_bases_may_be_said() {
+    let base = Toy::new(DType::F32);
+    for (target, right) in [("c_attn", true), ("c_proj", false)] {
+        lora(&base, |o| (o.targets, o.fan_in_fan_out) = (targets(&[target]), Some(right)));
+        let o = Options { targets: targets(&[target]), fan_in_fan_out: Some(!right), ..options(&base) };
+        let error = try_adapt(find("lora").unwrap(), &base, DType::F32, &o, 1).unwrap_err().to_string();
+        let stored = if right { "[in, out]" } else { "[out, in]" };
+        for part in ["fan-in-fan-out", &(!right).to_string(), target, "toy", stored, &format!("so it is {right}")] {
+            assert!(error.contains(part), "{error}");
+        }
     }
 }
 

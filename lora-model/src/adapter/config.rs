@@ -203,6 +203,8 @@ impl PeftConfig {
             },
             use_dora: raw.bool("use_dora")?.unwrap_or(false),
             init_lora_weights: read_init(raw)?,
+            // The base knows better; PEFT too sets a wrong one right.
+            fan_in_fan_out: None,
         };
         lora.rank_pattern.iter().try_for_each(|(_, r)| check_rank(raw, "rank_pattern", *r))?;
         lora.alpha_pattern.iter().try_for_each(|(_, a)| check_alpha(raw, "alpha_pattern", *a))?;

@@ -21,7 +21,7 @@ use super::{
 use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
 
 /// Options that methods have come to read later: a configuration without them means their defaults.
-const LATER: [&str; 9] = [
+const LATER: [&str; 10] = [
     "exclude-modules",
     "layers-to-transform",
     "layers-pattern",
@@ -31,6 +31,7 @@ const LATER: [&str; 9] = [
     "bias",
     "use-dora",
     "init-lora-weights",
+    "fan-in-fan-out",
 ];
 
 /// The key that tells such a configuration from PEFT's.
@@ -67,6 +68,7 @@ fn value(o: &Options, option: &str) -> Value {
         "bias" => json!(o.bias.word()),
         "use-dora" => json!(o.use_dora),
         "init-lora-weights" => init_value(o.init_lora_weights),
+        "fan-in-fan-out" => json!(o.fan_in_fan_out),
         "feedforward-modules" => modules(&o.feedforward_modules),
         "bottleneck" => json!(o.bottleneck),
         "train-norms" => json!(o.train_norms),
@@ -155,6 +157,7 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         }
         "use-dora" => o.use_dora = raw.bool(key)?.unwrap_or(o.use_dora),
         "init-lora-weights" => o.init_lora_weights = read_init(raw)?,
+        "fan-in-fan-out" => o.fan_in_fan_out = raw.bool(key)?,
         "feedforward-modules" => o.feedforward_modules = some_modules(raw, key)?,
         "bottleneck" => o.bottleneck = raw.usize(key)?.unwrap_or(o.bottleneck),
         "train-norms" => o.train_norms = raw.bool(key)?.unwrap_or(o.train_norms),

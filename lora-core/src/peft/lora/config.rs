@@ -33,6 +33,8 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// How A and B begin.
     pub init_lora_weights: InitLoraWeights,
+    /// Whether the adapted weights are stored [in, out], as GPT-2's are. The base knows; what is said has to agree.
+    pub fan_in_fan_out: Option<bool>,
 }
 
 /// Which biases of the base train beside LoRA.
@@ -90,6 +92,7 @@ impl Default for LoraConfig {
             bias: Bias::None,
             use_dora: false,
             init_lora_weights: InitLoraWeights::default(),
+            fan_in_fan_out: None,
         }
     }
 }

@@ -10,7 +10,10 @@ use super::{
     selection::{Match, Selection, Wanted},
     whole::WholeModules,
 };
-use crate::{Error, Result, lowrank::Scaling};
+use crate::{
+    Error, Result,
+    lowrank::{Layout, Scaling},
+};
 
 pub use config::{Bias, LoraConfig};
 use dora::Dora;
@@ -96,6 +99,23 @@ impl Lora {
         Ok(())
     }
 
+    /// Refuses a `fan_in_fan_out` that is not how the adapted weights are stored.
+    fn check_fan_in_fan_out(&self, outline: &Outline) -> Result<()> {
+        let Some(given) = self.config.fan_in_fan_out else { return Ok(()) };
+        let adapted = self.sites(outline)?;
+        let wrong = adapted.iter().find_map(|site| match &site.kind {
+            SiteKind::Linear(linear) if (linear.layout == Layout::InOut) != given => Some((site, linear.layout)),
+            _ => None,
+        });
+        let Some((site, layout)) = wrong else { return Ok(()) };
+        let (stored, is) = if layout == Layout::InOut { ("[in, out]", true) } else { ("[out, in]", false) };
+        let why = format!(
+            "{} of the architecture {} is stored {stored}, so it is {is}; leave the option out",
+            site.name, outline.architecture
+        );
+        Err(Error::Option { option: "fan-in-fan-out", value: given.to_string(), why })
+    }
+
     fn is_bias_of_target(&self, tensor: &BaseTensor, outline: &Outline) -> bool {
         let Some(module) = tensor.name.strip_suffix(".bias") else { return false };
         let adapted = |(site, linear): (&Site, &LinearSite)| {
@@ -166,6 +186,7 @@ impl Method for Lora {
     fn check(&self, outline: &Outline) -> Result<()> {
         self.selection.check(outline)?;
         self.check_patterns(outline)?;
+        self.check_fan_in_fan_out(outline)?;
         self.whole.check(outline)
     }
 

@@ -70,6 +70,11 @@ pub(crate) struct MethodArgs {
     /// beside what is left of the base, and are saved as adapters of twice the rank for the base as it is [default: true]
     #[arg(long, value_name = "WORD", value_parser = init)]
     init_lora_weights: Option<String>,
+    /// lora: PEFT's word for weights that are stored [in, out], as GPT-2's are; the model says so itself, and another value is
+    /// refused [default: the model's]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true)]
+    fan_in_fan_out: Option<bool>,
     /// ia3: among the targets those whose inputs are multiplied, not the outputs [default: with the default targets PEFT's]
     #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]

@@ -263,12 +263,23 @@ fn pefts_options_reach_the_adapter() {
         assert_eq!(config[key], value, "{key}");
     }
     // It trains on, and its own options may be said again.
-    lab.train("more", "--init-adapter flags --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 1");
+    lab.train("said", "--fan-in-fan-out --steps 1");
+    let said: Value = serde_json::from_slice(&lab.bytes("said/adapter_config.json")).unwrap();
+    assert_eq!(said["fan_in_fan_out"], json!(true));
+    lab.train(
+        "more",
+        "--init-adapter flags --fan-in-fan-out --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 1",
+    );
     refused(&lab, "--init-adapter flags --rank-pattern c_fc=2", &["rank-pattern = c_fc=2", "0.attn.c_attn=3,c_fc=1"]);
     for (args, parts) in [
         ("--targets (c_attn", ["targets = (c_attn", "no regular expression"]),
         ("--rank-pattern c_fc=1", ["rank-pattern = c_fc", "no module that is adapted"]),
         ("--layers-to-transform 2", ["layers-to-transform = 2", "2 layers"]),
+        ("--loraplus-lr-ratio 0", ["loraplus-lr-ratio = 0", "positive"]),
+        ("--method bitfit --loraplus-lr-ratio 2", ["loraplus-lr-ratio = 2", "bitfit has none"]),
+        ("--loraplus-lr-embedding=-1", ["loraplus-lr-embedding = -1", "≥ 0"]),
+        ("--fan-in-fan-out=false", ["fan-in-fan-out = false", "c_attn of the architecture gpt2"]),
+        ("--init-adapter flags --fan-in-fan-out=false", ["fan_in_fan_out", "so it is true"]),
         ("--init-lora-weights eva", ["--init-lora-weights", "activations"]),
         ("--init-lora-weights zeros", ["--init-lora-weights", "pissa_niter_N"]),
         ("--init-lora-weights orthogonal --rank 3", ["init-lora-weights = orthogonal", "even"]),
