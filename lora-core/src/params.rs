@@ -52,6 +52,13 @@ impl Init {
     }
 }
 
+/// The stream of random numbers of this name.
+pub(crate) fn stream(seed: u64, name: &str) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(fnv1a(name.bytes()));
+    rng
+}
+
 #[derive(Clone, Debug)]
 struct Entry {
     name: String,
@@ -120,8 +127,7 @@ impl ParamsBuilder {
         let mut flat = Buffer::empty(device, dtype, self.len)?;
         for (e, init) in self.entries.iter().zip(&self.inits) {
             let len: usize = e.shape.iter().product();
-            let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            rng.set_stream(fnv1a(e.name.bytes()));
+            let mut rng = stream(seed, &e.name);
             let mut to = MatMut::new(&mut flat, e.offset, 1, len);
             let values: Vec<f64> = match init {
                 Init::Zeros | Init::Ones => {

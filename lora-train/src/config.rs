@@ -3,7 +3,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use lora_core::peft::{self, METHODS, Modules};
+use lora_core::peft::{self, InitLoraWeights, METHODS, Modules};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -67,6 +67,11 @@ pub struct TrainConfig {
     pub bias: String,
     /// DoRA on LoRA's targets.
     pub use_dora: bool,
+    /// How LoRA's A and B begin, by PEFT's words: true, false, gaussian, pissa, pissa_niter_N, olora, orthogonal.
+    #[serde(with = "init_lora_weights")]
+    pub init_lora_weights: InitLoraWeights,
+    /// Whether LoRA's weights are stored [in, out], as GPT-2's are; the base knows, and what is said has to agree.
+    pub fan_in_fan_out: Option<bool>,
     /// Among the targets of (IA)³ those whose inputs are multiplied.
     #[serde(with = "modules")]
     pub feedforward_modules: Modules,
@@ -108,6 +113,10 @@ pub struct TrainConfig {
     pub weight_decay: f64,
     /// Spare vectors (biases, norms) from weight decay.
     pub no_decay_vectors: bool,
+    /// LoRA+: how many times the learning rate is that of B (and of all vectors), by PEFT's name; none: it is the same.
+    pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: the learning rate of adapted embeddings, by PEFT's name.
+    pub loraplus_lr_embedding: f64,
     /// AdamW's β₁.
     pub beta1: f64,
     /// AdamW's β₂.
@@ -172,6 +181,8 @@ impl Default for TrainConfig {
             modules_to_save: options.modules_to_save,
             bias: options.bias.word().into(),
             use_dora: options.use_dora,
+            init_lora_weights: options.init_lora_weights,
+            fan_in_fan_out: options.fan_in_fan_out,
             feedforward_modules: options.feedforward_modules,
             bottleneck: options.bottleneck,
             non_linearity: None,
@@ -192,6 +203,8 @@ impl Default for TrainConfig {
             lr: 2e-4,
             weight_decay: 0.01,
             no_decay_vectors: false,
+            loraplus_lr_ratio: None,
+            loraplus_lr_embedding: 1e-6,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
@@ -242,6 +255,22 @@ impl TrainConfig {
         }
         within("lr", self.lr, f64::MIN_POSITIVE, 1e3, "a learning rate is a positive number, usually below 0.1")?;
         within("weight-decay", self.weight_decay, 0.0, 1e3, "weight decay is a number ≥ 0, usually below 1")?;
+        if let Some(ratio) = self.loraplus_lr_ratio {
+            const OPTION: &str = "loraplus-lr-ratio";
+            within(
+                OPTION,
+                ratio,
+                f64::MIN_POSITIVE,
+                1e6,
+                "a ratio of learning rates is a positive number, usually 2 to 32",
+            )?;
+            if !self.row()?.options.contains(&"rank") {
+                let why = format!("it is for methods with LoRA's B, and method {} has none; leave it out", self.method);
+                return Err(Error::option(OPTION, ratio, why));
+            }
+        }
+        let why = "a learning rate is a number ≥ 0, usually far below that of other parameters";
+        within("loraplus-lr-embedding", self.loraplus_lr_embedding, 0.0, 1e3, why)?;
         within("beta1", self.beta1, 0.0, 1.0, "β₁ is in [0, 1)")?;
         within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
         within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
@@ -431,6 +460,35 @@ mod modules {
             Read::Names(names) => Modules::Names(names),
             Read::Text(text) => Modules::of_text(&text),
         })
+    }
+}
+
+/// [`InitLoraWeights`] in TOML and JSON: a truth value, or a word.
+mod init_lora_weights {
+    use lora_core::peft::InitLoraWeights;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected true, false, or a word for how A and B begin, such as \"pissa\"")]
+    enum Read {
+        Zero(bool),
+        Word(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(init: &InitLoraWeights, to: S) -> Result<S::Ok, S::Error> {
+        match init {
+            InitLoraWeights::Kaiming => true.serialize(to),
+            InitLoraWeights::Random => false.serialize(to),
+            other => other.word().serialize(to),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<InitLoraWeights, D::Error> {
+        let word = match Read::deserialize(from)? {
+            Read::Zero(zero) => zero.to_string(),
+            Read::Word(word) => word,
+        };
+        InitLoraWeights::parse(&word).map_err(D::Error::custom)
     }
 }
 

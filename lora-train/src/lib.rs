@@ -57,6 +57,7 @@ mod encoder;
 mod error;
 mod evaluation;
 pub mod generation;
+mod groups;
 pub mod hub;
 pub mod latency;
 mod log;

@@ -37,6 +37,8 @@ impl TrainConfig {
             modules_to_save: self.modules_to_save.clone(),
             bias: Bias::parse(&self.bias)?,
             use_dora: self.use_dora,
+            init_lora_weights: self.init_lora_weights,
+            fan_in_fan_out: self.fan_in_fan_out,
             feedforward_modules: self.feedforward_modules.clone(),
             bottleneck: self.bottleneck,
             non_linearity: self.non_linearity.as_deref().map(peft::non_linearity).transpose()?,
@@ -109,8 +111,8 @@ impl TrainConfig {
                 let ours = names(self.fuse.iter().filter_map(|p| p.to_str()).collect());
                 return conflict(option, ours, names(adapter.options.fuse.iter().map(|f| f.name.as_str()).collect()));
             }
-            // What a fusion combines stays in its own folder.
-            if *option == "fuse" || (*option == "dropout" && given(option)) {
+            // What a fusion combines stays in its own folder, and how weights are stored is the base's to say.
+            if *option == "fuse" || (["dropout", "fan-in-fan-out"].contains(option) && given(option)) {
                 continue;
             }
             let (ours, theirs) = (self.shown(option), adapters.shown(option));
@@ -138,6 +140,8 @@ impl TrainConfig {
             modules_to_save: o.modules_to_save.clone(),
             bias: o.bias.word().into(),
             use_dora: o.use_dora,
+            init_lora_weights: o.init_lora_weights,
+            fan_in_fan_out: o.fan_in_fan_out,
             feedforward_modules: o.feedforward_modules.clone(),
             bottleneck: o.bottleneck,
             non_linearity: o.non_linearity.map(|kind| kind.hf_name().to_owned()),
@@ -176,6 +180,8 @@ impl TrainConfig {
             "modules-to-save" => listed(&self.modules_to_save),
             "bias" => self.bias.clone(),
             "use-dora" => self.use_dora.to_string(),
+            "init-lora-weights" => self.init_lora_weights.word(),
+            "fan-in-fan-out" => self.fan_in_fan_out.map_or("the base's".into(), |b| b.to_string()),
             "feedforward-modules" => modules(&self.feedforward_modules),
             "bottleneck" => self.bottleneck.to_string(),
             "non-linearity" => {
@@ -210,6 +216,8 @@ impl TrainConfig {
             "modules-to-save" => self.modules_to_save.clone_from(&from.modules_to_save),
             "bias" => self.bias.clone_from(&from.bias),
             "use-dora" => self.use_dora = from.use_dora,
+            "init-lora-weights" => self.init_lora_weights = from.init_lora_weights,
+            "fan-in-fan-out" => self.fan_in_fan_out = from.fan_in_fan_out,
             "feedforward-modules" => self.feedforward_modules.clone_from(&from.feedforward_modules),
             "bottleneck" => self.bottleneck = from.bottleneck,
             "non-linearity" => self.non_linearity.clone_from(&from.non_linearity),

@@ -144,6 +144,7 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             }
             config.clone().adopt(dir, &file, |_| true)?;
             file.options.dropout = config.dropout;
+            file.options.fan_in_fan_out = config.fan_in_fan_out;
             file.attach(model, &device)?
         }
     };

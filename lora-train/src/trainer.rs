@@ -9,6 +9,7 @@ use crate::{
     Error, Result, TrainConfig,
     data::{Batch, Dataset, Sampler},
     evaluation::{Evaluation, evaluate},
+    groups::{Group, groups},
     passes::{Pass, Passes},
 };
 
@@ -19,7 +20,7 @@ pub struct Step {
     pub step: u64,
     /// Mean cross-entropy over all targets of the step's batch, before its update.
     pub loss: f64,
-    /// Learning rate of its update.
+    /// Learning rate of its update; with LoRA+ that of A.
     pub lr: f64,
     /// ‖gradient‖₂, before clipping.
     pub grad_norm: f64,
@@ -36,6 +37,7 @@ pub struct Trainer<'a> {
     /// The trainable parameters and where they are attached.
     pub adapted: Adapted,
     config: &'a TrainConfig,
+    groups: Vec<Group>,
     grads: Grads,
     /// AdamW's mean of gradients and of their squares, flat like the parameters.
     pub(crate) moments: [Tensor; 2],
@@ -82,6 +84,7 @@ impl<'a> Trainer<'a> {
         let total = config.total_steps(sampler.steps_per_epoch());
         Ok(Trainer {
             model,
+            groups: groups(&adapted.params, config),
             adapted,
             config,
             grads,
@@ -165,8 +168,8 @@ impl<'a> Trainer<'a> {
         if std::mem::take(&mut self.first) {
             self.unreached.extend(self.grads.unwritten().iter().map(|n| n.to_string()));
         }
-        let lr = c.lr * c.schedule.factor(step, c.warmup, self.total);
-        self.update(lr, step + 1)?;
+        let schedule = c.schedule.factor(step, c.warmup, self.total);
+        self.update(schedule, step + 1)?;
         // The step's only wait for the device: nothing before read anything back.
         let loss = self.scalars.loss.to_f64()?[0];
         let grad_norm = self.scalars.sum_squares.to_f64()?[0].sqrt();
@@ -177,28 +180,22 @@ impl<'a> Trainer<'a> {
         within("the loss", loss, f64::INFINITY)?;
         within("the gradient's norm", grad_norm, f64::from(f32::MAX).sqrt())?;
         self.done += 1;
-        Ok(Step { step: step + 1, loss, lr, grad_norm, tokens })
+        Ok(Step { step: step + 1, loss, lr: c.lr * schedule, grad_norm, tokens })
     }
 
-    /// Clipping as PyTorch's `clip_grad_norm_` does it, and AdamW: on all parameters, or on each by itself where vectors
-    /// are spared from decay. When loss or gradient is no number, nothing changes ([`clip_factor`]).
-    fn update(&mut self, lr: f64, step: u64) -> Result<()> {
+    /// Clipping as PyTorch's `clip_grad_norm_` does it, and AdamW on each group, with a `schedule`'s share of its learning
+    /// rate. When loss or gradient is no number, nothing changes ([`clip_factor`]).
+    fn update(&mut self, schedule: f64, step: u64) -> Result<()> {
         let c = self.config;
         let Scalars { loss, sum_squares, factor } = &mut self.scalars;
         sum_squares_into(self.grads.flat_mut()?.as_mat(), sum_squares.make_mut()?)?;
         fill(1.0, factor.make_mut()?)?;
         clip_factor(loss.mat(), sum_squares.mat(), c.clip, factor.make_mut()?)?;
         let params = &mut self.adapted.params;
-        let ranges: Vec<_> = match c.no_decay_vectors {
-            false => vec![(0..params.count(), c.weight_decay)],
-            true => params
-                .ids()
-                .map(|id| (params.range(id), if params.is_vector(id) { 0.0 } else { c.weight_decay }))
-                .collect(),
-        };
         let [m, v] = &mut self.moments;
         let (mut p, mut g) = (params.flat_mut()?, self.grads.flat_mut()?);
-        for (range, weight_decay) in ranges {
+        for Group { range, lr, weight_decay } in self.groups.iter().cloned() {
+            let lr = lr * schedule;
             let rule = AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay, step };
             adamw_clipped(
                 &rule,

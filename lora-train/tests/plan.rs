@@ -4,7 +4,7 @@ use std::path::Path;
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, METHODS},
+    peft::{Adapted, InitLoraWeights, METHODS},
 };
 use lora_kernels::{Buffer, DType, Device, Mat, MatMut, gemm, pool_stats, release_idle_memory};
 use lora_model::{LoadOptions, Model, Task, adapter, assemble, checkpoint::SINGLE_FILE, config::RawConfig};
@@ -125,13 +125,19 @@ fn planned_memory_and_files_are_those_of_training() {
             std::fs::write(dir.path().join("config.json"), raw.to_string()).unwrap();
             let model = load(&raw);
             for method in METHODS.iter().filter(|m| m.name != "fusion") {
-                for (seq_len, dropout) in [(64, 0.0), (256, 0.1)] {
+                let plain = InitLoraWeights::default();
+                let from_base = (64, 0.1, InitLoraWeights::Pissa { niter: Some(1) });
+                let more = (method.name == "lora").then_some(from_base);
+                for (seq_len, dropout, init_lora_weights) in
+                    [(64, 0.0, plain), (256, 0.1, plain)].into_iter().chain(more)
+                {
                     let parts = name == "gpt2" && method.name.starts_with("lora");
                     let targets: &[&str] = if parts { &["c_attn.q", "c_attn.v", "c_fc"] } else { &[] };
                     let train = TrainConfig {
                         method: method.name.into(),
                         batch_size: 6,
                         dropout,
+                        init_lora_weights,
                         targets: targets.iter().copied().collect(),
                         bottleneck: 16,
                         reparam: if dropout > 0.0 { 20 } else { 0 },

@@ -8,6 +8,7 @@
 //! | which adapter of rank r is nearest to a given ΔW? | [`truncate`], [`Svd::truncate`] |
 //! | what are the singular values and directions? | [`svd`], [`svd_of`] |
 //! | how do several updates become one? | [`combine`] |
+//! | where can an adapter begin in a weight? | [`pissa`], [`olora`]; at a product of zero: [`orthogonal`] |
 //! | do two adapters look in the same directions? | [`subspace_similarity`] |
 //! | how strongly does ΔW amplify what W₀ has only a little of? | [`amplification`] |
 //!
@@ -50,6 +51,7 @@ mod combine;
 mod dense;
 mod error;
 mod merge;
+mod start;
 mod subspace;
 mod svd;
 
@@ -58,5 +60,6 @@ pub use combine::{Combination, MajoritySign, Rule, combine};
 pub use dense::Real;
 pub use error::{Error, Result};
 pub use merge::{Layout, Merged, merge};
+pub use start::{olora, orthogonal, pissa, pissa_by_iterations};
 pub use subspace::{Amplification, Side, amplification, subspace_similarity};
 pub use svd::{Svd, Truncated, svd, svd_of, truncate};

@@ -104,7 +104,7 @@ impl Svd {
     }
 
     /// A pair (u, v) may be (−u, −v) as well; this chooses.
-    fn with_signs(mut self) -> Svd {
+    pub(super) fn with_signs(mut self) -> Svd {
         for (mut u, mut v) in self.u.columns_mut().into_iter().zip(self.v.columns_mut()) {
             let largest = u.iter().fold(0.0_f64, |largest, &x| if x.abs() > largest.abs() { x } else { largest });
             if largest < 0.0 {

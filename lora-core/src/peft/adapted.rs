@@ -37,9 +37,10 @@ fn plan(
     method: &dyn Method,
     outline: &Outline,
     base: Option<&dyn Base>,
+    seed: u64,
 ) -> Result<(ParamsBuilder, BTreeMap<String, ParamId>, Places)> {
     method.check(outline)?;
-    let mut plan = Plan { params: ParamsBuilder::new(), outline, base };
+    let mut plan = Plan { params: ParamsBuilder::new(), outline, base, seed };
     let (mut trained, mut places) = (BTreeMap::new(), Places::default());
     for tensor in &outline.tensors {
         if method.trains(tensor, outline) || outline.is_saved_module(&tensor.name) {
@@ -74,7 +75,7 @@ fn plan(
 /// # Errors
 /// Those of [`Adapted::new`].
 pub fn parameters(method: &dyn Method, outline: &Outline) -> Result<Vec<(String, Vec<usize>)>> {
-    Ok(plan(method, outline, None)?.0.into_shapes())
+    Ok(plan(method, outline, None, 0)?.0.into_shapes())
 }
 
 /// How many scalars `method` trains on a base that looks like this, its head included. Takes no memory for weights.
@@ -82,7 +83,7 @@ pub fn parameters(method: &dyn Method, outline: &Outline) -> Result<Vec<(String,
 /// # Errors
 /// Those of [`Adapted::new`].
 pub fn trainable(method: &dyn Method, outline: &Outline) -> Result<usize> {
-    Ok(plan(method, outline, None)?.0.count())
+    Ok(plan(method, outline, None, 0)?.0.count())
 }
 
 impl Adapted {
@@ -91,7 +92,7 @@ impl Adapted {
     /// # Errors
     /// Options that do not fit the base, or a method that trains nothing on it.
     pub fn new(method: &dyn Method, base: &dyn Base, device: &Device, dtype: DType, seed: u64) -> Result<Adapted> {
-        let (builder, trained, places) = plan(method, base.outline(), Some(base))?;
+        let (builder, trained, places) = plan(method, base.outline(), Some(base), seed)?;
         Ok(Adapted { params: builder.build(device, dtype, seed)?, trained, places, of_sequences: None })
     }
 

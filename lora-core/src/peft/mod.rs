@@ -30,6 +30,9 @@ mod whole;
 
 use std::{collections::BTreeMap, fmt::Debug};
 
+use ndarray::Array2;
+use rand_distr::{Distribution, StandardNormal};
+
 pub use adapted::{Adapted, parameters, trainable};
 pub use adapter_drop::AdapterDrop;
 pub use bitfit::BitFit;
@@ -41,7 +44,7 @@ pub use houlsby::Houlsby;
 pub use ia3::{Ia3, Ia3Config};
 pub use lin::Lin;
 pub use ln_tuning::LnTuning;
-pub use lora::{Bias, Lora, LoraConfig};
+pub use lora::{Bias, InitLoraWeights, Lora, LoraConfig};
 pub use modules::{Modules, Pattern, names, saves};
 pub use options::{Frozen, METHODS, MethodRow, Options, find};
 pub use outline::{Base, BaseTensor, Layers, LinearSite, Outline, Part, Site, SiteKind};
@@ -87,7 +90,7 @@ pub enum Start {
     Base,
     /// Nearly that: the method begins with small random numbers, as its paper says.
     NearBase,
-    /// Something else: virtual tokens that attention sees at once.
+    /// Something else: virtual tokens that attention sees at once, an update that begins at random.
     Elsewhere,
 }
 
@@ -96,6 +99,7 @@ pub struct Plan<'a> {
     params: ParamsBuilder,
     outline: &'a Outline,
     base: Option<&'a dyn Base>,
+    seed: u64,
 }
 
 impl<'a> Plan<'a> {
@@ -112,6 +116,13 @@ impl<'a> Plan<'a> {
     /// A weight of the base; `None` where there are no weights, and only what trains is counted.
     pub fn base_tensor(&self, name: &str) -> Option<&'a Tensor> {
         self.base?.tensor(name)
+    }
+
+    /// Standard normal numbers [rows, cols], drawn from the stream of this name: for parameters that begin at something
+    /// computed from several draws.
+    fn normal(&self, stream: &str, rows: usize, cols: usize) -> Array2<f64> {
+        let values = StandardNormal.sample_iter(crate::params::stream(self.seed, stream)).take(rows * cols).collect();
+        Array2::from_shape_vec((rows, cols), values).expect("as many as the shape has")
     }
 }
 

@@ -3,8 +3,8 @@ use std::collections::BTreeMap;
 use lora_kernels::Activation;
 
 use super::{
-    AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, Layers, Lin, LnTuning,
-    Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
+    AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, InitLoraWeights, Layers,
+    Lin, LnTuning, Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -40,6 +40,10 @@ pub struct Options {
     pub bias: Bias,
     /// DoRA on LoRA's targets.
     pub use_dora: bool,
+    /// How LoRA's A and B begin.
+    pub init_lora_weights: InitLoraWeights,
+    /// Whether LoRA's weights are stored [in, out]; what is said has to agree with the base.
+    pub fan_in_fan_out: Option<bool>,
     /// Width of the bottleneck of adapters.
     pub bottleneck: usize,
     /// What stands between its two maps; `None` is what the method's authors have there.
@@ -82,6 +86,8 @@ impl Default for Options {
             modules_to_save: lora.modules_to_save,
             bias: lora.bias,
             use_dora: lora.use_dora,
+            init_lora_weights: lora.init_lora_weights,
+            fan_in_fan_out: lora.fan_in_fan_out,
             bottleneck: 48,
             non_linearity: None,
             train_norms: false,
@@ -123,6 +129,8 @@ impl From<&Options> for LoraConfig {
             modules_to_save: o.modules_to_save.clone(),
             bias: o.bias,
             use_dora: o.use_dora,
+            init_lora_weights: o.init_lora_weights,
+            fan_in_fan_out: o.fan_in_fan_out,
         }
     }
 }
@@ -144,15 +152,27 @@ impl From<&LoraConfig> for Options {
             modules_to_save: c.modules_to_save,
             bias: c.bias,
             use_dora: c.use_dora,
+            init_lora_weights: c.init_lora_weights,
+            fan_in_fan_out: c.fan_in_fan_out,
             ..Options::default()
         }
     }
 }
 
 impl Options {
-    /// The options of what a method has saved: a reparametrised prefix is saved flattened.
+    /// The options of what a method has saved: a reparametrised prefix is saved flattened, and an adapter that began at a
+    /// part of the base as one that began at zero ([`LoraConfig::saved`]).
     pub fn saved(&self) -> Options {
-        Options { reparam: 0, ..self.clone() }
+        let lora = LoraConfig::from(self).saved();
+        Options {
+            reparam: 0,
+            rank: lora.rank,
+            alpha: lora.alpha,
+            rank_pattern: lora.rank_pattern,
+            alpha_pattern: lora.alpha_pattern,
+            init_lora_weights: lora.init_lora_weights,
+            ..self.clone()
+        }
     }
 
     fn virtual_tokens(&self) -> VirtualTokens {
@@ -204,7 +224,7 @@ pub struct MethodRow {
     pub build: fn(&Options) -> Result<Box<dyn Method>>,
 }
 
-const LORA: [&str; 13] = [
+const LORA: [&str; 15] = [
     "rank",
     "alpha",
     "dropout",
@@ -218,6 +238,8 @@ const LORA: [&str; 13] = [
     "modules-to-save",
     "bias",
     "use-dora",
+    "init-lora-weights",
+    "fan-in-fan-out",
 ];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
 const PRE_LAYER: [&str; 4] = ["prefix", "infix", "reparam", "count-prefix"];
@@ -319,14 +341,14 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "lora+pre-embed",
         about: "LoRA with embeddings of virtual tokens",
-        options: &joined::<15>(&LORA, &PRE_EMBED),
+        options: &joined::<17>(&LORA, &PRE_EMBED),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-embed", o.lora()?, o.pre_embed()?))),
     },
     MethodRow {
         name: "lora+pre-layer",
         about: "LoRA with keys and values of virtual tokens",
-        options: &joined::<17>(&LORA, &PRE_LAYER),
+        options: &joined::<19>(&LORA, &PRE_LAYER),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-layer", o.lora()?, o.pre_layer()?))),
     },

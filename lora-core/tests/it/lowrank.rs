@@ -431,3 +431,84 @@ fn every_error_is_provoked_and_explains_itself() {
         assert!(error.to_string().contains(says), "{error} does not say {says:?}");
     }
 }
+
+// ---- where an adapter begins ----
+
+/// B·A is what W has most of, B and A share it equally; iterations find the same.
+#[test]
+fn pissa_is_the_best_approximation_of_the_weight() {
+    let mut rng = rng(11);
+    for (out, cols, r) in SHAPES {
+        let w: Array2<f64> = random(&mut rng, out, cols);
+        for scale in [1.0, 0.25, 3.0] {
+            let begun = lowrank::pissa(w.view(), r, scale).unwrap();
+            let best = lowrank::truncate(w.view(), r).unwrap();
+            assert_eq!((begun.scale(), begun.dim(), begun.rank()), (scale, (out, cols), r));
+            let left = distance(&delta_oracle(&begun), &w);
+            assert_abs_diff_eq!(left, best.error, epsilon = 1e-12 * norm(&w));
+            assert_abs_diff_eq!(norm(&begun.a().to_owned()), norm(&begun.b().to_owned()), epsilon = 1e-12 * norm(&w));
+            // A weight of rank r has nothing else for the iterations to find.
+            let w = delta_oracle(&begun);
+            let omega: Array2<f64> = random(&mut rng, cols, r);
+            let found = lowrank::pissa_by_iterations(w.view(), omega.view(), 1, scale).unwrap();
+            assert_abs_diff_eq!(distance(&delta_oracle(&found), &w), 0.0, epsilon = 1e-11 * norm(&w));
+        }
+    }
+    // Where the spectrum falls slowly each iteration comes nearer.
+    let w: Array2<f64> = random(&mut rng, 40, 60);
+    let omega: Array2<f64> = random(&mut rng, 60, 4);
+    let best = delta_oracle(&lowrank::pissa(w.view(), 4, 1.0).unwrap());
+    let off = |niter| {
+        let found = lowrank::pissa_by_iterations(w.view(), omega.view(), niter, 1.0).unwrap();
+        distance(&delta_oracle(&found), &best) / norm(&best)
+    };
+    assert!(off(0) > 0.3 && off(4) < off(0) && off(300) < 1e-4, "{} {} {}", off(0), off(4), off(300));
+}
+
+#[test]
+fn olora_begins_at_orthonormal_directions_of_the_weight() {
+    let mut rng = rng(12);
+    for (out, cols, r) in SHAPES {
+        let w: Array2<f64> = random(&mut rng, out, cols);
+        let begun = lowrank::olora(w.view(), r, 0.5).unwrap();
+        let (a, b) = (begun.a().to_owned(), begun.b().to_owned());
+        assert_abs_diff_eq!(distance(&times(b.t(), b.view()), &Array2::eye(r)), 0.0, epsilon = 1e-12);
+        // A holds what these directions have of W, and a column's own direction is the first that it needs.
+        assert_abs_diff_eq!(distance(&times(b.t(), w.view()), &a), 0.0, epsilon = 1e-12 * norm(&w));
+        for i in 0..r {
+            assert!(a[[i, i]] >= 0.0 && (0..i).all(|j| a[[i, j]].abs() < 1e-12), "{out}×{cols}: row {i} of A");
+        }
+    }
+}
+
+#[test]
+fn orthogonal_factors_are_not_zero_and_their_product_is() {
+    let mut rng = rng(13);
+    for r in [2, 8] {
+        let [x, left, right] = [(r, r), (20, r / 2), (30, r / 2)].map(|(n, m)| random::<f64>(&mut rng, n, m));
+        let (a, b) = lowrank::orthogonal(x.view(), left.view(), right.view());
+        assert_eq!((a.dim(), b.dim()), ((r, 30), (20, r)));
+        assert_abs_diff_eq!(norm(&times(b.view(), a.view())), 0.0, epsilon = 1e-14);
+        // Rows of an orthogonal matrix keep lengths.
+        assert_relative_eq!(norm(&a), 0.1 * norm(&right), max_relative = 1e-12);
+        assert_relative_eq!(norm(&b), 0.1 * norm(&left), max_relative = 1e-12);
+    }
+}
+
+#[test]
+fn weights_that_nothing_can_begin_at_are_refused() {
+    let w = array![[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]];
+    let bad = array![[1.0, f64::NAN, 3.0], [4.0, 5.0, 6.0]];
+    let omega = |r| Array2::<f64>::ones((3, r));
+    for rank in [0, 3] {
+        assert!(matches!(lowrank::pissa(w.view(), rank, 1.0), Err(lowrank::Error::Rank { .. })));
+        assert!(matches!(lowrank::olora(w.view(), rank, 1.0), Err(lowrank::Error::Rank { .. })));
+        let found = lowrank::pissa_by_iterations(w.view(), omega(rank).view(), 1, 1.0);
+        assert!(matches!(found, Err(lowrank::Error::Rank { .. })));
+    }
+    assert!(matches!(lowrank::pissa(bad.view(), 1, 1.0), Err(lowrank::Error::NonFinite { .. })));
+    assert!(matches!(lowrank::olora(bad.view(), 1, 1.0), Err(lowrank::Error::NonFinite { .. })));
+    let found = lowrank::pissa_by_iterations(bad.view(), omega(1).view(), 1, 1.0);
+    assert!(matches!(found, Err(lowrank::Error::NonFinite { .. })));
+    assert!(matches!(lowrank::olora(w.view(), 1, f64::INFINITY), Err(lowrank::Error::Scale { .. })));
+}

@@ -9,8 +9,8 @@ use lora_core::{
     lowrank::Layout,
     ops,
     peft::{
-        Adapted, Base, BaseTensor, Bias, Frozen, Layers, Linear, LinearSite, METHODS, MethodRow, Modules, Options,
-        Outline, Part, Site, SiteKind, Start, find,
+        Adapted, Base, BaseTensor, Bias, Frozen, InitLoraWeights, Layers, Linear, LinearSite, METHODS, MethodRow,
+        Modules, Options, Outline, Part, Site, SiteKind, Start, find,
     },
 };
 use lora_kernels::{AdamW, Attention, DType, Device, Sequences, adamw, axpby};
@@ -130,6 +130,8 @@ fn targets(names: &[&str]) -> Modules {
     names.iter().copied().collect()
 }
 
+const PISSA: InitLoraWeights = InitLoraWeights::Pissa { niter: None };
+
 /// A change of plain options.
 type Change = fn(&mut Options);
 
@@ -160,6 +162,14 @@ const VARIANTS: &[(&str, Change)] = &[
     ("modules that train whole", |o| o.modules_to_save = vec!["ln".into(), "1.c_proj".into()]),
     ("rsLoRA", |o| o.rslora = true),
     ("dropout", |o| o.dropout = 0.3),
+    ("A normal", |o| o.init_lora_weights = InitLoraWeights::Gaussian),
+    ("A and B at random", |o| o.init_lora_weights = InitLoraWeights::Random),
+    ("A and B apart from each other", |o| o.init_lora_weights = InitLoraWeights::Orthogonal),
+    ("PiSSA", |o| o.init_lora_weights = PISSA),
+    ("PiSSA of parts", |o| {
+        (o.init_lora_weights, o.rslora, o.targets) = (PISSA, true, targets(&["c_attn.v", "c_attn.q"]));
+    }),
+    ("OLoRA with dropout", |o| (o.init_lora_weights, o.dropout) = (InitLoraWeights::Olora, 0.3)),
     ("one trained layer", |o| o.layers = Layers::Of(vec![0])),
     ("norms train too", |o| o.train_norms = true),
     ("a narrow bottleneck", |o| o.bottleneck = 1),
@@ -198,6 +208,11 @@ const BAD: &[(&str, Change)] = &[
     ("rank", |o| o.rank_pattern = vec![("c_attn".into(), D + 1)]),
     ("alpha-pattern", |o| o.alpha_pattern = vec![("c_attn".into(), f64::NAN)]),
     ("alpha-pattern", |o| o.alpha_pattern = vec![("wte".into(), 2.0)]),
+    ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Orthogonal, 3)),
+    ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Olora, 3)),
+    ("init-lora-weights", |o| (o.init_lora_weights, o.rank_pattern) = (PISSA, vec![("c_proj".into(), 3)])),
+    ("fan-in-fan-out", |o| o.fan_in_fan_out = Some(false)),
+    ("fan-in-fan-out", |o| o.fan_in_fan_out = Some(true)),
     ("feedforward-modules", |o| o.feedforward_modules = targets(&["c_fc"])),
     ("feedforward-modules", |o| o.feedforward_modules = Modules::AllLinear),
     ("feedforward-modules", |o| o.feedforward_modules = Modules::Regex("(".into())),
@@ -289,22 +304,31 @@ fn for_all(dtype: DType, check: impl Fn(&str, &Toy, &MethodRow, &Options)) {
 fn at_initialisation_the_output_is_what_the_method_says() {
     for_all(DType::F32, |what, base, row, o| {
         let adapted = adapt(row, base, DType::F32, o, 1);
-        let (want, got) = (base.output(&Adapted::none(&CPU).unwrap()), base.output(&adapted));
+        let none = Adapted::none(&CPU).unwrap();
+        let (want, got) = (base.output(&none), base.output(&adapted));
         let error = relative(&got.to_f64().unwrap(), &want.to_f64().unwrap());
-        match (row.build)(o).unwrap().start() {
+        let start = (row.build)(o).unwrap().start();
+        match start {
             Start::Base => assert_eq!(bits(&got), bits(&want), "{what}"),
             Start::NearBase => assert!(error < 0.02 && bits(&got) != bits(&want), "{what}: {error}"),
             Start::Elsewhere => assert!(error > 0.02, "{what}: {error}"),
         }
         if adapted.is_mergeable() {
             let merged = base.with(adapted.merged(base).unwrap());
-            assert_eq!(merged.bits(), base.bits(), "{what}, merged");
+            match start {
+                Start::Base => assert_eq!(merged.bits(), base.bits(), "{what}, merged"),
+                _ => {
+                    let error = relative(&merged.output(&none).to_f64().unwrap(), &got.to_f64().unwrap());
+                    assert!(error < 1e-6, "{what}, merged: {error}");
+                }
+            }
         }
         // Of the seed, nothing shows but the values themselves.
         let [a, b, c] = [1, 1, 2].map(|seed| bits(&adapt(row, base, DType::F32, o, seed).params.flat()));
         assert_eq!(a, b, "{what}: same seed");
-        // (IA)³ begins at ones.
-        assert!(a != c || adapted.site_count() == 0 || row.name == "ia3", "{what}: the seed has no effect");
+        // (IA)³ begins at ones, and some of LoRA at the base.
+        let settled = row.name == "ia3" || [PISSA, InitLoraWeights::Olora].contains(&o.init_lora_weights);
+        assert!(a != c || adapted.site_count() == 0 || settled, "{what}: the seed has no effect");
     });
 }
 
@@ -327,8 +351,10 @@ fn gradients_are_those_of_finite_differences() {
                 start(t);
                 base.loss(t, &adapted)
             });
+            // What begins at the base is larger, and curves more.
+            let limit = if o.init_lora_weights.takes_from_base() { 1e-7 } else { 1e-8 };
             for worst in [hidden.unwrap(), loss.unwrap()] {
-                assert!(worst.error <= 1e-8 && worst.largest > 0.01, "{what}: {worst:?}");
+                assert!(worst.error <= limit && worst.largest > 0.01, "{what}: {worst:?}");
             }
         }
     });
@@ -577,6 +603,80 @@ fn the_scale_is_alpha_over_r_or_over_its_root() {
             };
             let error = relative(&delta(&base, &adapted, &format!("{module}.weight")), &want);
             assert!(error < 1e-6, "{module}, rsLoRA {rslora}: off by {error}");
+        }
+    }
+}
+
+/// What PiSSA and OLoRA take from the base is constant, and saved beside what trained: an ordinary adapter of the base.
+#[test]
+fn what_began_at_a_part_of_the_base_is_saved_as_an_adapter_of_the_base() {
+    let base = Toy::new(DType::F32);
+    let row = find("lora").unwrap();
+    let changes: [Change; 4] = [
+        |_| {},
+        |o| o.rslora = true,
+        |o| o.targets = targets(&["c_attn.v", "c_attn.q"]),
+        |o| (o.rank_pattern, o.alpha_pattern) = (vec![("c_attn".into(), 1)], vec![("c_proj".into(), 2.0)]),
+    ];
+    for init in [PISSA, InitLoraWeights::Pissa { niter: Some(3) }, InitLoraWeights::Olora] {
+        for (i, change) in changes.iter().enumerate() {
+            let what = format!("{init:?}, {i}");
+            let mut o = Options { init_lora_weights: init, ..options(&base) };
+            change(&mut o);
+            let mut adapted = adapt(row, &base, DType::F32, &o, 1);
+            train(&what, &base, &mut adapted);
+            let tensors: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+            let saved = o.saved();
+            assert_eq!((saved.rank, saved.init_lora_weights), (2 * o.rank, InitLoraWeights::Kaiming), "{what}");
+            let mut loaded = adapt(row, &base, DType::F32, &saved, 2);
+            loaded.load_adapter_tensors(tensors.clone()).unwrap();
+            let [want, got] = [&adapted, &loaded].map(|a| base.output(a).to_f64().unwrap());
+            assert!(relative(&got, &want) < 1e-6, "{what}: {}", relative(&got, &want));
+            let [want, got] = [&adapted, &loaded].map(|a| base.with(a.merged(&base).unwrap()).bits());
+            assert!(got == want, "{what}: merged");
+
+            // Another base begins elsewhere.
+            let name = "layers.0.c_attn.weight";
+            let double = base.tensors[name].to_f64().unwrap().iter().map(|w| 2.0 * w).collect::<Vec<_>>();
+            let other = base.with([(name.to_owned(), tensor(DType::F32, &[D, 3 * D], &double))]);
+            let mut strange = adapt(row, &other, DType::F32, &o, 1);
+            let error = strange.load_adapter_tensors(tensors).unwrap_err();
+            assert!(matches!(&error, Error::Structure { name, .. } if name.contains("0.c_attn")), "{what}: {error}");
+        }
+    }
+}
+
+#[test]
+fn ways_to_begin_have_pefts_words() {
+    for word in ["true", "false", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal"] {
+        assert_eq!(InitLoraWeights::parse(word).unwrap().word(), word);
+        assert_eq!(InitLoraWeights::parse(&word.to_uppercase()).unwrap().word(), word);
+    }
+    let words = [
+        ("eva", "activations"),
+        ("corda", "covariance"),
+        ("loftq", "quantis"),
+        ("lora_ga", "gradient"),
+        ("mica", "A alone"),
+    ];
+    for (word, why) in
+        words.into_iter().chain([("pissa_niter_", "pissa_niter_N"), ("pissa_niter_-1", "olora"), ("", "gaussian")])
+    {
+        let error = InitLoraWeights::parse(word).unwrap_err().to_string();
+        assert!(error.contains("init-lora-weights") && error.contains(why) && error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn a_layout_that_is_the_bases_may_be_said() {
+    let base = Toy::new(DType::F32);
+    for (target, right) in [("c_attn", true), ("c_proj", false)] {
+        lora(&base, |o| (o.targets, o.fan_in_fan_out) = (targets(&[target]), Some(right)));
+        let o = Options { targets: targets(&[target]), fan_in_fan_out: Some(!right), ..options(&base) };
+        let error = try_adapt(find("lora").unwrap(), &base, DType::F32, &o, 1).unwrap_err().to_string();
+        let stored = if right { "[in, out]" } else { "[out, in]" };
+        for part in ["fan-in-fan-out", &(!right).to_string(), target, "toy", stored, &format!("so it is {right}")] {
+            assert!(error.contains(part), "{error}");
         }
     }
 }

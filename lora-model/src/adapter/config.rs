@@ -1,6 +1,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use lora_core::peft::{Bias, Lora, LoraConfig, Modules, Outline, names};
+use lora_core::peft::{Bias, InitLoraWeights, Lora, LoraConfig, Modules, Outline, names};
 use serde_json::{Map, Value, json};
 
 use super::{own::strings, refused};
@@ -143,7 +143,7 @@ impl PeftConfig {
             ("bias", json!(c.bias.word())),
             ("fan_in_fan_out", json!(fan_in_fan_out)),
             ("inference_mode", json!(true)),
-            ("init_lora_weights", json!(true)),
+            ("init_lora_weights", init_value(c.init_lora_weights)),
             ("lora_alpha", number(c.alpha)),
             ("lora_dropout", json!(c.dropout)),
             ("modules_to_save", some(&self.modules_to_save)),
@@ -202,6 +202,9 @@ impl PeftConfig {
                 None => Bias::None,
             },
             use_dora: raw.bool("use_dora")?.unwrap_or(false),
+            init_lora_weights: read_init(raw)?,
+            // The base knows better; PEFT too sets a wrong one right.
+            fan_in_fan_out: None,
         };
         lora.rank_pattern.iter().try_for_each(|(_, r)| check_rank(raw, "rank_pattern", *r))?;
         lora.alpha_pattern.iter().try_for_each(|(_, a)| check_alpha(raw, "alpha_pattern", *a))?;
@@ -231,6 +234,54 @@ pub(super) fn ranks(pattern: &[(String, usize)]) -> Value {
 /// Module names and α's, in their order.
 pub(super) fn alphas_of(pattern: &[(String, f64)]) -> Value {
     Value::Object(pattern.iter().map(|(k, a)| (k.clone(), number(*a))).collect::<Map<_, _>>())
+}
+
+/// PEFT's `init_lora_weights`: two of its words are no texts.
+pub(super) fn init_value(init: InitLoraWeights) -> Value {
+    match init {
+        InitLoraWeights::Kaiming => json!(true),
+        InitLoraWeights::Random => json!(false),
+        other => json!(other.word()),
+    }
+}
+
+/// How an adapter began, which still matters where that was at a part of the base: until PEFT converts it, its numbers
+/// belong to what is left of the base.
+///
+/// # Errors
+/// A word that is not known, and those whose part of the base cannot be found again.
+pub(super) fn read_init(raw: &RawConfig) -> Result<InitLoraWeights> {
+    const KEY: &str = "init_lora_weights";
+    // They left the base as it is: once trained, an adapter is like any other.
+    const HARMLESS: [&str; 2] = ["eva", "mica"];
+    let init = match raw.value(KEY) {
+        None => InitLoraWeights::Kaiming,
+        Some(Value::Bool(zero)) => {
+            if *zero {
+                InitLoraWeights::Kaiming
+            } else {
+                InitLoraWeights::Random
+            }
+        }
+        Some(Value::String(word)) if HARMLESS.contains(&word.as_str()) => InitLoraWeights::Kaiming,
+        Some(Value::String(word)) if !["corda", "loftq", "lora_ga"].contains(&word.as_str()) => {
+            InitLoraWeights::parse(word).map_err(|e| refused(raw, e))?
+        }
+        Some(other) => return Err(raw.error(KEY, unconverted(other))),
+    };
+    match init {
+        InitLoraWeights::Pissa { niter: Some(_) } => Err(raw.error(KEY, unconverted(&init_value(init)))),
+        other => Ok(other),
+    }
+}
+
+/// Why an adapter that changed its base is refused.
+pub(super) fn unconverted(word: &Value) -> String {
+    format!(
+        "{word} changed the base's weights when training began, in a way that the base and this file do not tell, so the \
+         adapter does not fit the base as it is; convert it with PEFT's \
+         save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    )
 }
 
 /// A whole number without a fraction, as PEFT writes α.

@@ -34,7 +34,8 @@ use std::{
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Base, Method, MethodRow, Options, Outline, find},
+    lowrank::Layout,
+    peft::{Adapted, Base, InitLoraWeights, Method, MethodRow, Options, Outline, find},
 };
 use lora_kernels::{Device, all_finite};
 
@@ -235,7 +236,11 @@ impl AdapterFile {
         let adapted = Adapted::new(&*self.build()?, base, device, base.dtype(), 0);
         let mut adapted = adapted.map_err(|e| self.refused(e))?;
         let wanted: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
-        let tensors = types::placed(&self.tensors, &wanted);
+        let mut tensors = types::placed(&self.tensors, &wanted);
+        if self.options.init_lora_weights.takes_from_base() {
+            self.check_origin(base.outline())?;
+            peft::complete(&mut tensors, &wanted)?;
+        }
         self.check(&tensors, &wanted, base.outline())?;
         adapted.load_adapter_tensors(tensors).map_err(|e| match e {
             lora_core::Error::Structure { name, why } => {
@@ -244,6 +249,21 @@ impl AdapterFile {
             e => Error::Core(e),
         })?;
         Ok(adapted)
+    }
+
+    /// Refuses what PEFT does not train: its OLoRA takes the product of the factors from a weight stored [in, out] without
+    /// transposing it.
+    fn check_origin(&self, outline: &Outline) -> Result<()> {
+        let transposed = |name: &String| {
+            let site = name.strip_suffix(".lora_A.weight");
+            outline.linear_sites().any(|(s, l)| Some(s.name.as_str()) == site && l.layout == Layout::InOut)
+        };
+        if self.options.init_lora_weights == InitLoraWeights::Olora && self.tensors.keys().any(transposed) {
+            let problem = "with weights stored [in, out] PEFT's OLoRA does not begin at the base, so its adapters belong to no \
+                           base that could be made again; train it with another init_lora_weights";
+            return Err(self.raw.error("init_lora_weights", problem));
+        }
+        Ok(())
     }
 
     /// The method with its options.

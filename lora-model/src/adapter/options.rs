@@ -53,9 +53,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("velora_config", "VeLoRA"),
 ];
 
-/// Ways to begin an adapter that leave the base as it is: once trained, they make no difference.
-const INITS: &[&str] = &["gaussian", "eva", "orthogonal"];
-
 /// The type of an adapter beside LoRA, and none for LoRA.
 pub(super) fn kind(raw: &RawConfig) -> Result<Option<Kind>> {
     let kind = match raw.str("peft_type")? {
@@ -81,17 +78,7 @@ pub(super) fn kind(raw: &RawConfig) -> Result<Option<Kind>> {
 
 /// Refuses an adapter that is not plain LoRA, naming the key.
 pub(super) fn check(raw: &RawConfig) -> Result<()> {
-    match raw.value("init_lora_weights") {
-        None | Some(Value::Bool(_)) => {}
-        Some(Value::String(s)) if INITS.contains(&s.as_str()) => {}
-        Some(other) => {
-            let problem = format!(
-                "{other} changed the base's weights when training began, so the adapter does not fit the base as it is; \
-                 convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-            );
-            return Err(raw.error("init_lora_weights", problem));
-        }
-    }
+    super::config::read_init(raw)?;
     const CHECKED: [&str; 3] = ["peft_type", "task_type", "init_lora_weights"];
     for (key, value) in raw.keys() {
         let key = key.as_str();

@@ -16,13 +16,13 @@ use serde_json::{Map, Value, json};
 
 use super::{
     AdapterFile, PREFIX,
-    config::{alphas_of, modules, one_or_more, pattern, ranks, read_modules},
+    config::{alphas_of, init_value, modules, one_or_more, pattern, ranks, read_init, read_modules},
     finite, refused,
 };
 use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
 
 /// Options that methods have come to read later: a configuration without them means their defaults.
-const LATER: [&str; 10] = [
+const LATER: &[&str] = &[
     "count-prefix",
     "non-linearity",
     "exclude-modules",
@@ -33,6 +33,8 @@ const LATER: [&str; 10] = [
     "modules-to-save",
     "bias",
     "use-dora",
+    "init-lora-weights",
+    "fan-in-fan-out",
 ];
 
 /// The key that tells such a configuration from PEFT's.
@@ -68,6 +70,8 @@ fn value(o: &Options, option: &str) -> Value {
         "modules-to-save" => json!(o.modules_to_save),
         "bias" => json!(o.bias.word()),
         "use-dora" => json!(o.use_dora),
+        "init-lora-weights" => init_value(o.init_lora_weights),
+        "fan-in-fan-out" => json!(o.fan_in_fan_out),
         "feedforward-modules" => modules(&o.feedforward_modules),
         "bottleneck" => json!(o.bottleneck),
         "non-linearity" => json!(o.non_linearity.map(Activation::hf_name)),
@@ -157,6 +161,8 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
             }
         }
         "use-dora" => o.use_dora = raw.bool(key)?.unwrap_or(o.use_dora),
+        "init-lora-weights" => o.init_lora_weights = read_init(raw)?,
+        "fan-in-fan-out" => o.fan_in_fan_out = raw.bool(key)?,
         "feedforward-modules" => o.feedforward_modules = some_modules(raw, key)?,
         "bottleneck" => o.bottleneck = raw.usize(key)?.unwrap_or(o.bottleneck),
         "non-linearity" => {

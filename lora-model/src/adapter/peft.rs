@@ -6,6 +6,8 @@ use lora_core::{
     Tensor,
     peft::{Bias, Lora, LoraConfig, Modules, Options, Outline, saves},
 };
+use lora_kernels::Device;
+use ndarray::{Axis, concatenate};
 use serde::{Deserialize, Serialize};
 
 use super::{ARCHITECTURE_KEY, AdapterFile, PARTS_KEY, PREFIX, config::PeftConfig, finite, refused};
@@ -85,6 +87,28 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         raw,
         weights: file.path().to_owned(),
     })
+}
+
+/// Gives the factors of an adapter that PEFT did not convert the half that it lacks: what it began at on this base, which
+/// PEFT too computes anew whenever it loads one. `wanted` are the tensors of such an adapter that has just begun.
+pub(super) fn complete(tensors: &mut BTreeMap<String, Tensor>, wanted: &BTreeMap<String, Tensor>) -> Result<()> {
+    for (name, t) in tensors {
+        let axis = match () {
+            () if name.ends_with(".lora_A.weight") => Axis(0),
+            () if name.ends_with(".lora_B.weight") => Axis(1),
+            () => continue,
+        };
+        let Some(begun) = wanted.get(name) else { continue };
+        let (own, begun) = (t.to_array()?, begun.to_array()?);
+        let half = begun.len_of(axis) / 2;
+        // What does not fit is refused by its shape.
+        if own.len_of(axis) == half && own.len_of(Axis(1 - axis.0)) == begun.len_of(Axis(1 - axis.0)) {
+            let whole = concatenate![axis, own, begun.slice_axis(axis, (half..).into())];
+            let values: Vec<f32> = whole.iter().copied().collect();
+            *t = Tensor::from_slice(&Device::Cpu, whole.shape(), &values)?;
+        }
+    }
+    Ok(())
 }
 
 /// Module and factor (0: A, 1: B) that a key means: `base_model.model.{module}.lora_A.weight`, or with the adapter's name

@@ -121,7 +121,7 @@ fn lora(
     outline: &Outline,
     base_model_name: Option<&str>,
 ) -> Result<(String, Option<String>)> {
-    let mut config = LoraConfig::from(options);
+    let mut config = LoraConfig::from(options).saved();
     if config.targets.is_default() {
         config.targets = Modules::Names(outline.default_targets.clone());
     }

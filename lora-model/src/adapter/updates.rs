@@ -11,7 +11,9 @@ use lora_kernels::{DType, Device};
 use ndarray::{Array2, ArrayView2};
 
 use super::{
-    ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE, config::PeftConfig, own::strings,
+    ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE,
+    config::{PeftConfig, init_value, unconverted},
+    own::strings,
 };
 use crate::{
     Error, Result,
@@ -75,6 +77,10 @@ impl AdapterFile {
             return Err(raw.error("use_dora", problem));
         }
         let lora = Lora::new(PeftConfig::of_raw(raw)?.lora)?;
+        let init = lora.config().init_lora_weights;
+        if init.takes_from_base() {
+            return Err(raw.error("init_lora_weights", unconverted(&init_value(init))));
+        }
         let scaling = if raw.bool("use_rslora")? == Some(true) { Scaling::RsLora } else { Scaling::Lora };
         let modules_to_save = strings(raw, "modules_to_save")?.unwrap_or_default();
         let mut updates = Updates {

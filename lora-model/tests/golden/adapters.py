@@ -4,15 +4,17 @@
 
 Each row of `MODELS` takes the model of another golden folder, and each row of `VARIANTS` that fits it becomes
 
-    peft/MODEL/VARIANT/         the adapter as PEFT saves it, all of its parameters random
+    peft/MODEL/VARIANT/         the adapter as PEFT saves it, all of its parameters random, or as it began (BEGUN)
     peft/MODEL.safetensors      VARIANT    logits, [own tokens of all sequences, vocab] or [sequences, labels]
+                                VARIANT.residual.MODULE    of one module of BEGUN, what its start left of the base's weight
     peft/MODEL.json             the data: sequences, target_rows (within the sequence) and target_ids, or labels; the
-                                variants, each with its `losses` and how far PyTorch's own f32 is from them
+                                variants, each with its `losses`, how far PyTorch's own f32 is from them, and for some
+                                of them (LORAPLUS) the `loraplus_losses` of PEFT's LoRA+
 
 A loss is the mean over all targets. `losses` are those before each of ten steps of AdamW (`LR`, `WEIGHT_DECAY`) that begin
 at the saved adapter, in f64, where nothing is dropped out. Every sequence runs alone, so there is no padding to argue about.
-The weights are those of the f32 files, the references are computed in f64 and stored rounded to f32. Running the script
-again writes the same values.
+The weights are those of the f32 files, the references are computed in f64 and stored rounded to f32; so are the
+decompositions that PiSSA and OLoRA begin at. Running the script again writes the same values.
 """
 
 import copy
@@ -20,6 +22,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 import transformers
 from architectures import exact_rope, in_precision
 from common import PINNED, check_versions, relative
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +41,14 @@ HERE = Path(__file__).resolve().parent
 LENGTHS = [4, 7, 5]
 FIRST_ROWS = [0, 3, 1]  # that predict
 STEPS, LR, WEIGHT_DECAY = 10, 1e-2, 0.01
+
+# Saved as they begin. What they begin at, PEFT takes from the base, and again whenever it loads such an adapter.
+BEGUN = ("pissa", "olora")
+# Saved a second time as PEFT converts it for the base as it is.
+CONVERTED = {"pissa_moved": "pissa_converted"}
+# Trained once more by PEFT's LoRA+: `loraplus_losses`.
+LORAPLUS = ("default", "modules_to_save", "bias_all", "dora_patterns")
+LORAPLUS_RATES = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 5e-3, "loraplus_weight_decay": 0.1}
 
 # The class, and the names of some of its modules: one attention projection and another, a map of the MLP, a norm, the
 # embeddings, and what stands before a layer's number.
@@ -79,6 +91,17 @@ def variants(first, second, mlp, norm, embedding, layers):
         "dora": lora(target_modules=[first, mlp], use_dora=True),
         "dora_patterns": lora(
             target_modules="all-linear", use_dora=True, use_rslora=True, bias="lora_only", rank_pattern={mlp: 1}),
+        "gaussian": lora(init_lora_weights="gaussian"),
+        "init_false": lora(init_lora_weights=False, target_modules=[second]),
+        "orthogonal": lora(init_lora_weights="orthogonal", target_modules=[first, second]),
+        "pissa": lora(init_lora_weights="pissa", target_modules=[first, mlp]),
+        "pissa_moved": lora(init_lora_weights="pissa", target_modules=[second, mlp], rank_pattern={mlp: 3},
+                            alpha_pattern={second: 5}),
+        "pissa_rslora": lora(init_lora_weights="pissa", use_rslora=True, r=3, target_modules=[second]),
+        "pissa_dora": lora(init_lora_weights="pissa", use_dora=True, target_modules=[first, mlp]),
+        # PEFT's does not know weights stored [in, out]: the factors get each other's shapes.
+        "olora": lambda task: None if first == "c_attn" else lora(
+            init_lora_weights="olora", target_modules=[first, mlp])(task),
         "ia3": lambda task: peft.IA3Config(task_type=task),
         "ia3_feedforward": lambda task: peft.IA3Config(
             task_type=task, target_modules=rf".*({first}|{mlp})", feedforward_modules=[mlp]),
@@ -98,9 +121,18 @@ def main(names):
     check_versions()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    exact_decompositions()
     os.chdir(HERE)  # PEFT writes the path of the base into the adapter's config: a relative one is the same everywhere
     for name in names or MODELS:
         write(name, *MODELS[name])
+
+
+def exact_decompositions():
+    """PEFT decomposes weights in f32, where directions of singular values near to each other are off by up to 3e-5."""
+    for name in ("svd", "qr"):
+        plain = getattr(torch.linalg, name)
+        exact = lambda x, *a, plain=plain, **k: tuple(part.to(x.dtype) for part in plain(x.double(), *a, **k))
+        setattr(torch.linalg, name, exact)
 
 
 def write(name, cls, *modules):
@@ -117,24 +149,42 @@ def write(name, cls, *modules):
         if config is None:
             continue
         model = peft.get_peft_model(load(name, cls), config).eval()
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data += 0.2 * torch.randn_like(parameter)
-        save(model, folder / variant)
-        results = {}
-        for dtype in (torch.float32, torch.float64):
-            # PEFT does not go on with virtual tokens of a file.
-            fresh = copy.deepcopy(model) if config.is_prompt_learning else peft.PeftModel.from_pretrained(
-                load(name, cls), folder / variant, is_trainable=True)
-            results[dtype] = train(fresh.to(dtype).eval(), data, dtype)
-        logits, losses = results[torch.float64]
-        error = [relative([results[torch.float32][0]], [logits]),
-                 max(abs(x / y - 1) for x, y in zip(results[torch.float32][1], losses))]
-        print(f"{name} {variant}: logits {error[0]:.1e}, losses {error[1]:.1e}")
-        assert losses[-1] < losses[0] and error[0] < 3e-6 and error[1] < 3e-5, (losses, error)
-        tensors[variant] = logits.float().contiguous()
-        rows[variant] = {"losses": losses, "f32_vs_f64": dict(zip(("logits", "losses"), error))}
+        # The conversion leaves out all but the factors, a classifier's head too.
+        converted = CONVERTED.get(variant) if task == "CAUSAL_LM" else None
+        with tempfile.TemporaryDirectory() as initial:
+            initial = Path(initial, "initial")
+            if converted:
+                begun = copy.deepcopy(model)
+                begun.peft_config["default"].init_lora_weights = True
+                begun.save_pretrained(initial)
+            if variant in BEGUN:
+                module, layer = next((n, m) for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A"))
+                tensors[f"{variant}.residual.{module}"] = layer.base_layer.weight.data.clone()
+            for parameter in (p for p in model.parameters() if p.requires_grad and variant not in BEGUN):
+                parameter.data += 0.2 * torch.randn_like(parameter)
+            save(model, folder / variant)
+            if converted:
+                save(model, folder / converted, path_initial_model_for_weight_conversion=str(initial))
+        for variant in filter(None, (variant, converted)):
+            results = {}
+            for dtype in (torch.float32, torch.float64):
+                # PEFT does not go on with virtual tokens of a file.
+                fresh = copy.deepcopy(model) if config.is_prompt_learning else peft.PeftModel.from_pretrained(
+                    load(name, cls), folder / variant, is_trainable=True)
+                results[dtype] = train(fresh.to(dtype).eval(), data, dtype)
+            logits, losses = results[torch.float64]
+            error = [relative([results[torch.float32][0]], [logits]),
+                     max(abs(x / y - 1) for x, y in zip(results[torch.float32][1], losses))]
+            print(f"{name} {variant}: logits {error[0]:.1e}, losses {error[1]:.1e}")
+            assert losses[-1] < losses[0] and error[0] < 3e-6 and error[1] < 3e-5, (losses, error)
+            tensors[variant] = logits.float().contiguous()
+            rows[variant] = {"losses": losses, "f32_vs_f64": dict(zip(("logits", "losses"), error))}
+            if variant in LORAPLUS:
+                fresh = peft.PeftModel.from_pretrained(load(name, cls), folder / variant, is_trainable=True).double().eval()
+                optimiser = create_loraplus_optimizer(fresh, torch.optim.AdamW, **LORAPLUS_RATES)
+                rows[variant]["loraplus_losses"] = train(fresh, data, torch.float64, optimiser)[1]
     save_file(tensors, f"peft/{name}.safetensors", metadata={"format": "pt"})
-    head = {"versions": PINNED} | data | {"adamw": {"lr": LR, "weight_decay": WEIGHT_DECAY}}
+    head = {"versions": PINNED} | data | {"adamw": {"lr": LR, "weight_decay": WEIGHT_DECAY}, "loraplus": LORAPLUS_RATES}
     lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in head.items()]
     rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
     lines.append(f' "variants": {{\n{rows}\n }}')
@@ -156,9 +206,9 @@ def load(name, cls):
     return cls.from_pretrained(f"{name}/model", attn_implementation="eager")
 
 
-def save(model, folder):
+def save(model, folder, **options):
     """PEFT's folder, without what is empty in it or differs from run to run: the order of sets."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
     saved = json.loads(path.read_text())
@@ -168,9 +218,10 @@ def save(model, folder):
     path.write_text(json.dumps(saved, indent=2, sort_keys=True))
 
 
-def train(model, data, dtype):
+def train(model, data, dtype, optimiser=None):
     """The logits and the losses of training."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
+    optimiser = optimiser or torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
     first, losses = None, []
     with in_precision(dtype):
         exact_rope(model)

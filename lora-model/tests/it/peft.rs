@@ -2,13 +2,14 @@
 //! wrote what it says, in f64. Whatever lies there is compared.
 
 use std::{
+    cell::RefCell,
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
 
 use crate::common::{CPU, goldens, reference, relative, within};
-use lora_core::{Grads, Tape, Tensor, peft::Adapted};
+use lora_core::{Grads, Tape, Tensor, lowrank::Layout, peft::Adapted};
 use lora_kernels::{AdamW, DType, adamw};
 use lora_model::{Batch, Model, Targets, Texts, adapter, checkpoint::TensorFile, load};
 use serde::Deserialize;
@@ -120,38 +121,146 @@ fn logits_and_ten_steps_of_training_of_pefts_adapters() {
 fn pefts_adapters_are_written_as_peft_writes_them() {
     each(|what, dir, _, _, model, _| {
         let file = adapter::load(dir).unwrap();
-        let adapted = file.attach(model, &CPU).unwrap();
-        let saved = tempfile::tempdir().unwrap();
-        let name = file.base_model_name_or_path.as_deref();
-        adapter::save(saved.path(), file.method, &file.options, &adapted, model, name).unwrap();
-        let all = |dir: &Path| {
-            let file = TensorFile::open(&dir.join(adapter::WEIGHTS_FILE)).unwrap();
-            // With all biases PEFT writes those inside its wrappers once more.
-            let names =
-                file.names().filter(|n| ![".original_module.", ".modules_to_save."].iter().any(|w| n.contains(w)));
-            names.map(|n| (n.to_owned(), reference(&file, n))).collect::<BTreeMap<String, Tensor>>()
-        };
-        let (ours, theirs) = (all(saved.path()), all(dir));
+        if file.options.init_lora_weights.takes_from_base() {
+            // PEFT writes these for a base without what they began at.
+            return;
+        }
+        let saved = written(dir, model);
+        let (ours, theirs) = (tensors_of(saved.path()), tensors_of(dir));
         assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>(), "{what}");
         for (name, t) in &ours {
             assert_eq!(t.shape(), theirs[name].shape(), "{what}: {name}");
             assert_eq!(t.to_f64().unwrap(), theirs[name].to_f64().unwrap(), "{what}: {name}");
         }
-        let config = |dir: &Path| -> serde_json::Map<String, serde_json::Value> {
-            serde_json::from_slice(&fs::read(dir.join(adapter::CONFIG_FILE)).unwrap()).unwrap()
+        same_config(what, saved.path(), dir);
+    });
+}
+
+/// The adapter of a folder, read and written here.
+fn written(dir: &Path, model: &dyn Model) -> tempfile::TempDir {
+    let file = adapter::load(dir).unwrap();
+    let adapted = file.attach(model, &CPU).unwrap();
+    let saved = tempfile::tempdir().unwrap();
+    let name = file.base_model_name_or_path.as_deref();
+    adapter::save(saved.path(), file.method, &file.options, &adapted, model, name).unwrap();
+    saved
+}
+
+/// The tensors of an adapter's file.
+fn tensors_of(dir: &Path) -> BTreeMap<String, Tensor> {
+    let file = TensorFile::open(&dir.join(adapter::WEIGHTS_FILE)).unwrap();
+    // With all biases PEFT writes those inside its wrappers once more.
+    let names = file.names().filter(|n| ![".original_module.", ".modules_to_save."].iter().any(|w| n.contains(w)));
+    names.map(|n| (n.to_owned(), reference(&file, n))).collect()
+}
+
+/// That every key of the configuration written here has the value of PEFT's.
+fn same_config(what: &str, ours: &Path, theirs: &Path) {
+    let config = |dir: &Path| -> serde_json::Map<String, serde_json::Value> {
+        serde_json::from_slice(&fs::read(dir.join(adapter::CONFIG_FILE)).unwrap()).unwrap()
+    };
+    let (ours, theirs) = (config(ours), config(theirs));
+    for (key, value) in &ours {
+        let same = |a: &serde_json::Value, b: &serde_json::Value| match (a.as_array(), b) {
+            // One layer is one, or a list of one.
+            (Some(list), b) if list.len() == 1 => list[0] == *b || a == b,
+            _ => a == b || a.as_f64().is_some_and(|x| Some(x) == b.as_f64()),
         };
-        let (ours, theirs) = (config(saved.path()), config(dir));
-        for (key, value) in &ours {
-            let same = |a: &serde_json::Value, b: &serde_json::Value| match (a.as_array(), b) {
-                // One layer is one, or a list of one.
-                (Some(list), b) if list.len() == 1 => list[0] == *b || a == b,
-                _ => a == b || a.as_f64().is_some_and(|x| Some(x) == b.as_f64()),
+        // PEFT lists two names for every classifier's head, whatever it is called.
+        let known = key == "modules_to_save";
+        assert!(known || same(value, &theirs[key]), "{what}: {key} is {value}, in PEFT's file {}", theirs[key]);
+    }
+}
+
+/// s·B·A for the rows of A, which are columns of B, from `from` on.
+fn product(a: &Tensor, b: &Tensor, scale: f64, rows: std::ops::Range<usize>) -> Tensor {
+    let (r, cols, outputs) = (a.rows(), a.cols(), b.rows());
+    let (a, b) = (a.to_f64().unwrap(), b.to_f64().unwrap());
+    let at = |o: usize, i: usize| scale * rows.clone().map(|k| b[o * r + k] * a[k * cols + i]).sum::<f64>();
+    let values: Vec<f64> = (0..outputs * cols).map(|n| at(n / cols, n % cols)).collect();
+    Tensor::from_slice(&CPU, &[outputs, cols], &values).unwrap()
+}
+
+/// Factors of an adapter by their module.
+fn pairs(tensors: &BTreeMap<String, Tensor>) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
+    tensors.iter().filter_map(|(name, a)| {
+        let module = name.strip_suffix(".lora_A.weight")?;
+        Some((module, a, &tensors[&format!("{module}.lora_B.weight")]))
+    })
+}
+
+/// Where PiSSA and OLoRA begin on a base is where PEFT begins, up to the signs of directions; what is left of the base's
+/// weight is what PEFT leaves; and training goes on from there as PEFT's does.
+#[test]
+fn an_adapter_begins_at_the_part_of_the_base_that_pefts_begins_at() {
+    let residuals = RefCell::new(0);
+    each(|what, dir, golden, variant, model, tensors| {
+        let (_, name) = what.rsplit_once(", ").unwrap();
+        if !["pissa", "olora"].contains(&name) {
+            return;
+        }
+        let file = adapter::load(dir).unwrap();
+        let method = (file.row().unwrap().build)(&file.options).unwrap();
+        let mut adapted = Adapted::new(&*method, model, &CPU, DType::F32, 5).unwrap();
+        let (r, scale) = (file.options.rank, file.options.alpha / file.options.rank as f64);
+        let ours: BTreeMap<String, Tensor> = adapted.adapter_tensors().unwrap().into_iter().collect();
+        for (module, a, b) in pairs(&file.tensors) {
+            let [own_a, own_b] = ["A", "B"].map(|f| &ours[&format!("{module}.lora_{f}.weight")]);
+            assert_eq!((own_a.rows(), own_b.cols()), (2 * r, 2 * r), "{what}: {module}");
+            let (theirs, began) = (product(a, b, scale, 0..r), product(own_a, own_b, scale, 0..r));
+            within(&format!("{what}: start of {module}"), relative(&began, &theirs), 1e-5);
+            let taken = product(own_a, own_b, -scale, r..2 * r);
+            assert_eq!(taken.to_f64().unwrap(), began.to_f64().unwrap(), "{what}: {module}");
+            let key = format!("{name}.residual.{module}");
+            if !tensors.names().any(|n| n == key) {
+                continue;
+            }
+            let w = model.tensor(&format!("{module}.weight")).unwrap();
+            let layout = model.outline().linear_sites().find(|(s, _)| s.name == module).unwrap().1.layout;
+            let (cols, taken) = (w.cols(), taken.to_f64().unwrap());
+            let taken = |i: usize| match layout {
+                Layout::OutIn => taken[i],
+                Layout::InOut => taken[i % cols * w.rows() + i / cols],
             };
-            // PEFT lists two names for every classifier's head, whatever it is called.
-            let known = key == "modules_to_save";
-            assert!(known || same(value, &theirs[key]), "{what}: {key} is {value}, in PEFT's file {}", theirs[key]);
+            let left: Vec<f64> = w.to_f64().unwrap().iter().enumerate().map(|(i, w)| w - taken(i)).collect();
+            let left = Tensor::from_slice(&CPU, w.shape(), &left).unwrap();
+            within(&format!("{what}: what is left of {module}"), relative(&left, &reference(tensors, &key)), 1e-5);
+            *residuals.borrow_mut() += 1;
+        }
+        // The head of a classifier begins at random, wherever it began there.
+        let head = file.tensors.iter().filter(|(name, _)| !name.contains(".lora_"));
+        head.for_each(|(name, t)| adapted.params.set(adapted.params.find(name).unwrap(), t).unwrap());
+        let losses = golden.train(model, &mut adapted, variant.losses.len());
+        let worst = losses.iter().zip(&variant.losses).map(|(x, y)| (x / y - 1.0).abs()).fold(0.0, f64::max);
+        within(&format!("{what}: losses from the start here"), worst, 1e-4);
+    });
+    assert_eq!(residuals.into_inner(), 9, "pissa of five models, olora of four");
+}
+
+/// What is written of an adapter that began at a part of the base is what PEFT's conversion writes.
+#[test]
+fn what_began_at_a_part_of_the_base_is_written_as_pefts_conversion_writes_it() {
+    let compared = RefCell::new(0);
+    each(|what, dir, _, _, model, _| {
+        let converted = dir.with_file_name("pissa_converted");
+        if !what.ends_with(", pissa_moved") || !converted.exists() {
+            return;
+        }
+        let saved = written(dir, model);
+        same_config(what, saved.path(), &converted);
+        let (ours, theirs) = (tensors_of(saved.path()), tensors_of(&converted));
+        assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>(), "{what}");
+        for ((module, a, b), (_, their_a, their_b)) in pairs(&ours).zip(pairs(&theirs)) {
+            assert_eq!((a.shape(), b.shape()), (their_a.shape(), their_b.shape()), "{what}: {module}");
+            let r = a.rows() / 2;
+            let trained = |a: &Tensor, b: &Tensor| product(a, b, 1.0, 0..r).to_f64().unwrap();
+            assert_eq!(trained(a, b), trained(their_a, their_b), "{what}: {module}");
+            let constant = |a: &Tensor, b: &Tensor| product(a, b, 1.0, r..2 * r);
+            within(&format!("{what}: {module}"), relative(&constant(a, b), &constant(their_a, their_b)), 1e-5);
+            *compared.borrow_mut() += 1;
         }
     });
+    assert!(compared.into_inner() >= 12);
 }
 
 /// Trains each adapter on and writes it with its logits where `lora-bench/interop/check_adapters.py` looks for them.

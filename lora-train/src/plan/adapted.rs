@@ -26,6 +26,9 @@ pub(super) struct Adapted<'a> {
 /// The normalisation that follows where a sublayer joins the stream, where there is one.
 pub(super) type Norm<'a> = Option<&'a dyn Fn(&mut Tape, &Var) -> Var>;
 
+/// The ends of the names of the factors of updates.
+const LORA: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
+
 /// The parameter of all virtual tokens, below the name of their site.
 pub(super) const PROMPT: &str = "prompt_embeddings";
 
@@ -84,33 +87,55 @@ impl<'a> Adapted<'a> {
         }
         let Some(ranks) = self.ranks.get(site) else { return ops::linear(t, x, map) };
         if self.options.dropout == 0.0 {
-            return ops::lora_linear(t, x, map, ranks.iter().sum());
+            let y = ops::lora_linear(t, x, map, ranks.iter().sum());
+            return self.given_way(t, x, y, ranks);
         }
-        let mut y = ops::linear(t, x, map);
+        let y = ops::linear(t, x, map);
+        let mut y = self.given_way(t, x, y, ranks);
         let x = ops::dropout(t, x.share(), self.options.dropout);
         for &rank in ranks {
             let u = ops::linear(t, &x, Map { outputs: rank, w: true, b: false });
-            y = ops::linear_onto(t, y, &u);
+            y = ops::linear_onto(t, y, &u, true);
         }
         y
     }
 
+    /// The output of a linear map that gives way to what its updates began at.
+    fn given_way(&self, t: &mut Tape, x: &Var, mut y: Var, ranks: &[u128]) -> Var {
+        for &rank in ranks.iter().filter(|_| self.options.init_lora_weights.takes_from_base()) {
+            let u = ops::linear(t, x, Map { outputs: rank, w: false, b: false });
+            y = ops::linear_onto(t, y, &u, false);
+        }
+        y
+    }
+
+    /// What a method keeps beside the base that does not train: what updates began at.
+    pub(super) fn constants(&self) -> u128 {
+        let factors = self.parameters.iter().filter(|(name, _)| LORA.iter().any(|end| name.ends_with(end)));
+        let taken = self.options.init_lora_weights.takes_from_base();
+        if taken { factors.map(|(_, shape)| scalars(shape)).sum() } else { 0 }
+    }
+
     /// The same with DoRA, which adapts a site as a whole.
     fn project_dora(&self, t: &mut Tape, site: &str, x: &Var, map: Map) -> Var {
-        let rank = self.ranks.get(site).map_or(0, |ranks| ranks.iter().sum());
+        let ranks = self.ranks.get(site).map_or(&[][..], Vec::as_slice);
+        let rank = ranks.iter().sum();
         let directed = |t: &mut Tape, x: &Var, own: Var| {
             let u = ops::linear(t, x, Map { outputs: rank, w: true, b: false });
-            let y = ops::linear_onto(t, own, &u);
+            let y = ops::linear_onto(t, own, &u, true);
             ops::scale_columns(t, &y, true)
         };
         let plain = Map { b: false, ..map };
         if self.options.dropout == 0.0 {
             let own = ops::linear(t, x, plain);
+            let own = self.given_way(t, x, own, ranks);
             return directed(t, x, own);
         }
         let y = ops::linear(t, x, map);
+        let y = self.given_way(t, x, y, ranks);
         let x = &ops::dropout(t, x.share(), self.options.dropout);
         let own = ops::linear(t, x, plain);
+        let own = self.given_way(t, x, own, ranks);
         let more = directed(t, x, own.share());
         let y = ops::add(t, y, more);
         ops::add(t, y, own)

@@ -199,6 +199,7 @@ pub fn plan(config: &PlanConfig) -> Result<Plan> {
             whole_model: row.whole_model,
             trainable: adapted.trainable(),
             activations,
+            constants: adapted.constants(),
             size: c.dtype.size() as u128,
             tasks: c.tasks.into(),
         });
@@ -244,6 +245,8 @@ struct Counts {
     whole_model: bool,
     trainable: u128,
     activations: u128,
+    /// Scalars beside the base that stay.
+    constants: u128,
     size: u128,
     tasks: u128,
 }
@@ -253,7 +256,7 @@ fn counted(n: Counts) -> Option<Costs> {
     let (p, t) = (n.base.scalars, n.trainable);
     let cast = if n.size < tape::WIDE { n.size * t } else { 0 };
     let frozen = if n.whole_model { tape::WIDE } else { n.size };
-    let parts = [frozen * p + tape::WIDE * t + cast, tape::WIDE * t, 2 * tape::WIDE * t, n.activations];
+    let parts = [frozen * p + tape::WIDE * (t + n.constants) + cast, tape::WIDE * t, 2 * tape::WIDE * t, n.activations];
     let stored = |base: u128, own: u128| if n.whole_model { n.tasks * own } else { base + n.tasks * own };
     let bytes = |n: u128| u64::try_from(n).ok();
     Some(Costs {

@@ -38,13 +38,17 @@ pub(super) fn lora_linear(t: &mut Tape, x: &Var, map: Map, ranks: u128) -> Var {
     })
 }
 
-/// y[:, some columns] += x·Wᵀ in place, where W trains.
-pub(super) fn linear_onto(t: &mut Tape, y: Var, x: &Var) -> Var {
+/// y[:, some columns] += x·Wᵀ in place, where W may train.
+pub(super) fn linear_onto(t: &mut Tape, y: Var, x: &Var, trains: bool) -> Var {
     let Var { mut value, slot } = y;
     value.make_mut(&t.ledger);
-    let kept = x.value.clone();
+    let kept = trains.then(|| x.value.clone());
     let dx = x.slot.map(|s| (s, x.value.cols));
-    t.record(value, true, move |dy, g| {
+    let tracked = trains || dx.is_some();
+    if !tracked {
+        return Var { value, slot };
+    }
+    t.record(value, tracked, move |dy, g| {
         if let Some(s) = slot {
             g.pass(s, dy.clone());
         }

@@ -47,10 +47,13 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
                 let of_site: Vec<_> = adapted.parameters.iter().filter(|(n, _)| is_part(n, &site.name)).collect();
                 let rank: usize =
                     of_site.iter().filter(|(n, _)| n.ends_with(".lora_A.weight")).map(|(_, s)| s[0]).sum();
+                // What an update began at is saved beside it.
+                let halves = if options.init_lora_weights.takes_from_base() { 2 } else { 1 };
+                let rank = halves * rank;
                 if rank > 0 {
                     specs.push((format!("{}.lora_A.weight", site.name), vec![rank, linear.inputs]));
                     specs.push((format!("{}.lora_B.weight", site.name), vec![linear.outputs, rank]));
-                    own += of_site.iter().map(|(_, s)| scalars(s)).sum::<u128>();
+                    own += halves as u128 * of_site.iter().map(|(_, s)| scalars(s)).sum::<u128>();
                 }
             }
             SiteKind::KeysValues { layers, cols } if adapted.virtual_tokens()[1] > 0 => {

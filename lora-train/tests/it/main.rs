@@ -7,6 +7,7 @@ mod data;
 mod demo;
 #[cfg(feature = "cuda")]
 mod device;
+mod loraplus;
 mod methods;
 mod metrics;
 #[cfg(feature = "cuda")]

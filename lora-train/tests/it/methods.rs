@@ -7,7 +7,10 @@ use std::{
     path::Path,
 };
 
-use lora_core::{Error as CoreError, peft::METHODS};
+use lora_core::{
+    Error as CoreError,
+    peft::{InitLoraWeights, METHODS},
+};
 use lora_model::{Error as ModelError, adapter, config::RawConfig};
 use lora_train::{Error, Observer, Step, TrainConfig, train};
 
@@ -73,12 +76,16 @@ fn an_interrupted_run_of_any_method_goes_on_bit_for_bit() {
             let run = TrainConfig { method: "adapter-p".into(), steps: Some(2), ..config(name) };
             train(&run, false, &mut ()).unwrap_or_else(|e| panic!("{case}: {e}"));
         }
-        for row in METHODS {
-            let what = format!("{case}, {}", row.name);
+        // What an adapter begins at is not in the checkpoint: it is computed again, and is the same.
+        let inits = [InitLoraWeights::Pissa { niter: Some(2) }, InitLoraWeights::Olora];
+        let inits = inits.into_iter().map(|init| (METHODS.iter().find(|m| m.name == "lora").unwrap(), init));
+        for (row, init_lora_weights) in METHODS.iter().map(|row| (row, InitLoraWeights::default())).chain(inits) {
+            let what = format!("{case}, {}, {init_lora_weights:?}", row.name);
             let run = |out: &str| TrainConfig {
                 method: row.name.into(),
+                init_lora_weights,
                 fuse: vec![folder.join("first"), folder.join("second")],
-                ..config(&format!("{}-{out}", row.name))
+                ..config(&format!("{}-{}-{out}", row.name, init_lora_weights.word()))
             };
             let whole = match train(&run("whole"), false, &mut ()) {
                 Ok(summary) => summary,

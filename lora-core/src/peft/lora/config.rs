@@ -1,4 +1,4 @@
-use super::super::Modules;
+use super::{super::Modules, InitLoraWeights};
 use crate::{Error, Result};
 
 /// The configuration of [`Lora`](super::Lora), under PEFT's names but for rank (`r`), alpha (`lora_alpha`), dropout
@@ -31,6 +31,10 @@ pub struct LoraConfig {
     pub bias: Bias,
     /// DoRA: the lengths of the adapted weights train apart from their directions.
     pub use_dora: bool,
+    /// How A and B begin.
+    pub init_lora_weights: InitLoraWeights,
+    /// Whether the adapted weights are stored [in, out], as GPT-2's are. The base knows; what is said has to agree.
+    pub fan_in_fan_out: Option<bool>,
 }
 
 /// Which biases of the base train beside LoRA.
@@ -87,11 +91,30 @@ impl Default for LoraConfig {
             modules_to_save: Vec::new(),
             bias: Bias::None,
             use_dora: false,
+            init_lora_weights: InitLoraWeights::default(),
+            fan_in_fan_out: None,
         }
     }
 }
 
 impl LoraConfig {
+    /// The configuration of what is saved: where an adapter began at a part of the base, that part is saved beside it, so
+    /// that every rank is twice what trained, and every α twice (√2 times with rsLoRA) what it was, which keeps the scale.
+    pub fn saved(&self) -> LoraConfig {
+        if !self.init_lora_weights.takes_from_base() {
+            return self.clone();
+        }
+        let alpha = |a: f64| a * if self.rslora { 2f64.sqrt() } else { 2.0 };
+        LoraConfig {
+            rank: 2 * self.rank,
+            alpha: alpha(self.alpha),
+            rank_pattern: self.rank_pattern.iter().map(|(key, r)| (key.clone(), 2 * r)).collect(),
+            alpha_pattern: self.alpha_pattern.iter().map(|(key, a)| (key.clone(), alpha(*a))).collect(),
+            init_lora_weights: InitLoraWeights::default(),
+            ..self.clone()
+        }
+    }
+
     /// Refuses numbers that make no sense on any model.
     pub(super) fn check(&self) -> Result<()> {
         let bad = |option, value: String, why: &str| Err(Error::Option { option, value, why: why.into() });

@@ -2,7 +2,7 @@ use lora_kernels::{gemm, reciprocal_norms};
 
 use super::{
     super::{Linear, LinearSite, Plan, Site},
-    update::{MAGNITUDE, Term},
+    update::{MAGNITUDE, Term, Update},
 };
 use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::Layout, ops};
 
@@ -45,8 +45,9 @@ impl Dora {
     }
 
     /// m / ‖W₀ + s·B·A‖ [1, out], with the norm as a constant.
-    fn gains(&self, t: &mut Tape, base: &Linear, a: &Var, b: &Var, scale: f64) -> Result<Var> {
-        let norms = self.reciprocal_norms(base.w.value(), base.layout, a.value(), b.value(), scale)?;
+    fn gains(&self, t: &mut Tape, base: &Linear, term: &Term, (a, b): (&Var, &Var), scale: f64) -> Result<Var> {
+        let (whole_a, whole_b) = term.whole(a.value(), b.value())?;
+        let norms = self.reciprocal_norms(base.w.value(), base.layout, &whole_a, &whole_b, scale)?;
         let norms = t.constant(&norms.to_dtype(a.value().dtype())?);
         let m = t.param(self.m)?;
         ops::scale_columns(t, &m, &norms)
@@ -76,7 +77,8 @@ impl Dora {
         (scale, dropout): (f64, f64),
     ) -> Result<Var> {
         let (a, b) = (t.param(term.a)?, t.param(term.b)?);
-        let gains = self.gains(t, base, &a, &b, scale)?;
+        let gains = self.gains(t, base, term, (&a, &b), scale)?;
+        let terms = std::slice::from_ref(term);
         let directed = |t: &mut Tape, x: &Var, own: Var| -> Result<Var> {
             let u = ops::linear(t, x, &a, Layout::OutIn, None)?;
             let y = ops::linear_onto(t, own, term.cols.clone(), &u, &b, scale)?;
@@ -84,6 +86,7 @@ impl Dora {
         };
         let Some(mask) = t.dropout_mask(dropout) else {
             let own = ops::linear(t, x, &base.w, base.layout, None)?;
+            let own = Update::given_way(terms, t, x, own, scale)?;
             let y = directed(t, x, own)?;
             return match &base.bias {
                 Some(bias) => ops::add_bias(t, y, bias),
@@ -91,8 +94,10 @@ impl Dora {
             };
         };
         let y = base.apply(t, x)?;
+        let y = Update::given_way(terms, t, x, y, scale)?;
         let x = &ops::dropout_by(t, x.share(), mask)?;
         let own = ops::linear(t, x, &base.w, base.layout, None)?;
+        let own = Update::given_way(terms, t, x, own, scale)?;
         let more = directed(t, x, own.share())?;
         let y = ops::add(t, y, more)?;
         ops::subtract(t, y, &own)

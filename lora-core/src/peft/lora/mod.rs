@@ -2,6 +2,7 @@
 
 mod config;
 mod dora;
+mod init;
 mod update;
 
 use super::{
@@ -9,10 +10,14 @@ use super::{
     selection::{Match, Selection, Wanted},
     whole::WholeModules,
 };
-use crate::{Error, Init, ParamId, Result, lowrank::Scaling};
+use crate::{
+    Error, Result,
+    lowrank::{Layout, Scaling},
+};
 
 pub use config::{Bias, LoraConfig};
 use dora::Dora;
+pub use init::InitLoraWeights;
 use update::{Term, Update};
 
 /// LoRA (Hu et al. 2021, section 4.1): h = W₀x + s·B·A·x with W₀ frozen, A [r, in] Kaiming-uniform, B [out, r] zero, and
@@ -94,6 +99,23 @@ impl Lora {
         Ok(())
     }
 
+    /// Refuses a `fan_in_fan_out` that is not how the adapted weights are stored.
+    fn check_fan_in_fan_out(&self, outline: &Outline) -> Result<()> {
+        let Some(given) = self.config.fan_in_fan_out else { return Ok(()) };
+        let adapted = self.sites(outline)?;
+        let wrong = adapted.iter().find_map(|site| match &site.kind {
+            SiteKind::Linear(linear) if (linear.layout == Layout::InOut) != given => Some((site, linear.layout)),
+            _ => None,
+        });
+        let Some((site, layout)) = wrong else { return Ok(()) };
+        let (stored, is) = if layout == Layout::InOut { ("[in, out]", true) } else { ("[out, in]", false) };
+        let why = format!(
+            "{} of the architecture {} is stored {stored}, so it is {is}; leave the option out",
+            site.name, outline.architecture
+        );
+        Err(Error::Option { option: "fan-in-fan-out", value: given.to_string(), why })
+    }
+
     fn is_bias_of_target(&self, tensor: &BaseTensor, outline: &Outline) -> bool {
         let Some(module) = tensor.name.strip_suffix(".bias") else { return false };
         let adapted = |(site, linear): (&Site, &LinearSite)| {
@@ -124,20 +146,23 @@ impl Lora {
                 return Err(Error::Option { option: "rank", value: r.to_string(), why });
             }
         }
-        // All A's one below the other, so that one product with x serves them all.
-        let init = || Init::kaiming_uniform(linear.inputs);
-        let mut a =
-            |(prefix, _): &(String, _)| plan.add(format!("{prefix}.lora_A.weight"), &[r, linear.inputs], init());
-        let a: Vec<ParamId> = places.iter().map(&mut a).collect();
-        let mut term = |((prefix, cols), a): ((String, std::ops::Range<usize>), ParamId)| {
-            let b = plan.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], Init::Zeros);
-            Term { a, b, cols }
-        };
-        let terms: Vec<Term> = places.into_iter().zip(a).map(&mut term).collect();
+        if places.is_empty() {
+            return Ok(None);
+        }
         let (scale, dropout) = (self.scaling().scale(alpha, r)?, self.config.dropout);
         let (layout, outputs) = (linear.layout, linear.outputs);
-        if terms.is_empty() {
-            return Ok(None);
+        // All A's one below the other, so that one product with x serves them all.
+        let mut begun = Vec::new();
+        for (prefix, cols) in places {
+            let init = self.config.init_lora_weights;
+            let begin = init.begin((site, linear), (&prefix, cols.clone()), (r, scale), plan)?;
+            let a = plan.add(format!("{prefix}.lora_A.weight"), &[r, linear.inputs], begin.a);
+            begun.push((prefix, cols, a, begin.b, begin.origin));
+        }
+        let mut terms = Vec::new();
+        for (prefix, cols, a, b, origin) in begun {
+            let b = plan.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], b);
+            terms.push(Term { a, b, cols, origin });
         }
         let dora = self.config.use_dora.then(|| Dora::new(site, linear, plan)).transpose()?;
         Ok(Some(Update { terms, scale, dropout, layout, outputs, rank: r, dora }))
@@ -161,12 +186,18 @@ impl Method for Lora {
     fn check(&self, outline: &Outline) -> Result<()> {
         self.selection.check(outline)?;
         self.check_patterns(outline)?;
+        self.check_fan_in_fan_out(outline)?;
         self.whole.check(outline)
     }
 
     fn start(&self) -> Start {
-        // Lengths are divided by themselves, which rounds.
-        if self.config.use_dora { Start::NearBase } else { Start::Base }
+        match self.config.init_lora_weights {
+            InitLoraWeights::Random => Start::Elsewhere,
+            // Lengths are divided by themselves, which rounds.
+            InitLoraWeights::Kaiming | InitLoraWeights::Gaussian if !self.config.use_dora => Start::Base,
+            // So do sums of what is added and taken away again.
+            _ => Start::NearBase,
+        }
     }
 
     fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {

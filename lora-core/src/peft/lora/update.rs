@@ -6,6 +6,7 @@ use ndarray::{Array2, Axis};
 use super::{
     super::{Adapter, Linear, LinearAdapter, LinearSite, take},
     dora::Dora,
+    init::Origin,
 };
 use crate::{
     Error, ParamId, Params, Result, Tape, Tensor, Var,
@@ -32,23 +33,55 @@ pub(super) struct Term {
     pub(super) a: ParamId,
     pub(super) b: ParamId,
     pub(super) cols: Range<usize>,
+    /// What it began at, which the base gave way to.
+    pub(super) origin: Option<Origin>,
+}
+
+impl Term {
+    /// A [r, in] and B [out, r] with what they began at: the update of the base's own weight.
+    pub(super) fn whole(&self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+        match &self.origin {
+            None => Ok((a.clone(), b.clone())),
+            Some(origin) => origin.beside(a, b),
+        }
+    }
+
+    /// The same of parameters, as arrays.
+    fn arrays(&self, params: &Params) -> Result<(Array2<f32>, Array2<f32>)> {
+        let (a, b) = self.whole(&params.tensor(self.a), &params.tensor(self.b))?;
+        Ok((a.to_array()?, b.to_array()?))
+    }
 }
 
 /// PEFT's name for the lengths of DoRA.
 pub(super) const MAGNITUDE: &str = "lora_magnitude_vector";
 
 impl Update {
+    /// The rank of each term with what it began at.
+    fn saved_rank(&self) -> usize {
+        if self.terms[0].origin.is_some() { 2 * self.rank } else { self.rank }
+    }
+
+    /// The output of a linear map that gives way to what the terms began at: y −= s·(x·A₀ᵀ)·B₀ᵀ.
+    pub(super) fn given_way(terms: &[Term], t: &mut Tape, x: &Var, mut y: Var, scale: f64) -> Result<Var> {
+        for term in terms {
+            if let Some(origin) = &term.origin {
+                y = origin.take(t, x, y, term.cols.clone(), scale)?;
+            }
+        }
+        Ok(y)
+    }
+
     /// The whole update as one pair A [n·r, in], B [outputs, n·r]; B is zero outside of its blocks.
     fn pair(&self, params: &Params) -> Result<(Array2<f32>, Array2<f32>)> {
-        let (r, n) = (self.rank, self.terms.len());
+        let (r, n) = (self.saved_rank(), self.terms.len());
         let inputs = params.shape(self.terms[0].a)[1];
         let mut a = Array2::zeros((n * r, inputs));
         let mut b = Array2::zeros((self.outputs, n * r));
         for (i, term) in self.terms.iter().enumerate() {
-            let block = ndarray::s![i * r..(i + 1) * r, ..];
-            a.slice_mut(block).assign(&params.tensor(term.a).to_array()?);
-            let block = ndarray::s![term.cols.clone(), i * r..(i + 1) * r];
-            b.slice_mut(block).assign(&params.tensor(term.b).to_array()?);
+            let (own_a, own_b) = term.arrays(params)?;
+            a.slice_mut(ndarray::s![i * r..(i + 1) * r, ..]).assign(&own_a);
+            b.slice_mut(ndarray::s![term.cols.clone(), i * r..(i + 1) * r]).assign(&own_b);
         }
         Ok((a, b))
     }
@@ -67,9 +100,11 @@ impl LinearAdapter for Update {
         let part = |term: &Term| Ok(LoraPart { cols: term.cols.clone(), a: t.param(term.a)?, b: t.param(term.b)? });
         let parts = self.terms.iter().map(part).collect::<Result<Vec<_>>>()?;
         let Some(mask) = t.dropout_mask(self.dropout) else {
-            return ops::lora_linear(t, x, &base.w, base.layout, base.bias.as_ref(), &parts, self.scale);
+            let y = ops::lora_linear(t, x, &base.w, base.layout, base.bias.as_ref(), &parts, self.scale)?;
+            return Update::given_way(&self.terms, t, x, y, self.scale);
         };
-        let mut y = base.apply(t, x)?;
+        let y = base.apply(t, x)?;
+        let mut y = Update::given_way(&self.terms, t, x, y, self.scale)?;
         // One mask for all parts: PEFT drops the input of the module once.
         let x = &ops::dropout_by(t, x.share(), mask)?;
         for LoraPart { cols, a, b } in parts {
@@ -80,10 +115,10 @@ impl LinearAdapter for Update {
     }
 
     fn add(&self, params: &Params, x: Mat, mut y: MatMut) -> Result<bool> {
-        if self.dora.is_some() {
+        if self.dora.is_some() || self.terms.iter().any(|term| term.origin.is_some()) {
             return Ok(false);
         }
-        for Term { a, b, cols } in &self.terms {
+        for Term { a, b, cols, .. } in &self.terms {
             let (a, b) = (params.compute_tensor(*a)?, params.compute_tensor(*b)?);
             let mut h = Tensor::empty(x.device(), x.dtype(), &[x.rows(), self.rank])?;
             gemm(self.scale, x, a.t(), 0.0, h.make_mut()?)?;
@@ -100,7 +135,7 @@ impl LinearAdapter for Update {
         };
         // Each term into its own columns: the ranks of all terms together may exceed what one update can have.
         for term in &self.terms {
-            let (a, b) = (params.tensor(term.a).to_array()?, params.tensor(term.b).to_array()?);
+            let (a, b) = term.arrays(params)?;
             let update = LowRank::new(a, b, self.scale)?;
             let mut block = w.slice_axis_mut(outputs, term.cols.clone().into());
             let merged = lowrank::merge(block.view(), &update, self.layout)?.into_weight();
@@ -128,17 +163,22 @@ impl Adapter for Update {
     }
 
     fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
-        let (r, n) = (self.rank, self.terms.len());
+        let (r, saved, n) = (self.rank, self.saved_rank(), self.terms.len());
         let inputs = params.shape(self.terms[0].a)[1];
-        let a = take(tensors, &format!("{site}.lora_A.weight"), &[n * r, inputs])?.to_array()?;
+        let a = take(tensors, &format!("{site}.lora_A.weight"), &[n * saved, inputs])?.to_array()?;
         let name = format!("{site}.lora_B.weight");
-        let mut b = take(tensors, &name, &[self.outputs, n * r])?.to_array()?;
+        let mut b = take(tensors, &name, &[self.outputs, n * saved])?.to_array()?;
         for (i, term) in self.terms.iter().enumerate() {
-            let part = a.slice(ndarray::s![i * r..(i + 1) * r, ..]).to_owned();
-            params.set(term.a, &tensor(params, &part)?)?;
-            let mut block = b.slice_mut(ndarray::s![term.cols.clone(), i * r..(i + 1) * r]);
-            let part = block.to_owned();
-            params.set(term.b, &tensor(params, &part)?)?;
+            let rows = i * saved..(i + 1) * saved;
+            let part = a.slice(ndarray::s![rows.clone(), ..]);
+            let mut block = b.slice_mut(ndarray::s![term.cols.clone(), rows]);
+            params.set(term.a, &tensor(params, &part.slice(ndarray::s![..r, ..]).to_owned())?)?;
+            params.set(term.b, &tensor(params, &block.slice(ndarray::s![.., ..r]).to_owned())?)?;
+            if term.arrays(params)? != (part.to_owned(), block.to_owned()) {
+                let why = "the half of it that is constant is not what an adapter of this base begins at; attach it as an \
+                           adapter that begins at zero, of twice the rank";
+                return Err(Error::Structure { name: format!("{site}.lora_A.weight"), why: why.into() });
+            }
             block.fill(0.0);
         }
         if let Some(dora) = &self.dora {

@@ -6,7 +6,7 @@ use clap::{
     Args,
     builder::{PossibleValue, PossibleValuesParser},
 };
-use lora_core::peft::{Bias, METHODS, Modules};
+use lora_core::peft::{Bias, InitLoraWeights, METHODS, Modules};
 use serde::{Serialize, Serializer};
 
 /// Fields of [`TrainConfig`](lora_train::TrainConfig).
@@ -65,6 +65,16 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true)]
     use_dora: Option<bool>,
+    /// lora: how A and B begin, as in PEFT: true (A at random, B zero), false (both at random), gaussian, orthogonal, or, of the
+    /// base's own weights, pissa, pissa_niter_N (N iterations in place of the whole decomposition), olora; these two train
+    /// beside what is left of the base, and are saved as adapters of twice the rank for the base as it is [default: true]
+    #[arg(long, value_name = "WORD", value_parser = init)]
+    init_lora_weights: Option<String>,
+    /// lora: PEFT's word for weights that are stored [in, out], as GPT-2's are; the model says so itself, and another value is
+    /// refused [default: the model's]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true)]
+    fan_in_fan_out: Option<bool>,
     /// ia3: among the targets those whose inputs are multiplied, not the outputs [default: with the default targets PEFT's]
     #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
@@ -115,6 +125,15 @@ fn methods() -> PossibleValuesParser {
 
 fn modules(text: &str) -> Result<Modules, Infallible> {
     Ok(Modules::of_line(text))
+}
+
+fn init(text: &str) -> Result<String, String> {
+    // What is refused says why, without naming the option once more.
+    match InitLoraWeights::parse(text) {
+        Ok(init) => Ok(init.word()),
+        Err(lora_core::Error::Option { why, .. }) => Err(why),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 /// `KEY=VALUE`; the key, a regular expression, may hold a `=` itself.

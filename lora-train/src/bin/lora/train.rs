@@ -102,6 +102,12 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true, help_heading = "Optimiser (AdamW)")]
     no_decay_vectors: Option<bool>,
+    /// LoRA+: the learning rate of B, and of biases and other vectors, as a multiple of --lr, which is that of A
+    #[arg(long, value_name = "RATIO", help_heading = "Optimiser (AdamW)")]
+    loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: the learning rate of both factors of adapted embeddings [default: 0.000001]
+    #[arg(long, value_name = "LR", help_heading = "Optimiser (AdamW)")]
+    loraplus_lr_embedding: Option<f64>,
     /// Decay of the mean of gradients [default: 0.9]
     #[arg(long, help_heading = "Optimiser (AdamW)")]
     beta1: Option<f64>,

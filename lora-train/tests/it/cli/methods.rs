@@ -196,6 +196,43 @@ fn a_fusion_trains_on() {
     assert!(lab.bytes("more/adapter_model.safetensors") == end);
 }
 
+/// What begins at a part of the base trains beside the rest of it, and is an ordinary adapter in the end.
+#[test]
+fn an_adapter_can_begin_at_a_part_of_the_base() {
+    let lab = Lab::new();
+    let losses = |out: &str| {
+        let lines = String::from_utf8(lab.bytes(&format!("{out}.jsonl"))).unwrap();
+        let steps = lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
+        steps.filter_map(|s| s["loss"].as_f64()).collect::<Vec<f64>>()
+    };
+    let run = |out: &str, flags: &str| {
+        lab.train(out, &format!("--rank 2 --alpha 6 --steps 3 --lr 0.003 --log {out}.jsonl {flags}"));
+        losses(out)
+    };
+    let plain = run("plain", "");
+    for (word, toml) in [("pissa", "\"pissa\""), ("pissa_niter_3", "\"pissa_niter_3\""), ("olora", "\"OLoRA\"")] {
+        let begun = run(word, &format!("--init-lora-weights {word}"));
+        // The base's own output at the beginning, and another course.
+        assert!((begun[0] / plain[0] - 1.0).abs() < 1e-5 && begun[2] != plain[2], "{word}: {begun:?}, {plain:?}");
+        lab.write("init.toml", &format!("init_lora_weights = {toml}\n"));
+        assert_eq!(run(&format!("{word}-file"), "--config init.toml"), begun, "{word}");
+        let config: Value = serde_json::from_slice(&lab.bytes(&format!("{word}/adapter_config.json"))).unwrap();
+        let said = ["r", "lora_alpha", "init_lora_weights"].map(|key| config[key].clone());
+        assert_eq!(said, [json!(4), json!(12), json!(true)], "{word}");
+        lab.train("more", &format!("--init-adapter {word} --rank 4 --alpha 12 --steps 3 --log more.jsonl"));
+        assert!(losses("more")[2] < begun[0], "{word}: {:?}", losses("more"));
+        fs::remove_dir_all(lab.path("more")).unwrap();
+    }
+    for (flag, toml, value) in [("false", "false", json!(false)), ("gaussian", "\"gaussian\"", json!("gaussian"))] {
+        let begun = run(flag, &format!("--init-lora-weights {flag}"));
+        assert_eq!((begun[0] - plain[0]).abs() < 1e-5, flag == "gaussian", "{flag}: {begun:?}, {plain:?}");
+        lab.write("init.toml", &format!("init-lora-weights = {toml}\n"));
+        assert_eq!(run(&format!("{flag}-file"), "--config init.toml"), begun, "{flag}");
+        let config: Value = serde_json::from_slice(&lab.bytes(&format!("{flag}/adapter_config.json"))).unwrap();
+        assert_eq!([&config["r"], &config["init_lora_weights"]], [&json!(2), &value], "{flag}");
+    }
+}
+
 /// PEFT's options as flags, and in a file by the names that PEFT has for them: one adapter, which says them in PEFT's words.
 #[test]
 fn pefts_options_reach_the_adapter() {
@@ -226,12 +263,28 @@ fn pefts_options_reach_the_adapter() {
         assert_eq!(config[key], value, "{key}");
     }
     // It trains on, and its own options may be said again.
-    lab.train("more", "--init-adapter flags --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 1");
+    lab.train("said", "--fan-in-fan-out --steps 1");
+    let said: Value = serde_json::from_slice(&lab.bytes("said/adapter_config.json")).unwrap();
+    assert_eq!(said["fan_in_fan_out"], json!(true));
+    lab.train(
+        "more",
+        "--init-adapter flags --fan-in-fan-out --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 1",
+    );
     refused(&lab, "--init-adapter flags --rank-pattern c_fc=2", &["rank-pattern = c_fc=2", "0.attn.c_attn=3,c_fc=1"]);
     for (args, parts) in [
         ("--targets (c_attn", ["targets = (c_attn", "no regular expression"]),
         ("--rank-pattern c_fc=1", ["rank-pattern = c_fc", "no module that is adapted"]),
         ("--layers-to-transform 2", ["layers-to-transform = 2", "2 layers"]),
+        ("--loraplus-lr-ratio 0", ["loraplus-lr-ratio = 0", "positive"]),
+        ("--method bitfit --loraplus-lr-ratio 2", ["loraplus-lr-ratio = 2", "bitfit has none"]),
+        ("--loraplus-lr-embedding=-1", ["loraplus-lr-embedding = -1", "≥ 0"]),
+        ("--fan-in-fan-out=false", ["fan-in-fan-out = false", "c_attn of the architecture gpt2"]),
+        ("--init-adapter flags --fan-in-fan-out=false", ["fan_in_fan_out", "so it is true"]),
+        ("--init-lora-weights eva", ["--init-lora-weights", "activations"]),
+        ("--init-lora-weights zeros", ["--init-lora-weights", "pissa_niter_N"]),
+        ("--init-lora-weights orthogonal --rank 3", ["init-lora-weights = orthogonal", "even"]),
+        ("--init-lora-weights pissa --rank 9", ["init-lora-weights = pissa", "twice the rank"]),
+        ("--init-adapter flags --init-lora-weights olora", ["init-lora-weights = olora", "the adapter flags has true"]),
         (
             "--method ia3 --targets c_attn --feedforward-modules c_fc",
             ["feedforward-modules = c_fc", "some of the targets"],
