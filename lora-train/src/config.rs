@@ -95,6 +95,10 @@ pub struct TrainConfig {
     pub reparam: usize,
     /// Folders of the trained adapters that `fusion` combines.
     pub fuse: Vec<PathBuf>,
+    /// Factor both factors of LoKr's product.
+    pub decompose_both: bool,
+    /// One of LoKr's two factors of inputs and outputs, where it divides them; −1: near the square root.
+    pub decompose_factor: i64,
     /// An adapter to start from.
     pub init_adapter: Option<PathBuf>,
     /// Refuse an adapter (`init_adapter`, `fuse`) that was trained on another base, rather than warn of it.
@@ -194,6 +198,8 @@ impl Default for TrainConfig {
             count_prefix: options.count_prefix,
             reparam: options.reparam,
             fuse: Vec::new(),
+            decompose_both: options.decompose_both,
+            decompose_factor: options.decompose_factor,
             init_adapter: None,
             strict: false,
             epochs: None,

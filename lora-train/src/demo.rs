@@ -265,8 +265,12 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
         method: row.name.into(),
         lr: config.lr(row.name),
         seed: config.seed,
-        // They are linear maps, and other methods that have targets have others.
-        targets: if row.name.starts_with("lora") { config.adapt.targets.clone() } else { Modules::default() },
+        // They are linear maps, and (IA)³ and LN tuning have others.
+        targets: if row.options.contains(&"layers-to-transform") {
+            config.adapt.targets.clone()
+        } else {
+            Modules::default()
+        },
         ..config.adapt.clone()
     };
     for row in [find("lora")?, find("full")?] {

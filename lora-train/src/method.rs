@@ -49,6 +49,8 @@ impl TrainConfig {
             infix: self.infix,
             count_prefix: self.count_prefix,
             reparam: self.reparam,
+            decompose_both: self.decompose_both,
+            decompose_factor: self.decompose_factor,
             fuse: if self.reads("fuse")? { self.frozen()? } else { Vec::new() },
         })
     }
@@ -152,6 +154,8 @@ impl TrainConfig {
             infix: o.infix,
             count_prefix: o.count_prefix,
             reparam: o.reparam,
+            decompose_both: o.decompose_both,
+            decompose_factor: o.decompose_factor,
             ..self
         }
     }
@@ -196,6 +200,8 @@ impl TrainConfig {
             "infix" => self.infix.to_string(),
             "count-prefix" => self.count_prefix.to_string(),
             "reparam" => self.reparam.to_string(),
+            "decompose-both" => self.decompose_both.to_string(),
+            "decompose-factor" => self.decompose_factor.to_string(),
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }
@@ -228,6 +234,8 @@ impl TrainConfig {
             "infix" => self.infix = from.infix,
             "count-prefix" => self.count_prefix = from.count_prefix,
             "reparam" => self.reparam = from.reparam,
+            "decompose-both" => self.decompose_both = from.decompose_both,
+            "decompose-factor" => self.decompose_factor = from.decompose_factor,
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }

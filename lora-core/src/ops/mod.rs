@@ -2,6 +2,7 @@
 //! no slot gets no gradient, and what only its gradient would need is not saved.
 
 mod attention;
+mod blocks;
 mod columns;
 mod disentangled;
 mod elementwise;
@@ -16,6 +17,7 @@ mod rope;
 mod unfold;
 
 pub use attention::{Qkv, attention};
+pub use blocks::{linear_blocks, reshape};
 pub use columns::scale_columns;
 pub use disentangled::{DisentangledInputs, disentangled};
 pub use elementwise::{activation, add, add_bias, dropout, dropout_by, silu_gate, subtract};

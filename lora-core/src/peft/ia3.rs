@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::{
     Adapter, Attached, BaseTensor, Linear, LinearAdapter, LinearSite, Method, Modules, Outline, Plan, Site, SiteKind,
     load_plain, save_plain,
-    selection::{Match, Matcher, Selection, Wanted},
+    selection::{Matcher, Selection, Wanted},
     whole::WholeModules,
 };
 use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::Layout, ops};
@@ -19,7 +19,6 @@ use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::La
 /// they are PEFT's for the architecture.
 #[derive(Clone, Debug)]
 pub struct Ia3 {
-    targets: Modules,
     feedforward: Matcher,
     selection: Selection,
     whole: WholeModules,
@@ -79,7 +78,6 @@ impl Ia3 {
             modules_to_save,
         })?;
         Ok(Ia3 {
-            targets: targets.clone(),
             feedforward: Matcher::new("feedforward-modules", feedforward_modules)?,
             selection,
             whole: WholeModules::new(modules_to_save)?,
@@ -101,7 +99,7 @@ impl Ia3 {
         let Some([targets, feedforward]) = Ia3::defaults(outline) else { return Ok(None) };
         let selection = self.selection.with_targets(&targets)?;
         let feedforward = Matcher::new("feedforward-modules", &feedforward)?;
-        Ok(Some(Ia3 { targets, feedforward, selection, is_default: false, ..self.clone() }))
+        Ok(Some(Ia3 { feedforward, selection, is_default: false, ..self.clone() }))
     }
 
     /// PEFT's rule: the end of a module's name, with or without a dot before it, or a whole regular expression.
@@ -129,13 +127,7 @@ impl Method for Ia3 {
         };
         method.selection.check(outline)?;
         method.whole.check(outline)?;
-        for (site, linear) in outline.linear_sites() {
-            if method.selection.of(site, linear, outline)?.iter().any(|hit| *hit != Match::Whole) {
-                let why = format!("{} is adapted as a whole; name it without its part", site.name);
-                return Err(Error::Option { option: "targets", value: method.targets.to_string(), why });
-            }
-        }
-        Ok(())
+        method.selection.whole_modules(outline).map(drop)
     }
 
     fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {

@@ -6,6 +6,7 @@
 
 mod adapted;
 mod adapter_drop;
+mod added;
 mod bitfit;
 mod bottleneck;
 mod combined;
@@ -15,6 +16,7 @@ mod houlsby;
 mod ia3;
 mod lin;
 mod ln_tuning;
+mod lokr;
 mod lora;
 mod mixed;
 mod modules;
@@ -35,6 +37,7 @@ use rand_distr::{Distribution, StandardNormal};
 
 pub use adapted::{Adapted, parameters, trainable};
 pub use adapter_drop::AdapterDrop;
+use added::added;
 pub use bitfit::BitFit;
 pub use bottleneck::{Bottlenecks, non_linearity};
 pub use combined::Combined;
@@ -44,6 +47,7 @@ pub use houlsby::Houlsby;
 pub use ia3::{Ia3, Ia3Config};
 pub use lin::Lin;
 pub use ln_tuning::LnTuning;
+pub use lokr::{LoKr, LoKrConfig};
 pub use lora::{Bias, InitLoraWeights, Lora, LoraConfig};
 pub use modules::{Modules, Pattern, names, saves};
 pub use options::{Frozen, METHODS, MethodRow, Options, find};

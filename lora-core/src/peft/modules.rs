@@ -1,7 +1,7 @@
 use std::fmt;
 
 use super::regex::Regex;
-use crate::Result;
+use crate::{Error, Result};
 
 /// Which modules are meant, as PEFT's `target_modules` and `exclude_modules` say it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,8 +111,19 @@ impl<T: Copy> Pattern<T> {
         Ok(None)
     }
 
+    /// Refuses a key that matches none of the modules that are adapted, and so would change nothing.
+    pub(super) fn check_used(&self, option: &'static str, modules: &[&str]) -> Result<()> {
+        match self.unused(modules)?.first() {
+            None => Ok(()),
+            Some(key) => {
+                let why = "matches no module that is adapted; leave it out".into();
+                Err(Error::Option { option, value: key.to_string(), why })
+            }
+        }
+    }
+
     /// The keys that match none of these modules.
-    pub(super) fn unused(&self, modules: &[&str]) -> Result<Vec<&str>> {
+    fn unused(&self, modules: &[&str]) -> Result<Vec<&str>> {
         let mut unused = Vec::new();
         for (regex, _) in &self.0 {
             let mut used = false;

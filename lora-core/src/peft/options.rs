@@ -4,7 +4,8 @@ use lora_kernels::Activation;
 
 use super::{
     AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, InitLoraWeights, Layers,
-    Lin, LnTuning, Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, VirtualTokens,
+    Lin, LnTuning, LoKr, LoKrConfig, Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top,
+    VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -66,6 +67,10 @@ pub struct Options {
     pub reparam: usize,
     /// Trained adapters that `fusion` combines.
     pub fuse: Vec<Frozen>,
+    /// Whether LoKr factors both factors of its product.
+    pub decompose_both: bool,
+    /// One of LoKr's two factors of inputs and outputs, where it divides them; −1: near the square root.
+    pub decompose_factor: i64,
 }
 
 impl Default for Options {
@@ -98,6 +103,8 @@ impl Default for Options {
             count_prefix: true,
             reparam: 0,
             fuse: Vec::new(),
+            decompose_both: false,
+            decompose_factor: -1,
         }
     }
 }
@@ -183,6 +190,22 @@ impl Options {
         Lora::new(LoraConfig::from(self))
     }
 
+    fn lokr(&self) -> Result<LoKr> {
+        LoKr::new(LoKrConfig {
+            rank: self.rank,
+            alpha: self.alpha,
+            targets: self.targets.clone(),
+            exclude_modules: self.exclude_modules.clone(),
+            layers_to_transform: self.layers_to_transform.clone(),
+            layers_pattern: self.layers_pattern.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+            decompose_both: self.decompose_both,
+            decompose_factor: self.decompose_factor,
+        })
+    }
+
     fn ia3(&self) -> Result<Ia3> {
         Ia3::new(&Ia3Config {
             targets: self.targets.clone(),
@@ -241,6 +264,19 @@ const LORA: [&str; 15] = [
     "init-lora-weights",
     "fan-in-fan-out",
 ];
+const LOKR: [&str; 11] = [
+    "rank",
+    "alpha",
+    "targets",
+    "exclude-modules",
+    "layers-to-transform",
+    "layers-pattern",
+    "rank-pattern",
+    "alpha-pattern",
+    "modules-to-save",
+    "decompose-both",
+    "decompose-factor",
+];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
 const PRE_LAYER: [&str; 4] = ["prefix", "infix", "reparam", "count-prefix"];
 const ADAPTER: [&str; 3] = ["bottleneck", "non-linearity", "train-norms"];
@@ -288,6 +324,13 @@ pub const METHODS: &[MethodRow] = &[
         options: &["targets", "exclude-modules", "modules-to-save"],
         whole_model: false,
         build: |o| Ok(Box::new(LnTuning::new(&o.targets, &o.exclude_modules, &o.modules_to_save)?)),
+    },
+    MethodRow {
+        name: "lokr",
+        about: "a Kronecker product s·(W1 ⊗ W2) beside frozen projections (Yeh et al. 2023)",
+        options: &LOKR,
+        whole_model: false,
+        build: |o| Ok(Box::new(o.lokr()?)),
     },
     MethodRow {
         name: "adapter-h",

@@ -202,6 +202,21 @@ impl Selection {
         Ok(hits)
     }
 
+    /// The modules that are adapted, for a method that adapts whole ones: a part of one is refused.
+    pub(super) fn whole_modules<'a>(&self, outline: &'a Outline) -> Result<Vec<&'a str>> {
+        let mut modules = Vec::new();
+        for (site, linear) in outline.linear_sites() {
+            let hits = self.of(site, linear, outline)?;
+            if hits.iter().any(|hit| *hit != Match::Whole) {
+                let why = format!("{} is adapted as a whole; name it without its part", site.name);
+                let value = self.names(outline).unwrap_or_default().join(",");
+                return Err(Error::Option { option: "targets", value, why });
+            }
+            modules.extend((!hits.is_empty()).then_some(site.name.as_str()));
+        }
+        Ok(modules)
+    }
+
     /// Whether a module stays as it is although a target may name it.
     fn is_left_out(&self, module: &str, outline: &Outline) -> Result<bool> {
         if self.exclude.matches(module)? || self.saved.iter().chain(&outline.modules_to_save).any(|m| is_in(module, m))

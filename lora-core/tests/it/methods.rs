@@ -174,6 +174,8 @@ const VARIANTS: &[(&str, Change)] = &[
     ("norms train too", |o| o.train_norms = true),
     ("a narrow bottleneck", |o| o.bottleneck = 1),
     ("dropped layers", |o| o.drop_layers = Some(Layers::First(1))),
+    ("both factors of a product factored", |o| (o.rank, o.decompose_both) = (1, true)),
+    ("another factor of the widths", |o| o.decompose_factor = 2),
 ];
 
 /// Options that are senseless to whoever reads them.
@@ -224,6 +226,8 @@ const BAD: &[(&str, Change)] = &[
     ("layers", |o| o.layers = Layers::Last(LAYERS + 1)),
     ("drop-layers", |o| o.drop_layers = Some(Layers::Of(vec![LAYERS]))),
     ("drop-layers", |o| o.drop_layers = Some(Layers::All)),
+    ("decompose-factor", |o| o.decompose_factor = 0),
+    ("decompose-factor", |o| o.decompose_factor = -2),
 ];
 
 /// Plain options, with adapters to combine.
@@ -452,6 +456,14 @@ fn bad_options_are_refused_by_whoever_reads_them() {
         for (i, (option, change)) in BAD.iter().enumerate() {
             let mut o = options_of(row, &base);
             change(&mut o);
+            // These come with ranks, which others than LoRA read too.
+            if *option == "init-lora-weights" && !row.options.contains(option) {
+                continue;
+            }
+            // In LoKr what no rank cuts is one whole factor.
+            if row.name == "lokr" && (o.rank > D || o.rank_pattern.iter().any(|(_, r)| *r > D)) {
+                continue;
+            }
             match output(&o) {
                 // Methods that read only some of what was changed name those.
                 Err(e) => {

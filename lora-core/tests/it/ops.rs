@@ -17,6 +17,7 @@ fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     projections::linear_cases(&mut all);
     projections::lora_cases(&mut all);
+    projections::block_cases(&mut all);
     elements::elementwise_cases(&mut all);
     elements::row_cases(&mut all);
     elements::part_cases(&mut all);

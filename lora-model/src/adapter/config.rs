@@ -285,7 +285,7 @@ pub(super) fn unconverted(word: &Value) -> String {
 }
 
 /// A whole number without a fraction, as PEFT writes α.
-fn number(x: f64) -> Value {
+pub(super) fn number(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
 }
 

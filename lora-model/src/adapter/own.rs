@@ -82,6 +82,8 @@ fn value(o: &Options, option: &str) -> Value {
         "infix" => json!(o.infix),
         "count-prefix" => json!(o.count_prefix),
         "reparam" => json!(o.reparam),
+        "decompose-both" => json!(o.decompose_both),
+        "decompose-factor" => json!(o.decompose_factor),
         "fuse" => Value::Object(o.fuse.iter().map(|f| (f.name.clone(), json!(f.bottleneck))).collect()),
         other => panic!("an option of a method that its files do not know: {other}"),
     }
@@ -178,6 +180,8 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
             None | Some(0) => {}
             Some(_) => return Err(raw.error(key, "a saved prefix is keys and values alone; set it to 0")),
         },
+        "decompose-both" => o.decompose_both = raw.bool(key)?.unwrap_or(o.decompose_both),
+        "decompose-factor" => o.decompose_factor = whole_number(raw, key)?.unwrap_or(o.decompose_factor),
         "fuse" => o.fuse = fused(raw, key, tensors)?,
         other => panic!("an option of a method that its files do not know: {other}"),
     }
@@ -190,6 +194,12 @@ fn some_modules(raw: &RawConfig, key: &str) -> Result<Modules> {
         Some(Value::Array(list)) if list.is_empty() => Ok(Modules::default()),
         _ => Ok(read_modules(raw, key)?.unwrap_or_default()),
     }
+}
+
+/// A whole number, perhaps a negative one.
+pub(super) fn whole_number(raw: &RawConfig, key: &str) -> Result<Option<i64>> {
+    let Some(value) = raw.value(key) else { return Ok(None) };
+    value.as_i64().map(Some).ok_or_else(|| raw.error(key, format_args!("expected a whole number, found {value}")))
 }
 
 /// A list of names.

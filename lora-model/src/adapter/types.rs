@@ -1,6 +1,8 @@
 //! Adapters in PEFT's own format beside LoRA: its types, which keys their configurations have, and what their tensors are
 //! called in a file.
 
+mod lokr;
+
 use std::collections::BTreeMap;
 
 use lora_core::{
@@ -12,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{
     ARCHITECTURE_KEY, AdapterFile, PREFIX,
-    config::{HEADS, modules, read_modules, some},
+    config::{HEADS, modules, one_or_more, read_modules, some},
     finite,
     own::strings,
 };
@@ -23,14 +25,16 @@ use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig, error::Lis
 pub(super) enum Kind {
     Ia3,
     LnTuning,
+    LoKr,
     Prompt,
     Prefix,
 }
 
 /// Each with PEFT's word and the method.
-const KINDS: [(Kind, &str, &str); 4] = [
+const KINDS: [(Kind, &str, &str); 5] = [
     (Kind::Ia3, "IA3", "ia3"),
     (Kind::LnTuning, "LN_TUNING", "ln-tuning"),
+    (Kind::LoKr, "LOKR", "lokr"),
     (Kind::Prompt, "PROMPT_TUNING", "pre-embed"),
     (Kind::Prefix, "PREFIX_TUNING", "pre-layer"),
 ];
@@ -51,13 +55,14 @@ impl Kind {
         KINDS.iter().map(|(_, word, _)| *word)
     }
 
-    /// How PEFT has what a method trained, if it has it. It puts virtual tokens before the text alone and counts them as positions, it has none for tasks
-    /// that it has no name for, and it classifies a text by its first row, which is a virtual token in prompt tuning where
-    /// here it is the text's own.
+    /// How PEFT has what a method trained, if it has it. Its LoKr has no layer for weights stored [in, out]. It puts virtual
+    /// tokens before the text alone and counts them as positions, it has none for tasks that it has no name for, and it
+    /// classifies a text by its first row, which is a virtual token in prompt tuning where here it is the text's own.
     pub(super) fn of(row: &MethodRow, options: &Options, outline: &Outline) -> Option<Kind> {
         let (kind, ..) = KINDS.iter().find(|(.., method)| *method == row.name)?;
         match kind {
             Kind::Ia3 | Kind::LnTuning => true,
+            Kind::LoKr => outline.linear_sites().all(|(_, linear)| linear.layout == Layout::OutIn),
             Kind::Prompt => options.infix == 0 && outline.task_type == Some("CAUSAL_LM"),
             Kind::Prefix => options.infix == 0 && options.count_prefix && outline.task_type.is_some(),
         }
@@ -101,6 +106,11 @@ impl Kind {
                 more(&mut saved);
                 keys.extend([("target_modules", modules(&sorted(targets))), ("exclude_modules", json!(excluded))]);
             }
+            Kind::LoKr => {
+                more(&mut saved);
+                keys.extend(selected(options, Modules::Names(outline.default_targets.clone())));
+                keys.extend(lokr::keys(options));
+            }
             Kind::Prompt | Kind::Prefix => {
                 // The widths PEFT knows from the base, and where heads share keys it would divide them once more.
                 keys.extend([
@@ -113,7 +123,7 @@ impl Kind {
         match self {
             Kind::Prompt => drop(keys.insert("prompt_tuning_init", json!("RANDOM"))),
             Kind::Prefix => drop(keys.insert("prefix_projection", json!(false))),
-            Kind::Ia3 | Kind::LnTuning => {}
+            _ => {}
         }
         keys.insert("modules_to_save", some(&saved));
         format!("{:#}", json!(keys))
@@ -126,7 +136,7 @@ impl Kind {
                 let (module, tensor) = name.rsplit_once('.').unwrap_or_default();
                 format!("{PREFIX}{module}.{NORM}.{tensor}")
             }
-            Kind::Ia3 | Kind::LnTuning => format!("{PREFIX}{name}"),
+            Kind::Ia3 | Kind::LnTuning | Kind::LoKr => format!("{PREFIX}{name}"),
             Kind::Prompt | Kind::Prefix if name.ends_with(PROMPT) => PROMPT.into(),
             Kind::Prompt | Kind::Prefix => format!("{BESIDE}{name}"),
         }
@@ -142,7 +152,11 @@ impl Kind {
         let mut saved = strings(&raw, "modules_to_save")?.unwrap_or_default();
         saved.dedup();
         match self {
-            Kind::Ia3 | Kind::LnTuning => {
+            Kind::Ia3 | Kind::LnTuning | Kind::LoKr => {
+                if self == Kind::LoKr {
+                    lokr::read(&raw, &mut options)?;
+                    read_selected(&raw, &mut options)?;
+                }
                 if self == Kind::Ia3 {
                     // It may be an empty list: no module has its input multiplied.
                     options.feedforward_modules = match raw.value("feedforward_modules") {
@@ -191,13 +205,8 @@ impl Kind {
     fn own_name(self, key: &str, saved: &[String]) -> Option<String> {
         let whole = |name: &str| saved.iter().any(|m| saves(m, name)).then(|| name.to_owned());
         match self {
-            Kind::Ia3 => {
-                let name = key.strip_prefix(PREFIX)?;
-                let gains = name.rsplit_once(".ia3_l").filter(|(module, rest)| {
-                    !module.is_empty() && (rest.is_empty() || rest.starts_with('.') && !rest[1..].contains('.'))
-                });
-                gains.map(|(module, _)| format!("{module}.ia3_l")).or_else(|| whole(name))
-            }
+            Kind::Ia3 => of_module(key, &["ia3_l"]).or_else(|| whole(key.strip_prefix(PREFIX)?)),
+            Kind::LoKr => of_module(key, &lokr::TENSORS).or_else(|| whole(key.strip_prefix(PREFIX)?)),
             Kind::LnTuning => {
                 let name = key.strip_prefix(PREFIX)?;
                 let norm = name.rsplit_once('.').and_then(|(module, tensor)| {
@@ -212,6 +221,37 @@ impl Kind {
             Kind::Prompt | Kind::Prefix => whole(key.strip_prefix(BESIDE)?),
         }
     }
+}
+
+/// The name here of a tensor of a module that ends in one of these names, with or without the adapter's own after it.
+fn of_module(key: &str, names: &[&str]) -> Option<String> {
+    let name = key.strip_prefix(PREFIX)?;
+    let of = |own: &&str| {
+        let of_this =
+            |path: &str| path.strip_suffix(*own)?.strip_suffix('.').filter(|m| !m.is_empty()).map(str::to_owned);
+        let named = || name.rsplit_once('.').and_then(|(path, _)| of_this(path));
+        of_this(name).or_else(named).map(|module| format!("{module}.{own}"))
+    };
+    names.iter().find_map(of)
+}
+
+/// The keys that say what is adapted, as those of LoRA do.
+fn selected(o: &Options, default_targets: Modules) -> Vec<(&'static str, Value)> {
+    let targets = if o.targets.is_default() { default_targets } else { o.targets.clone() };
+    let mut keys = vec![("target_modules", modules(&sorted(targets)))];
+    keys.extend((!o.exclude_modules.is_default()).then(|| ("exclude_modules", modules(&o.exclude_modules))));
+    keys.extend((!o.layers_to_transform.is_empty()).then(|| ("layers_to_transform", json!(o.layers_to_transform))));
+    keys.extend((!o.layers_pattern.is_empty()).then(|| ("layers_pattern", json!(o.layers_pattern))));
+    keys
+}
+
+/// Those that no other type reads.
+fn read_selected(raw: &RawConfig, o: &mut Options) -> Result<()> {
+    let number = |v: &Value| v.as_u64()?.try_into().ok();
+    o.layers_to_transform = one_or_more(raw, "layers_to_transform", "a layer's number", number)?;
+    o.layers_pattern = one_or_more(raw, "layers_pattern", "a name", |v| v.as_str().map(str::to_owned))?;
+    o.layers_pattern.retain(|p| !p.is_empty());
+    Ok(())
 }
 
 /// Names in the order of the alphabet, as PEFT's sets are best compared.
@@ -254,9 +294,10 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
         "revision",
         "task_type",
     ];
-    const NORMS: [&str; 2] = ["target_modules", "exclude_modules"];
+    const MODULES: [&str; 2] = ["target_modules", "exclude_modules"];
     // How the base stores its weights, the base knows better; how the vectors began does not matter.
     const GAINS: [&str; 3] = ["fan_in_fan_out", "feedforward_modules", "init_ia3_weights"];
+    const LAYERS: [&str; 2] = ["layers_to_transform", "layers_pattern"];
     // Sizes that the tensor has to have anyway, and how it began.
     const TOKENS: [&str; 10] = [
         "encoder_hidden_size",
@@ -273,8 +314,9 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
     // Saved flattened, a projection is gone.
     const PROJECTION: &str = "prefix_projection";
     let known = |key: &str| match kind {
-        Kind::Ia3 => NORMS.contains(&key) || GAINS.contains(&key),
-        Kind::LnTuning => NORMS.contains(&key),
+        Kind::Ia3 => MODULES.contains(&key) || GAINS.contains(&key),
+        Kind::LnTuning => MODULES.contains(&key),
+        Kind::LoKr => MODULES.contains(&key) || LAYERS.contains(&key) || lokr::KNOWN.contains(&key),
         Kind::Prompt => TOKENS.contains(&key),
         Kind::Prefix => TOKENS.contains(&key) || key == PROJECTION,
     };
@@ -283,6 +325,14 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
             && matches!(value.as_u64(), None | Some(1))
             && matches!(kind, Kind::Prompt | Kind::Prefix)
         {
+            continue;
+        }
+        if kind == Kind::LoKr && ["rank_dropout", "module_dropout"].contains(&key.as_str()) {
+            if value.as_f64().is_some_and(|p| p != 0.0) {
+                let problem = "drops parts of the adapter while it trains, which is not done here; set it to 0, which \
+                               changes nothing about what it computes";
+                return Err(raw.error(key, format_args!("{value} {problem}")));
+            }
             continue;
         }
         if !GENERAL.contains(&key.as_str()) && !known(key) && !super::options::is_empty(value) {

@@ -69,6 +69,10 @@ def lora(**options):
     return lambda task: peft.LoraConfig(task_type=task, **({"r": 2, "lora_alpha": 3} | options))
 
 
+def lokr(**options):
+    return lambda task: peft.LoKrConfig(task_type=task, **({"r": 2, "alpha": 3} | options))
+
+
 def variants(first, second, mlp, norm, embedding, layers):
     """Name -> the configuration for a task."""
     return {
@@ -114,7 +118,15 @@ def variants(first, second, mlp, norm, embedding, layers):
         # A text is classified by its first row, which in PEFT is a virtual token, and here its own.
         "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
         if task == "CAUSAL_LM" else None,
-    }
+        # PEFT has it for linear maps alone, not for Conv1D.
+    } | ({} if first == "c_attn" else {
+        "lokr": lokr(),
+        "lokr_both": lokr(r=1, target_modules=[first, mlp], decompose_both=True, modules_to_save=[norm]),
+        "lokr_patterns": lokr(
+            target_modules="all-linear", exclude_modules=rf".*\.1\..*{second}", decompose_factor=4,
+            rank_pattern={mlp: 1, first: 30}, alpha_pattern={rf".*\.0\..*": 5.5}),
+        "lokr_layers": lokr(target_modules=[second], layers_to_transform=[1], layers_pattern=layers),
+    })
 
 
 def main(names):

@@ -82,6 +82,9 @@ impl<'a> Adapted<'a> {
             }
             None => {}
         }
+        if let Some(w1) = self.factor(site, "w1") {
+            return self.project_kronecker(t, site, x, map, w1);
+        }
         if self.trains(&format!("{site}.lora_magnitude_vector")) {
             return self.project_dora(t, site, x, map);
         }
@@ -98,6 +101,44 @@ impl<'a> Adapted<'a> {
             y = ops::linear_onto(t, y, &u, true);
         }
         y
+    }
+
+    /// Rows, columns and the rank, where it is factored, of a factor of a site's Kronecker product.
+    fn factor(&self, site: &str, name: &str) -> Option<(u128, u128, Option<u128>)> {
+        let shape = |part: &str| Some(&self.shapes.get(&format!("{site}.lokr_{name}{part}"))?[..]);
+        match (shape(""), shape("_a"), shape("_b")) {
+            (Some(&[rows, cols]), ..) => Some((rows as u128, cols as u128, None)),
+            (_, Some(&[rows, rank]), Some(&[_, cols])) => Some((rows as u128, cols as u128, Some(rank as u128))),
+            _ => None,
+        }
+    }
+
+    /// The same with a Kronecker product.
+    fn project_kronecker(&self, t: &mut Tape, site: &str, x: &Var, map: Map, w1: (u128, u128, Option<u128>)) -> Var {
+        let y = ops::linear(t, x, map);
+        let (n, (l, m, rank)) = (x.value.rows, w1);
+        let Some((k, j, inner)) = self.factor(site, "w2") else { return y };
+        let alone = |outputs| Map { outputs, w: true, b: false };
+        let (z, q) = match inner {
+            None => (ops::reshape(t, x.share(), n, m * j), j),
+            Some(r) => {
+                let pieces = ops::reshape(t, x.share(), n * m, j);
+                let z = ops::linear(t, &pieces, alone(r));
+                drop(pieces);
+                (ops::reshape(t, z, n, m * r), r)
+            }
+        };
+        let z = match rank {
+            None => ops::linear_blocks(t, &z, [l, m]),
+            Some(r) => {
+                let z = ops::linear_blocks(t, &z, [r, m]);
+                ops::linear_blocks(t, &z, [l, r])
+            }
+        };
+        let z = ops::reshape(t, z, n * l, q);
+        let y = ops::reshape(t, y, n * l, k);
+        let y = ops::linear_onto(t, y, &z, true);
+        ops::reshape(t, y, n, l * k)
     }
 
     /// The output of a linear map that gives way to what its updates began at.

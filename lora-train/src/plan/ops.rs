@@ -38,6 +38,35 @@ pub(super) fn lora_linear(t: &mut Tape, x: &Var, map: Map, ranks: u128) -> Var {
     })
 }
 
+/// The same elements in another shape.
+pub(super) fn reshape(t: &mut Tape, x: Var, rows: u128, cols: u128) -> Var {
+    let (was, slot) = ([x.value.rows, x.value.cols], x.slot);
+    t.record(x.value.reshaped(rows, cols), slot.is_some(), move |dy, g| {
+        if let Some(s) = slot {
+            g.pass(s, dy.reshaped(was[0], was[1]));
+        }
+    })
+}
+
+/// A map from m blocks of columns to l, whose matrix trains.
+pub(super) fn linear_blocks(t: &mut Tape, x: &Var, [l, m]: [u128; 2]) -> Var {
+    let (n, cols) = (x.value.rows, x.value.cols);
+    let q = cols / m;
+    let kept = t.empty(m, n * q);
+    let blocks = t.empty(l, n * q);
+    let y = t.empty(n, l * q);
+    drop(blocks);
+    let slot = x.slot;
+    t.record(y, true, move |_dy, g| {
+        let _dy = g.scratch(l, n * q);
+        drop(kept);
+        if let Some(s) = slot {
+            let _blocks = g.scratch(m, n * q);
+            g.add(s, n, cols);
+        }
+    })
+}
+
 /// y[:, some columns] += x·Wᵀ in place, where W may train.
 pub(super) fn linear_onto(t: &mut Tape, y: Var, x: &Var, trains: bool) -> Var {
     let Var { mut value, slot } = y;

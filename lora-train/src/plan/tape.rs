@@ -76,6 +76,11 @@ impl Matrix {
         Matrix { rows, ..self.clone() }
     }
 
+    /// The same memory in another shape.
+    pub(super) fn reshaped(self, rows: u128, cols: u128) -> Matrix {
+        Matrix { rows, cols, ..self }
+    }
+
     /// The matrix for writing: copied where anybody else holds it.
     pub(super) fn make_mut(&mut self, ledger: &Rc<Ledger>) {
         if !self.is_unshared() {

@@ -88,15 +88,8 @@ impl Lora {
     fn check_patterns(&self, outline: &Outline) -> Result<()> {
         let sites = self.sites(outline)?;
         let modules: Vec<&str> = sites.iter().map(|s| s.name.as_str()).collect();
-        for (option, unused) in
-            [("rank-pattern", self.ranks.unused(&modules)?), ("alpha-pattern", self.alphas.unused(&modules)?)]
-        {
-            if let Some(key) = unused.first() {
-                let why = "matches no module that is adapted; leave it out".into();
-                return Err(Error::Option { option, value: key.to_string(), why });
-            }
-        }
-        Ok(())
+        self.ranks.check_used("rank-pattern", &modules)?;
+        self.alphas.check_used("alpha-pattern", &modules)
     }
 
     /// Refuses a `fan_in_fan_out` that is not how the adapted weights are stored.

@@ -2,10 +2,10 @@
 
 use lora_core::{lowrank::Layout, ops};
 use lora_kernels::Activation;
-use ndarray::s;
+use ndarray::{Axis, concatenate, s};
 
 use crate::{
-    ops::case::{Case, case},
+    ops::case::{Case, M, case},
     ops::oracles::linear,
 };
 
@@ -87,6 +87,47 @@ pub(crate) fn linear_cases(all: &mut Vec<Case>) {
             ops::add(t, y, z)
         },
         |m| &m[0] + linear(&m[1], &m[2], Layout::OutIn) + m[0].mapv(f64::tanh),
+    ));
+}
+
+/// Linear maps of blocks of columns, and the two that make a Kronecker product.
+pub(crate) fn block_cases(all: &mut Vec<Case>) {
+    let mixed = |x: &M, w: &M| {
+        let q = x.ncols() / w.ncols();
+        M::from_shape_fn((x.nrows(), w.nrows() * q), |(n, c)| {
+            (0..w.ncols()).map(|j| w[[c / q, j]] * x[[n, j * q + c % q]]).sum()
+        })
+    };
+    for (m, q, l) in [(3, 2, 5), (1, 4, 3), (4, 1, 1)] {
+        let (x, w) = ([4, m * q], [l, m]);
+        all.push(case(
+            format!("linear_blocks of {m} blocks of {q} columns to {l}"),
+            &[("x", &x), ("w", &w)],
+            |t, v| ops::linear_blocks(t, &v[0], &v[1]),
+            move |m| mixed(&m[0], &m[1]),
+        ));
+    }
+    all.push(case(
+        "a Kronecker product, one factor after the other, of x that is used again",
+        &[("x", &[4, 6]), ("u", &[5, 3]), ("v", &[3, 2])],
+        |t, mut v| {
+            let x = v.remove(0);
+            let again = x.share();
+            let z = ops::linear_blocks(t, &x, &v[0])?;
+            let z = ops::reshape(t, z, &[20, 2]);
+            let z = ops::linear(t, &z, &v[1], Layout::OutIn, None)?;
+            let z = ops::reshape(t, z, &[4, 15]);
+            let again = ops::reshape(t, again, &[12, 2]);
+            let again = ops::linear(t, &again, &v[1], Layout::OutIn, None)?;
+            let again = ops::reshape(t, again, &[4, 9]);
+            let z = ops::columns(t, &z, 3..12)?;
+            ops::concat_rows(t, &z, &again)
+        },
+        |m| {
+            let kron = |u: &M| M::from_shape_fn((3 * u.nrows(), 6), |(o, i)| u[[o / 3, i / 2]] * m[2][[o % 3, i % 2]]);
+            let (z, same) = (m[0].dot(&kron(&m[1]).t()), m[0].dot(&kron(&M::eye(3)).t()));
+            concatenate![Axis(0), z.slice(s![.., 3..12]), same]
+        },
     ));
 }
 

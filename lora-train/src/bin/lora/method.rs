@@ -17,10 +17,10 @@ pub(crate) struct MethodArgs {
     /// What to train. Options below begin with the methods that read them, alone or in combination [default: lora]
     #[arg(long, value_parser = methods())]
     pub(crate) method: Option<String>,
-    /// lora: rank r of the update [default: 8]
+    /// lora, lokr: rank r of the update [default: 8]
     #[arg(long, alias = "r", value_name = "R")]
     rank: Option<usize>,
-    /// lora: the update is scaled by alpha/r [default: 16]
+    /// lora, lokr: the update is scaled by alpha/r [default: 16]
     #[arg(long, alias = "lora-alpha")]
     alpha: Option<f64>,
     /// lora: dropout on the input of the update [default: 0]
@@ -30,31 +30,36 @@ pub(crate) struct MethodArgs {
     #[arg(long, alias = "use-rslora", value_name = "true|false", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", hide_possible_values = true)]
     rslora: Option<bool>,
-    /// lora, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); parts of a fused projection by theirs
-    /// (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's whole name matches ('.*(q|v)_proj')
-    /// [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj, ...]
+    /// lora, lokr, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); with lora
+    /// parts of a fused projection by theirs (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's
+    /// whole name matches ('.*(q|v)_proj') [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj,
+    /// ...]
     #[arg(long, alias = "target-modules", value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
     targets: Option<Modules>,
-    /// lora, ia3, ln-tuning: modules not to adapt, although a target names them, as names or a regular expression
+    /// lora, lokr, ia3, ln-tuning: modules not to adapt, although a target names them, as names or a regular
+    /// expression
     #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
     exclude_modules: Option<Modules>,
-    /// lora: adapt in these layers alone, numbered from 0
+    /// lora, lokr: adapt in these layers alone, numbered from 0
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     layers_to_transform: Option<Vec<usize>>,
-    /// lora: what stands before a layer's number in the names of modules, such as h or layers [default: anything]
+    /// lora, lokr: what stands before a layer's number in the names of modules, such as h or layers
+    /// [default: anything]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     layers_pattern: Option<Vec<String>>,
-    /// lora: another rank for the modules that KEY names, as a target does or as a regular expression; may be given again
+    /// lora, lokr: another rank for the modules that KEY names, as a target does or as a regular expression; may be
+    /// given again
     #[arg(long, value_name = "KEY=R", value_parser = entry::<usize>)]
     #[serde(serialize_with = "as_map")]
     rank_pattern: Option<Vec<(String, usize)>>,
-    /// lora: another alpha for the modules that KEY names; may be given again
+    /// lora, lokr: another alpha for the modules that KEY names; may be given again
     #[arg(long, value_name = "KEY=ALPHA", value_parser = entry::<f64>)]
     #[serde(serialize_with = "as_map")]
     alpha_pattern: Option<Vec<(String, f64)>>,
-    /// lora, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by the ends of their names (ln_f)
+    /// lora, lokr, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by
+    /// the ends of their names (ln_f)
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     modules_to_save: Option<Vec<String>>,
     /// lora: biases of the base that train too: none, all of them, or those of adapted modules [default: none]
@@ -114,6 +119,14 @@ pub(crate) struct MethodArgs {
     /// fusion: folders of trained adapters of adapter-p to combine
     #[arg(long, value_name = "DIR,...", value_delimiter = ',')]
     fuse: Option<Vec<PathBuf>>,
+    /// lokr: factor both factors of the product, where the rank is low enough
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true)]
+    decompose_both: Option<bool>,
+    /// lokr: one of the two factors of inputs and outputs, where it divides them; -1 is near their square roots
+    /// [default: -1]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    decompose_factor: Option<i64>,
     /// Dropout of the base itself while training [default: what the model's configuration says]
     #[arg(long, value_name = "P")]
     base_dropout: Option<f64>,
