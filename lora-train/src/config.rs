@@ -99,6 +99,12 @@ pub struct TrainConfig {
     pub decompose_both: bool,
     /// One of LoKr's two factors of inputs and outputs, where it divides them; −1: near the square root.
     pub decompose_factor: i64,
+    /// What the vector between VeRA's random matrices begins at.
+    pub d_initial: f64,
+    /// The seed of VeRA's random matrices.
+    pub projection_prng_key: u64,
+    /// Save VeRA's random matrices with it; without them a reader has to draw the same ones.
+    pub save_projection: bool,
     /// An adapter to start from.
     pub init_adapter: Option<PathBuf>,
     /// Refuse an adapter (`init_adapter`, `fuse`) that was trained on another base, rather than warn of it.
@@ -200,6 +206,9 @@ impl Default for TrainConfig {
             fuse: Vec::new(),
             decompose_both: options.decompose_both,
             decompose_factor: options.decompose_factor,
+            d_initial: options.d_initial,
+            projection_prng_key: options.projection_prng_key,
+            save_projection: options.save_projection,
             init_adapter: None,
             strict: false,
             epochs: None,
@@ -286,6 +295,7 @@ impl TrainConfig {
             ("steps", self.steps.unwrap_or(0), u64::from(u32::MAX)),
             ("warmup", self.warmup, u64::from(u32::MAX)),
             ("seed", self.seed, LARGEST),
+            ("projection-prng-key", self.projection_prng_key, LARGEST),
             ("save-every", self.save_every, LARGEST),
             ("eval-every", self.eval_every, LARGEST),
         ] {

@@ -51,6 +51,10 @@ impl TrainConfig {
             reparam: self.reparam,
             decompose_both: self.decompose_both,
             decompose_factor: self.decompose_factor,
+            d_initial: self.d_initial,
+            projection_prng_key: self.projection_prng_key,
+            save_projection: self.save_projection,
+            projection: None,
             fuse: if self.reads("fuse")? { self.frozen()? } else { Vec::new() },
         })
     }
@@ -156,6 +160,9 @@ impl TrainConfig {
             reparam: o.reparam,
             decompose_both: o.decompose_both,
             decompose_factor: o.decompose_factor,
+            d_initial: o.d_initial,
+            projection_prng_key: o.projection_prng_key,
+            save_projection: o.save_projection,
             ..self
         }
     }
@@ -202,6 +209,9 @@ impl TrainConfig {
             "reparam" => self.reparam.to_string(),
             "decompose-both" => self.decompose_both.to_string(),
             "decompose-factor" => self.decompose_factor.to_string(),
+            "d-initial" => self.d_initial.to_string(),
+            "projection-prng-key" => self.projection_prng_key.to_string(),
+            "save-projection" => self.save_projection.to_string(),
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }
@@ -236,6 +246,9 @@ impl TrainConfig {
             "reparam" => self.reparam = from.reparam,
             "decompose-both" => self.decompose_both = from.decompose_both,
             "decompose-factor" => self.decompose_factor = from.decompose_factor,
+            "d-initial" => self.d_initial = from.d_initial,
+            "projection-prng-key" => self.projection_prng_key = from.projection_prng_key,
+            "save-projection" => self.save_projection = from.save_projection,
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }

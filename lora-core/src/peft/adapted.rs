@@ -40,7 +40,7 @@ fn plan(
     seed: u64,
 ) -> Result<(ParamsBuilder, BTreeMap<String, ParamId>, Places)> {
     method.check(outline)?;
-    let mut plan = Plan { params: ParamsBuilder::new(), outline, base, seed };
+    let mut plan = Plan { params: ParamsBuilder::new(), outline, base, seed, shared: BTreeMap::new() };
     let (mut trained, mut places) = (BTreeMap::new(), Places::default());
     for tensor in &outline.tensors {
         if method.trains(tensor, outline) || outline.is_saved_module(&tensor.name) {

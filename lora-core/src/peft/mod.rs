@@ -28,6 +28,8 @@ mod pre_layer;
 mod regex;
 mod selection;
 mod top;
+mod torch_generator;
+mod vera;
 mod whole;
 
 use std::{collections::BTreeMap, fmt::Debug};
@@ -56,6 +58,7 @@ pub use pfeiffer::Pfeiffer;
 pub use pre_embed::PreEmbed;
 pub use pre_layer::PreLayer;
 pub use top::Top;
+pub use vera::{Vera, VeraConfig};
 
 use lora_kernels::{Mat, MatMut};
 
@@ -103,6 +106,7 @@ pub struct Plan<'a> {
     params: ParamsBuilder,
     outline: &'a Outline,
     base: Option<&'a dyn Base>,
+    shared: BTreeMap<String, Vec<Tensor>>,
     seed: u64,
 }
 
@@ -120,6 +124,20 @@ impl<'a> Plan<'a> {
     /// A weight of the base; `None` where there are no weights, and only what trains is counted.
     pub fn base_tensor(&self, name: &str) -> Option<&'a Tensor> {
         self.base?.tensor(name)
+    }
+
+    /// Tensors that several sites use and none trains, made when they are asked for first.
+    fn shared<const N: usize>(
+        &mut self,
+        name: &str,
+        make: impl FnOnce() -> Result<[Tensor; N]>,
+    ) -> Result<Vec<Tensor>> {
+        if let Some(made) = self.shared.get(name) {
+            return Ok(made.clone());
+        }
+        let made: Vec<Tensor> = make()?.into();
+        self.shared.insert(name.into(), made.clone());
+        Ok(made)
     }
 
     /// Standard normal numbers [rows, cols], drawn from the stream of this name: for parameters that begin at something

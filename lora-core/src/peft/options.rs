@@ -4,8 +4,8 @@ use lora_kernels::Activation;
 
 use super::{
     AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, InitLoraWeights, Layers,
-    Lin, LnTuning, LoKr, LoKrConfig, Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top,
-    VirtualTokens,
+    Lin, LnTuning, LoKr, LoKrConfig, Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, Vera,
+    VeraConfig, VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -71,6 +71,14 @@ pub struct Options {
     pub decompose_both: bool,
     /// One of LoKr's two factors of inputs and outputs, where it divides them; −1: near the square root.
     pub decompose_factor: i64,
+    /// What the vector between VeRA's random matrices begins at.
+    pub d_initial: f64,
+    /// The seed of VeRA's random matrices.
+    pub projection_prng_key: u64,
+    /// Whether VeRA's random matrices are saved with it.
+    pub save_projection: bool,
+    /// VeRA's random matrices as they were saved; `None` draws them.
+    pub projection: Option<[Tensor; 2]>,
 }
 
 impl Default for Options {
@@ -105,6 +113,10 @@ impl Default for Options {
             fuse: Vec::new(),
             decompose_both: false,
             decompose_factor: -1,
+            d_initial: 0.1,
+            projection_prng_key: 0,
+            save_projection: true,
+            projection: None,
         }
     }
 }
@@ -206,6 +218,21 @@ impl Options {
         })
     }
 
+    fn vera(&self) -> Result<Vera> {
+        Vera::new(VeraConfig {
+            rank: self.rank,
+            dropout: self.dropout,
+            targets: self.targets.clone(),
+            layers_to_transform: self.layers_to_transform.clone(),
+            layers_pattern: self.layers_pattern.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+            d_initial: self.d_initial,
+            projection_prng_key: self.projection_prng_key,
+            save_projection: self.save_projection,
+            projection: self.projection.clone(),
+        })
+    }
+
     fn ia3(&self) -> Result<Ia3> {
         Ia3::new(&Ia3Config {
             targets: self.targets.clone(),
@@ -277,6 +304,17 @@ const LOKR: [&str; 11] = [
     "decompose-both",
     "decompose-factor",
 ];
+const VERA: [&str; 9] = [
+    "rank",
+    "dropout",
+    "targets",
+    "layers-to-transform",
+    "layers-pattern",
+    "modules-to-save",
+    "d-initial",
+    "projection-prng-key",
+    "save-projection",
+];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
 const PRE_LAYER: [&str; 4] = ["prefix", "infix", "reparam", "count-prefix"];
 const ADAPTER: [&str; 3] = ["bottleneck", "non-linearity", "train-norms"];
@@ -331,6 +369,13 @@ pub const METHODS: &[MethodRow] = &[
         options: &LOKR,
         whole_model: false,
         build: |o| Ok(Box::new(o.lokr()?)),
+    },
+    MethodRow {
+        name: "vera",
+        about: "vectors around one pair of random matrices that all projections share (Kopiczko et al. 2023)",
+        options: &VERA,
+        whole_model: false,
+        build: |o| Ok(Box::new(o.vera()?)),
     },
     MethodRow {
         name: "adapter-h",

@@ -2,6 +2,7 @@
 //! called in a file.
 
 mod lokr;
+mod vera;
 
 use std::collections::BTreeMap;
 
@@ -26,15 +27,17 @@ pub(super) enum Kind {
     Ia3,
     LnTuning,
     LoKr,
+    Vera,
     Prompt,
     Prefix,
 }
 
 /// Each with PEFT's word and the method.
-const KINDS: [(Kind, &str, &str); 5] = [
+const KINDS: [(Kind, &str, &str); 6] = [
     (Kind::Ia3, "IA3", "ia3"),
     (Kind::LnTuning, "LN_TUNING", "ln-tuning"),
     (Kind::LoKr, "LOKR", "lokr"),
+    (Kind::Vera, "VERA", "vera"),
     (Kind::Prompt, "PROMPT_TUNING", "pre-embed"),
     (Kind::Prefix, "PREFIX_TUNING", "pre-layer"),
 ];
@@ -61,7 +64,7 @@ impl Kind {
     pub(super) fn of(row: &MethodRow, options: &Options, outline: &Outline) -> Option<Kind> {
         let (kind, ..) = KINDS.iter().find(|(.., method)| *method == row.name)?;
         match kind {
-            Kind::Ia3 | Kind::LnTuning => true,
+            Kind::Ia3 | Kind::LnTuning | Kind::Vera => true,
             Kind::LoKr => outline.linear_sites().all(|(_, linear)| linear.layout == Layout::OutIn),
             Kind::Prompt => options.infix == 0 && outline.task_type == Some("CAUSAL_LM"),
             Kind::Prefix => options.infix == 0 && options.count_prefix && outline.task_type.is_some(),
@@ -106,10 +109,10 @@ impl Kind {
                 more(&mut saved);
                 keys.extend([("target_modules", modules(&sorted(targets))), ("exclude_modules", json!(excluded))]);
             }
-            Kind::LoKr => {
+            Kind::LoKr | Kind::Vera => {
                 more(&mut saved);
                 keys.extend(selected(options, Modules::Names(outline.default_targets.clone())));
-                keys.extend(lokr::keys(options));
+                keys.extend(if self == Kind::LoKr { lokr::keys(options) } else { vera::keys(options, outline) });
             }
             Kind::Prompt | Kind::Prefix => {
                 // The widths PEFT knows from the base, and where heads share keys it would divide them once more.
@@ -136,6 +139,7 @@ impl Kind {
                 let (module, tensor) = name.rsplit_once('.').unwrap_or_default();
                 format!("{PREFIX}{module}.{NORM}.{tensor}")
             }
+            Kind::Vera => vera::stored_name(name),
             Kind::Ia3 | Kind::LnTuning | Kind::LoKr => format!("{PREFIX}{name}"),
             Kind::Prompt | Kind::Prefix if name.ends_with(PROMPT) => PROMPT.into(),
             Kind::Prompt | Kind::Prefix => format!("{BESIDE}{name}"),
@@ -152,9 +156,13 @@ impl Kind {
         let mut saved = strings(&raw, "modules_to_save")?.unwrap_or_default();
         saved.dedup();
         match self {
-            Kind::Ia3 | Kind::LnTuning | Kind::LoKr => {
-                if self == Kind::LoKr {
-                    lokr::read(&raw, &mut options)?;
+            Kind::Ia3 | Kind::LnTuning | Kind::LoKr | Kind::Vera => {
+                match self {
+                    Kind::LoKr => lokr::read(&raw, &mut options)?,
+                    Kind::Vera => vera::read(&raw, &mut options)?,
+                    _ => {}
+                }
+                if matches!(self, Kind::LoKr | Kind::Vera) {
                     read_selected(&raw, &mut options)?;
                 }
                 if self == Kind::Ia3 {
@@ -186,6 +194,9 @@ impl Kind {
             let problem = format!("not a tensor of this kind of adapter: {}", List(&strange));
             return Err(Error::Weights { file: file.path().to_owned(), problem });
         }
+        if self == Kind::Vera {
+            options.projection = vera::projection(&tensors);
+        }
         let adapter = AdapterFile {
             method: row.name,
             options,
@@ -206,6 +217,9 @@ impl Kind {
         let whole = |name: &str| saved.iter().any(|m| saves(m, name)).then(|| name.to_owned());
         match self {
             Kind::Ia3 => of_module(key, &["ia3_l"]).or_else(|| whole(key.strip_prefix(PREFIX)?)),
+            Kind::Vera => vera::own_name(key)
+                .or_else(|| of_module(key, &vera::TENSORS))
+                .or_else(|| whole(key.strip_prefix(PREFIX)?)),
             Kind::LoKr => of_module(key, &lokr::TENSORS).or_else(|| whole(key.strip_prefix(PREFIX)?)),
             Kind::LnTuning => {
                 let name = key.strip_prefix(PREFIX)?;
@@ -268,14 +282,14 @@ fn sorted(modules: Modules) -> Modules {
 /// What PEFT calls its copies of normalisations.
 const NORM: &str = "ln_tuning_layers";
 
-/// Gives virtual tokens the name that they have on a base, the only one of `wanted` that ends so.
+/// Gives what all sites share, such as virtual tokens, the name that it has on a base, the only one of `wanted` that ends so.
 pub(super) fn placed(
     tensors: &BTreeMap<String, Tensor>,
     wanted: &BTreeMap<String, Tensor>,
 ) -> BTreeMap<String, Tensor> {
     let place = |name: &str| wanted.keys().find(|w| w.strip_suffix(name).is_some_and(|site| site.ends_with('.')));
     let named = |(name, t): (&String, &Tensor)| match name.as_str() {
-        PROMPT => (place(name).unwrap_or(name).clone(), t.clone()),
+        PROMPT | vera::A | vera::B => (place(name).unwrap_or(name).clone(), t.clone()),
         _ => (name.clone(), t.clone()),
     };
     tensors.iter().map(named).collect()
@@ -316,6 +330,7 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
     let known = |key: &str| match kind {
         Kind::Ia3 => MODULES.contains(&key) || GAINS.contains(&key),
         Kind::LnTuning => MODULES.contains(&key),
+        Kind::Vera => key == MODULES[0] || LAYERS.contains(&key) || vera::KNOWN.contains(&key),
         Kind::LoKr => MODULES.contains(&key) || LAYERS.contains(&key) || lokr::KNOWN.contains(&key),
         Kind::Prompt => TOKENS.contains(&key),
         Kind::Prefix => TOKENS.contains(&key) || key == PROJECTION,
@@ -325,6 +340,9 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
             && matches!(value.as_u64(), None | Some(1))
             && matches!(kind, Kind::Prompt | Kind::Prefix)
         {
+            continue;
+        }
+        if key == "bias" && kind == Kind::Vera && value == "none" {
             continue;
         }
         if kind == Kind::LoKr && ["rank_dropout", "module_dropout"].contains(&key.as_str()) {

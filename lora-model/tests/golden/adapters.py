@@ -109,6 +109,12 @@ def variants(first, second, mlp, norm, embedding, layers):
         "ia3": lambda task: peft.IA3Config(task_type=task),
         "ia3_feedforward": lambda task: peft.IA3Config(
             task_type=task, target_modules=rf".*({first}|{mlp})", feedforward_modules=[mlp]),
+        "vera": lambda task: peft.VeraConfig(task_type=task, r=5),
+        "vera_all_linear": lambda task: peft.VeraConfig(
+            task_type=task, r=3, target_modules="all-linear", projection_prng_key=7, modules_to_save=[norm]),
+        "vera_drawn": lambda task: peft.VeraConfig(
+            task_type=task, r=4, target_modules=[first, mlp], layers_to_transform=1, projection_prng_key=123456,
+            save_projection=False),
         # PEFT has no default for encoders.
         "ln_tuning": lambda task: peft.LNTuningConfig(
             task_type=task, target_modules=["LayerNorm"] if task == "SEQ_CLS" else None),

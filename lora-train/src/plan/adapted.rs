@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use lora_core::peft::{Method, Options, Outline, SiteKind, parameters};
+use lora_core::peft::{LinearSite, Method, Options, Outline, Site, SiteKind, parameters};
 
 use super::{
     ops::{self, Map},
@@ -82,6 +82,9 @@ impl<'a> Adapted<'a> {
             }
             None => {}
         }
+        if let Some(&[rank]) = self.shapes.get(&format!("{site}.vera_lambda_d")).map(Vec::as_slice) {
+            return self.project_vera(t, x, map, rank as u128);
+        }
         if let Some(w1) = self.factor(site, "w1") {
             return self.project_kronecker(t, site, x, map, w1);
         }
@@ -101,6 +104,39 @@ impl<'a> Adapted<'a> {
             y = ops::linear_onto(t, y, &u, true);
         }
         y
+    }
+
+    /// The same with vectors around random matrices.
+    fn project_vera(&self, t: &mut Tape, x: &Var, map: Map, rank: u128) -> Var {
+        let frozen = |outputs| Map { outputs, w: false, b: false };
+        let y = ops::linear(t, x, map);
+        let u = match self.options.dropout {
+            0.0 => ops::linear(t, x, frozen(rank)),
+            p => {
+                let x = ops::dropout(t, x.share(), p);
+                ops::linear(t, &x, frozen(rank))
+            }
+        };
+        let u = ops::scale_columns(t, &u, true);
+        let more = ops::linear(t, &u, frozen(map.outputs));
+        let more = ops::scale_columns(t, &more, true);
+        ops::add(t, y, more)
+    }
+
+    /// Names and shapes of VeRA's random matrices, under the site that saves them, where there are some.
+    pub(super) fn projections(&self) -> Vec<(String, Vec<usize>)> {
+        let with = |(site, linear)| {
+            let site: &Site = site;
+            let rank = self.shapes.get(&format!("{}.vera_lambda_d", site.name))?;
+            Some((site, linear, rank[0]))
+        };
+        let adapted: Vec<(&Site, &LinearSite, usize)> = self.outline.linear_sites().filter_map(with).collect();
+        let most = |width: fn(&LinearSite) -> usize| adapted.iter().map(|(_, l, _)| width(l)).max().unwrap_or_default();
+        let shapes = |r| [("vera_A", vec![r, most(|l| l.inputs)]), ("vera_B", vec![most(|l| l.outputs), r])];
+        let named = |(first, _, r): &(&Site, &LinearSite, usize)| {
+            shapes(*r).into_iter().map(|(name, shape)| (format!("{}.{name}", first.name), shape)).collect()
+        };
+        adapted.first().map(named).unwrap_or_default()
     }
 
     /// Rows, columns and the rank, where it is factored, of a factor of a site's Kronecker product.
@@ -150,11 +186,12 @@ impl<'a> Adapted<'a> {
         y
     }
 
-    /// What a method keeps beside the base that does not train: what updates began at.
+    /// What a method keeps beside the base that does not train: what updates began at, and random matrices.
     pub(super) fn constants(&self) -> u128 {
         let factors = self.parameters.iter().filter(|(name, _)| LORA.iter().any(|end| name.ends_with(end)));
         let taken = self.options.init_lora_weights.takes_from_base();
-        if taken { factors.map(|(_, shape)| scalars(shape)).sum() } else { 0 }
+        let began: u128 = if taken { factors.map(|(_, shape)| scalars(shape)).sum() } else { 0 };
+        began + self.projections().iter().map(|(_, shape)| scalars(shape)).sum::<u128>()
     }
 
     /// The same with DoRA, which adapts a site as a whole.

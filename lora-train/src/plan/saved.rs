@@ -36,7 +36,8 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
     let mut own = 0;
     // Keys and values are saved flattened, low-rank updates site by site, all else as it is.
     for (name, shape) in &adapted.parameters {
-        if (!name.contains(".lora_") || name.ends_with(".lora_magnitude_vector")) && !name.starts_with(KEYS_VALUES) {
+        let of_lora = [".lora_A.weight", ".lora_B.weight"].iter().any(|factor| name.ends_with(factor));
+        if !of_lora && !name.starts_with(KEYS_VALUES) {
             specs.push((name.clone(), shape.clone()));
             own += scalars(shape);
         }
@@ -62,6 +63,12 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
                 specs.push((format!("{KEYS_VALUES}{PROMPT}"), shape));
             }
             _ => {}
+        }
+    }
+    if options.save_projection {
+        for (name, shape) in adapted.projections() {
+            own += scalars(&shape);
+            specs.push((name, shape));
         }
     }
     for Frozen { name, tensors, .. } in &options.fuse {

@@ -17,20 +17,20 @@ pub(crate) struct MethodArgs {
     /// What to train. Options below begin with the methods that read them, alone or in combination [default: lora]
     #[arg(long, value_parser = methods())]
     pub(crate) method: Option<String>,
-    /// lora, lokr: rank r of the update [default: 8]
+    /// lora, lokr, vera: rank r of the update [default: 8]
     #[arg(long, alias = "r", value_name = "R")]
     rank: Option<usize>,
     /// lora, lokr: the update is scaled by alpha/r [default: 16]
     #[arg(long, alias = "lora-alpha")]
     alpha: Option<f64>,
-    /// lora: dropout on the input of the update [default: 0]
+    /// lora, vera: dropout on the input of the update [default: 0]
     #[arg(long, alias = "lora-dropout", value_name = "P")]
     dropout: Option<f64>,
     /// lora: scale by alpha/√r (rank-stabilised LoRA)
     #[arg(long, alias = "use-rslora", value_name = "true|false", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", hide_possible_values = true)]
     rslora: Option<bool>,
-    /// lora, lokr, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); with lora
+    /// lora, lokr, vera, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); with lora
     /// parts of a fused projection by theirs (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's
     /// whole name matches ('.*(q|v)_proj') [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj,
     /// ...]
@@ -42,10 +42,10 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
     exclude_modules: Option<Modules>,
-    /// lora, lokr: adapt in these layers alone, numbered from 0
+    /// lora, lokr, vera: adapt in these layers alone, numbered from 0
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     layers_to_transform: Option<Vec<usize>>,
-    /// lora, lokr: what stands before a layer's number in the names of modules, such as h or layers
+    /// lora, lokr, vera: what stands before a layer's number in the names of modules, such as h or layers
     /// [default: anything]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     layers_pattern: Option<Vec<String>>,
@@ -58,7 +58,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "KEY=ALPHA", value_parser = entry::<f64>)]
     #[serde(serialize_with = "as_map")]
     alpha_pattern: Option<Vec<(String, f64)>>,
-    /// lora, lokr, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by
+    /// lora, lokr, vera, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by
     /// the ends of their names (ln_f)
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     modules_to_save: Option<Vec<String>>,
@@ -127,6 +127,16 @@ pub(crate) struct MethodArgs {
     /// [default: -1]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     decompose_factor: Option<i64>,
+    /// vera: what the vector between the random matrices begins at [default: 0.1]
+    #[arg(long, value_name = "X")]
+    d_initial: Option<f64>,
+    /// vera: seed of the random matrices [default: 0]
+    #[arg(long, value_name = "N")]
+    projection_prng_key: Option<u64>,
+    /// vera: save the random matrices with the adapter, so that no reader has to draw them again [default: true]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true)]
+    save_projection: Option<bool>,
     /// Dropout of the base itself while training [default: what the model's configuration says]
     #[arg(long, value_name = "P")]
     base_dropout: Option<f64>,
