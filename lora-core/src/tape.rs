@@ -131,6 +131,11 @@ impl Tape {
         Ok(Var { value: self.params.compute_tensor(id)?, slot: self.recording.then_some(Slot::Param(id)) })
     }
 
+    /// A trainable parameter in the type that it is kept in, where 16 bits would not do.
+    pub fn param_wide(&self, id: ParamId) -> Var {
+        Var { value: self.params.tensor(id), slot: self.recording.then_some(Slot::Param(id)) }
+    }
+
     /// Where new tensors of this computation lie.
     pub fn device(&self) -> Device {
         self.params.device()

@@ -3,7 +3,7 @@
 //! ```text
 //! OUT/checkpoints/step-00000040/
 //!   state.json                  step, seed, place in the data, fingerprint of data and base, the run's configuration
-//!   state.safetensors           trainable.NAME, exp_avg.NAME, exp_avg_sq.NAME
+//!   state.safetensors           trainable.NAME, exp_avg.NAME, exp_avg_sq.NAME, and what a method measures
 //!   adapter_config.json, …      the adapter as PEFT reads it (methods that have one)
 //! ```
 //! A folder is written under a temporary name, its files flushed to the disk, and then renamed.
@@ -14,6 +14,7 @@ use std::{
 };
 
 use lora_core::{Params, Tensor, hash::fnv1a};
+use lora_kernels::Device;
 use lora_model::{
     Model,
     checkpoint::{TensorFile, TensorSpec, write_tensors},
@@ -179,8 +180,12 @@ pub(crate) fn save(
 
 fn write_state_tensors(path: &Path, trainer: &Trainer) -> Result<()> {
     let params = &trainer.adapted.params;
+    let chosen = trainer.adapted.budget().map_or(Ok(Vec::new()), |budget| budget.state())?;
     let flat = [params.flat(), trainer.moments[0].clone(), trainer.moments[1].clone()];
     let fetch = |name: &str| {
+        if let Some((_, t)) = chosen.iter().find(|(own, _)| own == name) {
+            return Ok(t.clone());
+        }
         let (kind, name) = name.split_once('.').expect("made by `specs`");
         let kind = KINDS.iter().position(|k| *k == kind).expect("one of the kinds");
         let id = params.find(name).expect("a parameter's name");
@@ -188,15 +193,16 @@ fn write_state_tensors(path: &Path, trainer: &Trainer) -> Result<()> {
         // Rows of one element, so that a range of them is a view.
         Ok(flat[kind].clone().reshape(&[count, 1]).rows_in(params.range(id)).reshape(params.shape(id)))
     };
-    Ok(write_tensors(path, &[("format", "pt")], &specs(params), fetch)?)
+    Ok(write_tensors(path, &[("format", "pt")], &specs(params, &chosen), fetch)?)
 }
 
-/// Names and shapes of the tensors of a checkpoint.
-fn specs(params: &Params) -> Vec<TensorSpec> {
+/// Names and shapes of the tensors of a checkpoint, with those that a method's choices depend on.
+fn specs(params: &Params, chosen: &[(String, Tensor)]) -> Vec<TensorSpec> {
     let of = |kind: &'static str| {
         params.ids().map(move |id| TensorSpec::new(format!("{kind}.{}", params.name(id)), params.shape(id)))
     };
-    KINDS.into_iter().flat_map(of).collect()
+    let chosen = chosen.iter().map(|(name, t)| TensorSpec::new(name, t.shape()));
+    KINDS.into_iter().flat_map(of).chain(chosen).collect()
 }
 
 const KINDS: [&str; 3] = ["trainable", "exp_avg", "exp_avg_sq"];
@@ -283,7 +289,8 @@ pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprin
     }
     let file = TensorFile::open(&checkpoint.join(TENSORS))?;
     let params = trainer.adapted.params.clone();
-    file.expect(&specs(&params))?;
+    let chosen = trainer.adapted.budget().map_or(Ok(Vec::new()), |budget| budget.state())?;
+    file.expect(&specs(&params, &chosen))?;
     let read = |kind: &str, id| -> Result<Tensor> {
         let name = format!("{kind}.{}", params.name(id));
         Ok(file.tensor(&name, params.shape(id), &params.device())?)
@@ -294,6 +301,13 @@ pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprin
             let value = read(kind, id)?.reshape(&[1, params.range(id).len()]);
             lora_kernels::axpby(1.0, value.mat(), 0.0, moment.make_mut()?.cols_in(params.range(id)))?;
         }
+    }
+    if let Some(budget) = trainer.adapted.budget_mut() {
+        let read = |(name, t): (String, Tensor)| {
+            let read = file.tensor(&name, t.shape(), &Device::Cpu)?;
+            Ok((name, read))
+        };
+        budget.set_state(&chosen.into_iter().map(read).collect::<Result<_>>()?)?;
     }
     trainer.done = state.step;
     Ok(state.spent)

@@ -105,6 +105,24 @@ pub struct TrainConfig {
     pub projection_prng_key: u64,
     /// Save VeRA's random matrices with it; without them a reader has to draw the same ones.
     pub save_projection: bool,
+    /// Rank of each of AdaLoRA's updates when training begins.
+    pub init_r: usize,
+    /// Their mean rank when it ends.
+    pub target_r: usize,
+    /// AdaLoRA's steps before ranks are taken away.
+    pub tinit: u64,
+    /// Its steps after the last were.
+    pub tfinal: u64,
+    /// Steps from one time that ranks are taken away to the next; PEFT's `deltaT`.
+    pub delta_t: u64,
+    /// Steps of AdaLoRA's schedule; when absent those of the run.
+    pub total_step: Option<u64>,
+    /// AdaLoRA's β₁, of the mean of sensitivities; PEFT's `beta1`.
+    pub adalora_beta1: f64,
+    /// AdaLoRA's β₂, of the mean of their deviations; PEFT's `beta2`.
+    pub adalora_beta2: f64,
+    /// Weight of AdaLoRA's penalty on the loss, that keeps its factors near orthonormal.
+    pub orth_reg_weight: f64,
     /// An adapter to start from.
     pub init_adapter: Option<PathBuf>,
     /// Refuse an adapter (`init_adapter`, `fuse`) that was trained on another base, rather than warn of it.
@@ -209,6 +227,15 @@ impl Default for TrainConfig {
             d_initial: options.d_initial,
             projection_prng_key: options.projection_prng_key,
             save_projection: options.save_projection,
+            init_r: options.adalora.init_r,
+            target_r: options.adalora.target_r,
+            tinit: options.adalora.tinit,
+            tfinal: options.adalora.tfinal,
+            delta_t: options.adalora.delta_t,
+            total_step: options.adalora.total_step,
+            adalora_beta1: options.adalora.beta1,
+            adalora_beta2: options.adalora.beta2,
+            orth_reg_weight: options.adalora.orth_reg_weight,
             init_adapter: None,
             strict: false,
             epochs: None,
@@ -294,6 +321,10 @@ impl TrainConfig {
         for (option, v, most) in [
             ("steps", self.steps.unwrap_or(0), u64::from(u32::MAX)),
             ("warmup", self.warmup, u64::from(u32::MAX)),
+            ("tinit", self.tinit, u64::from(u32::MAX)),
+            ("tfinal", self.tfinal, u64::from(u32::MAX)),
+            ("delta-t", self.delta_t, u64::from(u32::MAX)),
+            ("total-step", self.total_step.unwrap_or(0), u64::from(u32::MAX)),
             ("seed", self.seed, LARGEST),
             ("projection-prng-key", self.projection_prng_key, LARGEST),
             ("save-every", self.save_every, LARGEST),

@@ -1,6 +1,6 @@
 //! The options of methods in a run's configuration: made into a method, and taken over from an adapter.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use lora_core::peft::{self, Bias, Layers, Modules};
 use lora_kernels::Activation;
@@ -55,6 +55,18 @@ impl TrainConfig {
             projection_prng_key: self.projection_prng_key,
             save_projection: self.save_projection,
             projection: None,
+            adalora: peft::AdaLoraSchedule {
+                init_r: self.init_r,
+                target_r: self.target_r,
+                tinit: self.tinit,
+                tfinal: self.tfinal,
+                delta_t: self.delta_t,
+                total_step: self.total_step,
+                beta1: self.adalora_beta1,
+                beta2: self.adalora_beta2,
+                orth_reg_weight: self.orth_reg_weight,
+                kept: BTreeMap::new(),
+            },
             fuse: if self.reads("fuse")? { self.frozen()? } else { Vec::new() },
         })
     }
@@ -117,8 +129,9 @@ impl TrainConfig {
                 let ours = names(self.fuse.iter().filter_map(|p| p.to_str()).collect());
                 return conflict(option, ours, names(adapter.options.fuse.iter().map(|f| f.name.as_str()).collect()));
             }
-            // What a fusion combines stays in its own folder, and how weights are stored is the base's to say.
-            if *option == "fuse" || (["dropout", "fan-in-fan-out"].contains(option) && given(option)) {
+            // What a fusion combines stays in its own folder, how weights are stored is the base's to say, and how long a run
+            // is, its own.
+            if *option == "total-step" || *option == "fuse" || OF_TRAINING.contains(option) && given(option) {
                 continue;
             }
             let (ours, theirs) = (self.shown(option), adapters.shown(option));
@@ -163,6 +176,15 @@ impl TrainConfig {
             d_initial: o.d_initial,
             projection_prng_key: o.projection_prng_key,
             save_projection: o.save_projection,
+            init_r: o.adalora.init_r,
+            target_r: o.adalora.target_r,
+            tinit: o.adalora.tinit,
+            tfinal: o.adalora.tfinal,
+            delta_t: o.adalora.delta_t,
+            total_step: o.adalora.total_step,
+            adalora_beta1: o.adalora.beta1,
+            adalora_beta2: o.adalora.beta2,
+            orth_reg_weight: o.adalora.orth_reg_weight,
             ..self
         }
     }
@@ -212,6 +234,15 @@ impl TrainConfig {
             "d-initial" => self.d_initial.to_string(),
             "projection-prng-key" => self.projection_prng_key.to_string(),
             "save-projection" => self.save_projection.to_string(),
+            "init-r" => self.init_r.to_string(),
+            "target-r" => self.target_r.to_string(),
+            "tinit" => self.tinit.to_string(),
+            "tfinal" => self.tfinal.to_string(),
+            "delta-t" => self.delta_t.to_string(),
+            "total-step" => self.total_step.map_or("that of the run".into(), |n| n.to_string()),
+            "adalora-beta1" => self.adalora_beta1.to_string(),
+            "adalora-beta2" => self.adalora_beta2.to_string(),
+            "orth-reg-weight" => self.orth_reg_weight.to_string(),
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }
@@ -249,11 +280,33 @@ impl TrainConfig {
             "d-initial" => self.d_initial = from.d_initial,
             "projection-prng-key" => self.projection_prng_key = from.projection_prng_key,
             "save-projection" => self.save_projection = from.save_projection,
+            "init-r" => self.init_r = from.init_r,
+            "target-r" => self.target_r = from.target_r,
+            "tinit" => self.tinit = from.tinit,
+            "tfinal" => self.tfinal = from.tfinal,
+            "delta-t" => self.delta_t = from.delta_t,
+            "total-step" => self.total_step = from.total_step,
+            "adalora-beta1" => self.adalora_beta1 = from.adalora_beta1,
+            "adalora-beta2" => self.adalora_beta2 = from.adalora_beta2,
+            "orth-reg-weight" => self.orth_reg_weight = from.orth_reg_weight,
             other => panic!("an option of a method that the configuration does not know: {other}"),
         }
     }
 }
 
-fn pattern<T: ToString>(pattern: &std::collections::BTreeMap<String, T>) -> String {
+/// Options that an adapter may train on with other values of.
+const OF_TRAINING: [&str; 9] = [
+    "dropout",
+    "fan-in-fan-out",
+    "tinit",
+    "tfinal",
+    "delta-t",
+    "total-step",
+    "adalora-beta1",
+    "adalora-beta2",
+    "orth-reg-weight",
+];
+
+fn pattern<T: ToString>(pattern: &BTreeMap<String, T>) -> String {
     pattern.iter().map(|(key, value)| format!("{key}={}", value.to_string())).collect::<Vec<_>>().join(",")
 }

@@ -4,7 +4,7 @@
 //! micro-batch repeats the one before, the pass is recorded and from then on started as a whole. `LORA_CUDA_GRAPHS=0`
 //! turns that off.
 
-use lora_core::{Grads, Noise, Params, Tape, Tensor, peft::Adapted};
+use lora_core::{Grads, Noise, Params, Tape, Tensor, ops, peft::Adapted};
 use lora_kernels::axpby;
 use lora_model::Model;
 
@@ -32,7 +32,13 @@ impl Pass<'_> {
     /// Asks for every kernel of the pass; whether any of them depends on the step's noise.
     fn compute(&mut self, params: &Params, batch: &lora_model::Batch) -> Result<bool> {
         let mut tape = Tape::new(params).with_noise(self.noise);
-        let part = self.model.loss(&mut tape, self.adapted, batch, self.smoothing, self.scale)?;
+        let mut part = self.model.loss(&mut tape, self.adapted, batch, self.smoothing, self.scale)?;
+        // What a method adds belongs to the step, not to each of its parts.
+        if self.first
+            && let Some(penalty) = self.adapted.penalty(&mut tape)?
+        {
+            part = ops::add(&mut tape, part, penalty)?;
+        }
         axpby(1.0, part.value().mat(), if self.first { 0.0 } else { 1.0 }, self.loss.make_mut()?)?;
         let noisy = tape.is_noisy();
         tape.backward(part, self.grads)?;

@@ -5,7 +5,7 @@ use std::{
     time::Instant,
 };
 
-use lora_core::peft::Adapted;
+use lora_core::peft::{AdaLoraSchedule, Adapted};
 use lora_kernels::{DType, Device};
 use lora_model::{Model, files, tokenizer::Tokenizer};
 
@@ -144,6 +144,8 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             }
             config.clone().adopt(dir, &file, |_| true)?;
             file.options.dropout = config.dropout;
+            let kept = std::mem::take(&mut file.options.adalora.kept);
+            file.options.adalora = AdaLoraSchedule { kept, ..config.options()?.adalora };
             file.options.fan_in_fan_out = config.fan_in_fan_out;
             file.attach(model, &device)?
         }

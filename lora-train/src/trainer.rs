@@ -31,7 +31,7 @@ pub struct Step {
 /// Trains what a method made trainable on one base.
 ///
 /// A step is: the batch's micro-batches forward and backward (their gradients add up; each loss is divided by the number
-/// of targets of the whole batch, so that splitting changes nothing), clipping, AdamW.
+/// of targets of the whole batch, so that splitting changes nothing), clipping, AdamW, and what the method does after a step.
 pub struct Trainer<'a> {
     model: &'a dyn Model,
     /// The trainable parameters and where they are attached.
@@ -65,10 +65,10 @@ impl<'a> Trainer<'a> {
     /// A trainer before its first step, for data of `sequences` sequences.
     ///
     /// # Errors
-    /// No sequences, no memory.
+    /// No sequences, no memory; a method's schedule that does not fit into the run.
     pub fn new(
         model: &'a dyn Model,
-        adapted: Adapted,
+        mut adapted: Adapted,
         config: &'a TrainConfig,
         sequences: usize,
     ) -> Result<Trainer<'a>> {
@@ -82,6 +82,7 @@ impl<'a> Trainer<'a> {
         let seed = (!config.no_shuffle).then_some(config.seed);
         let sampler = Sampler::new(sequences, config.batch_size, config.grad_accum, seed)?;
         let total = config.total_steps(sampler.steps_per_epoch());
+        adapted.set_total_steps(total)?;
         Ok(Trainer {
             model,
             groups: groups(&adapted.params, config),
@@ -179,6 +180,10 @@ impl<'a> Trainer<'a> {
         };
         within("the loss", loss, f64::INFINITY)?;
         within("the gradient's norm", grad_norm, f64::from(f32::MAX).sqrt())?;
+        if self.adapted.budget().is_some() {
+            let factor = self.scalars.factor.to_f64()?[0];
+            self.adapted.after_step(step + 1, &mut self.grads, factor)?;
+        }
         self.done += 1;
         Ok(Step { step: step + 1, loss, lr: c.lr * schedule, grad_norm, tokens })
     }

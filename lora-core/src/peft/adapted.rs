@@ -6,9 +6,9 @@ use std::{
 use lora_kernels::{DType, Device};
 
 use super::{
-    Attached, Base, BaseTensor, Layers, Linear, LinearAdapter, Method, Norm, Outline, Plan, VirtualTokens, join,
+    Attached, Base, BaseTensor, Budget, Layers, Linear, LinearAdapter, Method, Norm, Outline, Plan, VirtualTokens, join,
 };
-use crate::{Error, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var};
+use crate::{Error, Grads, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var};
 
 /// A method applied to one base: its parameters, which of the base's tensors train, and what is attached where. The
 /// base itself is not held and never written.
@@ -18,6 +18,7 @@ pub struct Adapted {
     pub params: Params,
     trained: BTreeMap<String, ParamId>,
     places: Places,
+    budget: Option<Budget>,
     /// The adapter of each sequence, where they are several ([`Adapted::mixed`]).
     pub(super) of_sequences: Option<Box<[Option<usize>]>>,
 }
@@ -93,13 +94,17 @@ impl Adapted {
     /// Options that do not fit the base, or a method that trains nothing on it.
     pub fn new(method: &dyn Method, base: &dyn Base, device: &Device, dtype: DType, seed: u64) -> Result<Adapted> {
         let (builder, trained, places) = plan(method, base.outline(), Some(base), seed)?;
-        Ok(Adapted { params: builder.build(device, dtype, seed)?, trained, places, of_sequences: None })
+        let (params, mut budget) = (builder.build(device, dtype, seed)?, method.budget(base.outline())?);
+        if let Some(budget) = &mut budget {
+            budget.bind(&params)?;
+        }
+        Ok(Adapted { params, trained, places, budget, of_sequences: None })
     }
 
     /// The bare base: nothing trains, nothing is attached.
     pub fn none(device: &Device) -> Result<Adapted> {
         let (params, places) = (Params::none(device)?, Places::default());
-        Ok(Adapted { params, trained: BTreeMap::new(), places, of_sequences: None })
+        Ok(Adapted { params, trained: BTreeMap::new(), places, budget: None, of_sequences: None })
     }
 
     /// The sites with an adapter, each with its layer.
@@ -224,6 +229,40 @@ impl Adapted {
         Ok(())
     }
 
+    /// How ranks are chosen while the method trains, where it does that.
+    pub fn budget(&self) -> Option<&Budget> {
+        self.budget.as_ref()
+    }
+
+    /// The same, to set its state.
+    pub fn budget_mut(&mut self) -> Option<&mut Budget> {
+        self.budget.as_mut()
+    }
+
+    /// Says how many steps training has, before the first of them.
+    ///
+    /// # Errors
+    /// [`Error::Option`] where the method has a schedule that does not fit into them.
+    pub fn set_total_steps(&mut self, steps: u64) -> Result<()> {
+        self.budget.as_mut().map_or(Ok(()), |budget| budget.set_total_step(steps))
+    }
+
+    /// What the method adds to the loss of each optimiser step \[1\].
+    pub fn penalty(&self, t: &mut Tape) -> Result<Option<Var>> {
+        self.budget.as_ref().map_or(Ok(None), |budget| budget.penalty(t))
+    }
+
+    /// What the method does after the optimiser's step `step`, counted from 1, in which `grads` times `factor` were applied.
+    ///
+    /// # Errors
+    /// What reading from a device can cause.
+    pub fn after_step(&mut self, step: u64, grads: &mut Grads, factor: f64) -> Result<()> {
+        match &mut self.budget {
+            Some(budget) => budget.allocate(step, &mut self.params, grads, factor),
+            None => Ok(()),
+        }
+    }
+
     /// The tensors to save: of the adapters by PEFT's names (`{site}.lora_A.weight`), of the base's own that train by
     /// theirs.
     pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
@@ -233,7 +272,10 @@ impl Adapted {
                 all.push((format!("{site}.{name}"), tensor));
             }
         }
-        Ok(all)
+        match &self.budget {
+            Some(budget) => budget.cut(all),
+            None => Ok(all),
+        }
     }
 
     /// Takes over saved tensors ([`Adapted::adapter_tensors`]).

@@ -4,6 +4,7 @@
 //! [`Adapted`], which a model's forward asks for every weight ([`Adapted::weight`]), for every projection
 //! ([`Adapted::project`]), wherever a sublayer joins the stream ([`Adapted::join`]), and for virtual tokens.
 
+mod adalora;
 mod adapted;
 mod adapter_drop;
 mod added;
@@ -37,6 +38,7 @@ use std::{collections::BTreeMap, fmt::Debug};
 use ndarray::Array2;
 use rand_distr::{Distribution, StandardNormal};
 
+pub use adalora::{AdaLora, AdaLoraConfig, AdaLoraSchedule, Budget};
 pub use adapted::{Adapted, parameters, trainable};
 pub use adapter_drop::AdapterDrop;
 use added::added;
@@ -81,6 +83,11 @@ pub trait Method: Debug + Send + Sync {
 
     /// What is attached at a site, if anything; its parameters go to `plan`.
     fn attach(&self, _site: &Site, _plan: &mut Plan) -> Result<Option<Attached>> {
+        Ok(None)
+    }
+
+    /// What goes on beside training: a penalty on the loss, and ranks that are taken away.
+    fn budget(&self, _outline: &Outline) -> Result<Option<Budget>> {
         Ok(None)
     }
 

@@ -3,9 +3,9 @@ use std::collections::BTreeMap;
 use lora_kernels::Activation;
 
 use super::{
-    AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby, Ia3, Ia3Config, InitLoraWeights, Layers,
-    Lin, LnTuning, LoKr, LoKrConfig, Lora, LoraConfig, Method, Modules, Pfeiffer, PreEmbed, PreLayer, Top, Vera,
-    VeraConfig, VirtualTokens,
+    AdaLora, AdaLoraConfig, AdaLoraSchedule, AdapterDrop, Bias, BitFit, Bottlenecks, Combined, Full, Fusion, Houlsby,
+    Ia3, Ia3Config, InitLoraWeights, Layers, Lin, LnTuning, LoKr, LoKrConfig, Lora, LoraConfig, Method, Modules,
+    Pfeiffer, PreEmbed, PreLayer, Top, Vera, VeraConfig, VirtualTokens,
 };
 use crate::{Error, Result, Tensor};
 
@@ -79,6 +79,8 @@ pub struct Options {
     pub save_projection: bool,
     /// VeRA's random matrices as they were saved; `None` draws them.
     pub projection: Option<[Tensor; 2]>,
+    /// AdaLoRA's options but for those above.
+    pub adalora: AdaLoraSchedule,
 }
 
 impl Default for Options {
@@ -117,6 +119,7 @@ impl Default for Options {
             projection_prng_key: 0,
             save_projection: true,
             projection: None,
+            adalora: AdaLoraSchedule::default(),
         }
     }
 }
@@ -233,6 +236,19 @@ impl Options {
         })
     }
 
+    fn adalora(&self) -> Result<AdaLora> {
+        AdaLora::new(AdaLoraConfig {
+            schedule: self.adalora.clone(),
+            alpha: self.alpha,
+            dropout: self.dropout,
+            targets: self.targets.clone(),
+            exclude_modules: self.exclude_modules.clone(),
+            layers_to_transform: self.layers_to_transform.clone(),
+            layers_pattern: self.layers_pattern.clone(),
+            modules_to_save: self.modules_to_save.clone(),
+        })
+    }
+
     fn ia3(&self) -> Result<Ia3> {
         Ia3::new(&Ia3Config {
             targets: self.targets.clone(),
@@ -315,6 +331,24 @@ const VERA: [&str; 9] = [
     "projection-prng-key",
     "save-projection",
 ];
+const ADALORA: [&str; 16] = [
+    "init-r",
+    "target-r",
+    "alpha",
+    "dropout",
+    "targets",
+    "exclude-modules",
+    "layers-to-transform",
+    "layers-pattern",
+    "modules-to-save",
+    "tinit",
+    "tfinal",
+    "delta-t",
+    "total-step",
+    "adalora-beta1",
+    "adalora-beta2",
+    "orth-reg-weight",
+];
 const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
 const PRE_LAYER: [&str; 4] = ["prefix", "infix", "reparam", "count-prefix"];
 const ADAPTER: [&str; 3] = ["bottleneck", "non-linearity", "train-norms"];
@@ -376,6 +410,13 @@ pub const METHODS: &[MethodRow] = &[
         options: &VERA,
         whole_model: false,
         build: |o| Ok(Box::new(o.vera()?)),
+    },
+    MethodRow {
+        name: "adalora",
+        about: "an update s·B·(E ∘ A) that loses the ranks that matter least (Zhang et al. 2023)",
+        options: &ADALORA,
+        whole_model: false,
+        build: |o| Ok(Box::new(o.adalora()?)),
     },
     MethodRow {
         name: "adapter-h",

@@ -9,8 +9,8 @@ use lora_core::{
     lowrank::Layout,
     ops,
     peft::{
-        Adapted, Base, BaseTensor, Bias, Frozen, InitLoraWeights, Layers, Linear, LinearSite, METHODS, MethodRow,
-        Modules, Options, Outline, Part, Site, SiteKind, Start, find,
+        AdaLoraSchedule, Adapted, Base, BaseTensor, Bias, Frozen, InitLoraWeights, Layers, Linear, LinearSite, METHODS,
+        MethodRow, Modules, Options, Outline, Part, Site, SiteKind, Start, find,
     },
 };
 use lora_kernels::{AdamW, Attention, DType, Device, Sequences, adamw, axpby};
@@ -176,6 +176,11 @@ const VARIANTS: &[(&str, Change)] = &[
     ("dropped layers", |o| o.drop_layers = Some(Layers::First(1))),
     ("both factors of a product factored", |o| (o.rank, o.decompose_both) = (1, true)),
     ("a random matrix of another seed", |o| (o.projection_prng_key, o.save_projection) = (7, false)),
+    ("ranks that were taken away", |o| {
+        o.adalora.kept = [("layers.0.c_attn", [true, false, true]), ("layers.1.c_attn", [false; 3])]
+            .map(|(module, kept)| (module.into(), kept.into()))
+            .into();
+    }),
     ("another factor of the widths", |o| o.decompose_factor = 2),
 ];
 
@@ -231,6 +236,15 @@ const BAD: &[(&str, Change)] = &[
     ("decompose-factor", |o| o.decompose_factor = -2),
     ("d-initial", |o| o.d_initial = 0.0),
     ("d-initial", |o| o.d_initial = f64::NAN),
+    ("init-r", |o| o.adalora.init_r = 0),
+    ("target-r", |o| o.adalora.target_r = o.adalora.init_r + 1),
+    ("delta-t", |o| o.adalora.delta_t = 0),
+    ("total-step", |o| (o.adalora.tinit, o.adalora.tfinal, o.adalora.total_step) = (5, 5, Some(10))),
+    ("adalora-beta1", |o| o.adalora.beta1 = 1.0),
+    ("adalora-beta2", |o| o.adalora.beta2 = 0.0),
+    ("orth-reg-weight", |o| o.adalora.orth_reg_weight = -0.1),
+    ("rank-pattern", |o| drop(o.adalora.kept.insert("layers.0.c_attn".into(), vec![true]))),
+    ("rank-pattern", |o| drop(o.adalora.kept.insert("wte".into(), vec![true; o.adalora.init_r]))),
 ];
 
 /// Plain options, with adapters to combine.
@@ -250,6 +264,7 @@ fn options(base: &Toy) -> Options {
         feedforward_modules: targets(&["c_proj"]),
         bottleneck: 3,
         d_initial: 2.0,
+        adalora: AdaLoraSchedule { init_r: 3, target_r: 2, ..AdaLoraSchedule::default() },
         layers: Layers::Last(1),
         drop_layers: Some(Layers::NONE),
         ..Options::default()
@@ -260,6 +275,8 @@ fn options(base: &Toy) -> Options {
 fn options_of(row: &MethodRow, base: &Toy) -> Options {
     match row.name {
         "ln-tuning" => Options { targets: targets(&["ln"]), ..options(base) },
+        // Its update is a product of three numbers, all of them small.
+        "adalora" => Options { alpha: 4.5, ..options(base) },
         _ => options(base),
     }
 }

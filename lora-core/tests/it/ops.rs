@@ -21,6 +21,7 @@ fn cases() -> Vec<Case> {
     elements::elementwise_cases(&mut all);
     elements::row_cases(&mut all);
     elements::part_cases(&mut all);
+    elements::orthogonality_cases(&mut all);
     elements::mix_cases(&mut all);
     attention::attention_cases(&mut all);
     attention::block_case(&mut all);

@@ -6,7 +6,7 @@ use super::types::Kind;
 use crate::{Result, config::RawConfig};
 
 /// Keys that are read, or that change nothing about what a saved adapter computes.
-const HARMLESS: &[&str] = &[
+pub(super) const HARMLESS: &[&str] = &[
     "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",

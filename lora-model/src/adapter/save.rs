@@ -48,7 +48,7 @@ pub fn save(
     let kind = Kind::of(row, options, outline);
     let (text, parts) = match kind {
         _ if row.name == "lora" => lora(options, &tensors, outline, base_model_name)?,
-        Some(kind) => (kind.text(options, outline, base_model_name), None),
+        Some(kind) => (kind.text(options, outline, adapted, base_model_name), None),
         None => (own::text(row, options, outline, base_model_name), None),
     };
     let fingerprint = fingerprint::of_base(base)?;

@@ -1,6 +1,7 @@
 //! Adapters in PEFT's own format beside LoRA: its types, which keys their configurations have, and what their tensors are
 //! called in a file.
 
+mod adalora;
 mod lokr;
 mod vera;
 
@@ -9,7 +10,7 @@ use std::collections::BTreeMap;
 use lora_core::{
     Tensor,
     lowrank::Layout,
-    peft::{Ia3, LnTuning, MethodRow, Modules, Options, Outline, find, saves},
+    peft::{AdaLora, Adapted, Ia3, LnTuning, MethodRow, Modules, Options, Outline, find, saves},
 };
 use serde_json::{Value, json};
 
@@ -17,6 +18,7 @@ use super::{
     ARCHITECTURE_KEY, AdapterFile, PREFIX,
     config::{HEADS, modules, one_or_more, read_modules, some},
     finite,
+    options::HARMLESS,
     own::strings,
 };
 use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig, error::List};
@@ -28,16 +30,18 @@ pub(super) enum Kind {
     LnTuning,
     LoKr,
     Vera,
+    AdaLora,
     Prompt,
     Prefix,
 }
 
 /// Each with PEFT's word and the method.
-const KINDS: [(Kind, &str, &str); 6] = [
+const KINDS: [(Kind, &str, &str); 7] = [
     (Kind::Ia3, "IA3", "ia3"),
     (Kind::LnTuning, "LN_TUNING", "ln-tuning"),
     (Kind::LoKr, "LOKR", "lokr"),
     (Kind::Vera, "VERA", "vera"),
+    (Kind::AdaLora, "ADALORA", "adalora"),
     (Kind::Prompt, "PROMPT_TUNING", "pre-embed"),
     (Kind::Prefix, "PREFIX_TUNING", "pre-layer"),
 ];
@@ -64,7 +68,7 @@ impl Kind {
     pub(super) fn of(row: &MethodRow, options: &Options, outline: &Outline) -> Option<Kind> {
         let (kind, ..) = KINDS.iter().find(|(.., method)| *method == row.name)?;
         match kind {
-            Kind::Ia3 | Kind::LnTuning | Kind::Vera => true,
+            Kind::Ia3 | Kind::LnTuning | Kind::Vera | Kind::AdaLora => true,
             Kind::LoKr => outline.linear_sites().all(|(_, linear)| linear.layout == Layout::OutIn),
             Kind::Prompt => options.infix == 0 && outline.task_type == Some("CAUSAL_LM"),
             Kind::Prefix => options.infix == 0 && options.count_prefix && outline.task_type.is_some(),
@@ -73,7 +77,13 @@ impl Kind {
     }
 
     /// The text of `adapter_config.json`.
-    pub(super) fn text(self, options: &Options, outline: &Outline, base_model: Option<&str>) -> String {
+    pub(super) fn text(
+        self,
+        options: &Options,
+        outline: &Outline,
+        adapted: &Adapted,
+        base_model: Option<&str>,
+    ) -> String {
         let (_, word, _) = KINDS.iter().find(|(kind, ..)| *kind == self).expect("each kind has a row");
         let mut saved = outline.modules_to_save.clone();
         let mut keys: BTreeMap<&str, Value> = [
@@ -114,6 +124,11 @@ impl Kind {
                 keys.extend(selected(options, Modules::Names(outline.default_targets.clone())));
                 keys.extend(if self == Kind::LoKr { lokr::keys(options) } else { vera::keys(options, outline) });
             }
+            Kind::AdaLora => {
+                more(&mut saved);
+                keys.extend(selected(options, AdaLora::default_targets(outline)));
+                keys.extend(adalora::keys(options, outline, adapted));
+            }
             Kind::Prompt | Kind::Prefix => {
                 // The widths PEFT knows from the base, and where heads share keys it would divide them once more.
                 keys.extend([
@@ -140,7 +155,7 @@ impl Kind {
                 format!("{PREFIX}{module}.{NORM}.{tensor}")
             }
             Kind::Vera => vera::stored_name(name),
-            Kind::Ia3 | Kind::LnTuning | Kind::LoKr => format!("{PREFIX}{name}"),
+            Kind::Ia3 | Kind::LnTuning | Kind::LoKr | Kind::AdaLora => format!("{PREFIX}{name}"),
             Kind::Prompt | Kind::Prefix if name.ends_with(PROMPT) => PROMPT.into(),
             Kind::Prompt | Kind::Prefix => format!("{BESIDE}{name}"),
         }
@@ -156,13 +171,14 @@ impl Kind {
         let mut saved = strings(&raw, "modules_to_save")?.unwrap_or_default();
         saved.dedup();
         match self {
-            Kind::Ia3 | Kind::LnTuning | Kind::LoKr | Kind::Vera => {
+            Kind::Ia3 | Kind::LnTuning | Kind::LoKr | Kind::Vera | Kind::AdaLora => {
                 match self {
                     Kind::LoKr => lokr::read(&raw, &mut options)?,
                     Kind::Vera => vera::read(&raw, &mut options)?,
+                    Kind::AdaLora => adalora::read(&raw, &mut options)?,
                     _ => {}
                 }
-                if matches!(self, Kind::LoKr | Kind::Vera) {
+                if matches!(self, Kind::LoKr | Kind::Vera | Kind::AdaLora) {
                     read_selected(&raw, &mut options)?;
                 }
                 if self == Kind::Ia3 {
@@ -220,6 +236,7 @@ impl Kind {
             Kind::Vera => vera::own_name(key)
                 .or_else(|| of_module(key, &vera::TENSORS))
                 .or_else(|| whole(key.strip_prefix(PREFIX)?)),
+            Kind::AdaLora => of_module(key, &adalora::TENSORS).or_else(|| whole(key.strip_prefix(PREFIX)?)),
             Kind::LoKr => of_module(key, &lokr::TENSORS).or_else(|| whole(key.strip_prefix(PREFIX)?)),
             Kind::LnTuning => {
                 let name = key.strip_prefix(PREFIX)?;
@@ -330,6 +347,10 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
     let known = |key: &str| match kind {
         Kind::Ia3 => MODULES.contains(&key) || GAINS.contains(&key),
         Kind::LnTuning => MODULES.contains(&key),
+        Kind::AdaLora => {
+            let of_lora = HARMLESS.contains(&key) && !adalora::NOT_ITS_OWN.contains(&key) && key != "bias";
+            of_lora || adalora::KNOWN.contains(&key)
+        }
         Kind::Vera => key == MODULES[0] || LAYERS.contains(&key) || vera::KNOWN.contains(&key),
         Kind::LoKr => MODULES.contains(&key) || LAYERS.contains(&key) || lokr::KNOWN.contains(&key),
         Kind::Prompt => TOKENS.contains(&key),
@@ -342,7 +363,7 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
         {
             continue;
         }
-        if key == "bias" && kind == Kind::Vera && value == "none" {
+        if key == "bias" && matches!(kind, Kind::Vera | Kind::AdaLora) && value == "none" {
             continue;
         }
         if kind == Kind::LoKr && ["rank_dropout", "module_dropout"].contains(&key.as_str()) {

@@ -26,6 +26,7 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import torch
@@ -41,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 LENGTHS = [4, 7, 5]
 FIRST_ROWS = [0, 3, 1]  # that predict
 STEPS, LR, WEIGHT_DECAY = 10, 1e-2, 0.01
+CUT = "adalora_cut"
 
 # Saved as they begin. What they begin at, PEFT takes from the base, and again whenever it loads such an adapter.
 BEGUN = ("pissa", "olora")
@@ -71,6 +73,11 @@ def lora(**options):
 
 def lokr(**options):
     return lambda task: peft.LoKrConfig(task_type=task, **({"r": 2, "alpha": 3} | options))
+
+
+def adalora(**options):
+    return lambda task: peft.AdaLoraConfig(task_type=task, **({
+        "init_r": 4, "target_r": 2, "lora_alpha": 3, "tinit": 1, "tfinal": 3, "deltaT": 2, "total_step": STEPS} | options))
 
 
 def variants(first, second, mlp, norm, embedding, layers):
@@ -115,6 +122,11 @@ def variants(first, second, mlp, norm, embedding, layers):
         "vera_drawn": lambda task: peft.VeraConfig(
             task_type=task, r=4, target_modules=[first, mlp], layers_to_transform=1, projection_prng_key=123456,
             save_projection=False),
+        "adalora": adalora(),
+        "adalora_all_linear": adalora(target_modules="all-linear", exclude_modules=[second], tinit=2, deltaT=1, tfinal=2,
+                                      orth_reg_weight=0.1, modules_to_save=[norm]),
+        # Trained before, so that its budget is cut.
+        CUT: adalora(target_modules=[first, second, mlp]),
         # PEFT has no default for encoders.
         "ln_tuning": lambda task: peft.LNTuningConfig(
             task_type=task, target_modules=["LayerNorm"] if task == "SEQ_CLS" else None),
@@ -180,6 +192,8 @@ def write(name, cls, *modules):
                 tensors[f"{variant}.residual.{module}"] = layer.base_layer.weight.data.clone()
             for parameter in (p for p in model.parameters() if p.requires_grad and variant not in BEGUN):
                 parameter.data += 0.2 * torch.randn_like(parameter)
+            if variant == CUT:
+                train(model, data, torch.float32)
             save(model, folder / variant)
             if converted:
                 save(model, folder / converted, path_initial_model_for_weight_conversion=str(initial))
@@ -240,19 +254,40 @@ def train(model, data, dtype, optimiser=None):
     """The logits and the losses of training."""
     optimiser = optimiser or torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=WEIGHT_DECAY)
+    # With a budget that has been cut it trains on with the ranks it has.
+    allocates = is_adalora(model) and model.active_peft_config.rank_pattern is None
     first, losses = None, []
     with in_precision(dtype):
         exact_rope(model)
-        for _ in range(STEPS):
+        for step in range(1, STEPS + 1):
             logits, targets = zip(*(forward(model, data, i) for i in range(len(data["sequences"]))))
             first = torch.cat(logits).detach() if first is None else first
             loss = F.cross_entropy(
                 torch.cat([x[t] for x, (t, _) in zip(logits, targets)]), torch.tensor(sum((i for _, i in targets), [])))
+            loss = loss + penalty(model)
             losses.append(loss.item())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            if allocates:
+                model.base_model.update_and_allocate(step)
     return first, losses
+
+
+def is_adalora(model):
+    return isinstance(model.base_model, peft.AdaLoraModel)
+
+
+def penalty(model):
+    """What PEFT's AdaLoRA adds to the loss of a model that has one."""
+    if not is_adalora(model):
+        return 0.0
+    inner = model.base_model.model
+    inner.forward = lambda: SimpleNamespace(loss=torch.zeros(()))
+    try:
+        return model.base_model.forward().loss
+    finally:
+        del inner.forward
 
 
 def forward(model, data, i):

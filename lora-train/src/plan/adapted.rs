@@ -82,6 +82,9 @@ impl<'a> Adapted<'a> {
             }
             None => {}
         }
+        if let Some(&[rank, _]) = self.shapes.get(&format!("{site}.lora_E")).map(Vec::as_slice) {
+            return self.project_decomposed(t, x, map, rank as u128);
+        }
         if let Some(&[rank]) = self.shapes.get(&format!("{site}.vera_lambda_d")).map(Vec::as_slice) {
             return self.project_vera(t, x, map, rank as u128);
         }
@@ -104,6 +107,21 @@ impl<'a> Adapted<'a> {
             y = ops::linear_onto(t, y, &u, true);
         }
         y
+    }
+
+    /// The same with an update that has the form of a singular value decomposition.
+    fn project_decomposed(&self, t: &mut Tape, x: &Var, map: Map, rank: u128) -> Var {
+        let trained = Map { outputs: rank, w: true, b: false };
+        let y = ops::linear(t, x, map);
+        let u = match self.options.dropout {
+            0.0 => ops::linear(t, x, trained),
+            p => {
+                let x = ops::dropout(t, x.share(), p);
+                ops::linear(t, &x, trained)
+            }
+        };
+        let u = ops::scale_columns(t, &u, true);
+        ops::linear_onto(t, y, &u, true)
     }
 
     /// The same with vectors around random matrices.

@@ -95,7 +95,8 @@ fn the_figures_make_sense() {
         // Prefixes do not begin where the base stands.
         let most = by("lora").loss_before + if r.name.contains("pre-") { 0.5 } else { 0.0 };
         assert!(r.loss < most && r.loss > 0.0 && r.seconds > 0.0, "{r:?}");
-        assert!(r.checkpoint_bytes >= 4 * r.trainable as u64, "{r:?}");
+        // AdaLoRA's file lacks the ranks that were taken away.
+        assert!(r.checkpoint_bytes >= 4 * r.trainable as u64 || r.name == "adalora", "{r:?}");
         let row = METHODS.iter().find(|m| m.name == r.name).unwrap();
         assert!(row.whole_model == (r.trainable == report.pretrain.parameters), "{r:?}");
     }

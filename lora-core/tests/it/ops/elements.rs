@@ -5,7 +5,7 @@ use lora_kernels::Activation;
 use ndarray::s;
 
 use crate::{
-    common::{NOISE, make_noisy},
+    common::{NOISE, make_noisy, tensor},
     ops::case::{Case, M, case, ids, numbers},
     ops::oracles::{activated, dropped, layer_norm, loss, loss_of, mixed, rms_norm, times},
 };
@@ -200,6 +200,27 @@ pub(crate) fn row_cases(all: &mut Vec<Case>) {
 }
 
 /// Operations that move rows and columns.
+/// How far rows, or columns, are from orthonormal.
+pub(crate) fn orthogonality_cases(all: &mut Vec<Case>) {
+    for (rows, cols, columns) in [(2, 5, false), (5, 3, true), (4, 2, false), (1, 1, true)] {
+        let r = if columns { cols } else { rows };
+        all.push(case(
+            format!("orthogonality of {rows} rows and {cols} columns, columns {columns}"),
+            &[("x", &[rows, cols])],
+            move |t, v| {
+                let identity: Vec<f64> = (0..r * r).map(|i| f64::from(i / r == i % r)).collect();
+                let identity = tensor(v[0].value().dtype(), &[r, r], &identity);
+                ops::orthogonality(t, &v[0], &identity, columns, -1.5)
+            },
+            move |m| {
+                let gram = if columns { m[0].t().dot(&m[0]) } else { m[0].dot(&m[0].t()) };
+                let far = (gram - M::eye(r)).mapv(|v| v * v).sum().sqrt();
+                M::from_elem((1, 1), -1.5 * far)
+            },
+        ));
+    }
+}
+
 pub(crate) fn part_cases(all: &mut Vec<Case>) {
     for (n, m) in [(2, 3), (1, 4)] {
         all.push(case(

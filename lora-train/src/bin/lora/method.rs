@@ -20,32 +20,32 @@ pub(crate) struct MethodArgs {
     /// lora, lokr, vera: rank r of the update [default: 8]
     #[arg(long, alias = "r", value_name = "R")]
     rank: Option<usize>,
-    /// lora, lokr: the update is scaled by alpha/r [default: 16]
+    /// lora, lokr, adalora: the update is scaled by alpha/r [default: 16]
     #[arg(long, alias = "lora-alpha")]
     alpha: Option<f64>,
-    /// lora, vera: dropout on the input of the update [default: 0]
+    /// lora, vera, adalora: dropout on the input of the update [default: 0]
     #[arg(long, alias = "lora-dropout", value_name = "P")]
     dropout: Option<f64>,
     /// lora: scale by alpha/√r (rank-stabilised LoRA)
     #[arg(long, alias = "use-rslora", value_name = "true|false", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", hide_possible_values = true)]
     rslora: Option<bool>,
-    /// lora, lokr, vera, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); with lora
+    /// lora, lokr, vera, adalora, ia3, ln-tuning: modules to adapt, by PEFT's names (attn.c_proj, c_fc, ...); with lora
     /// parts of a fused projection by theirs (c_attn.q,c_attn.v); all-linear; or a regular expression that a module's
     /// whole name matches ('.*(q|v)_proj') [default: PEFT's for the architecture: c_attn, query,value, q_proj,v_proj,
     /// ...]
     #[arg(long, alias = "target-modules", value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
     targets: Option<Modules>,
-    /// lora, lokr, ia3, ln-tuning: modules not to adapt, although a target names them, as names or a regular
+    /// lora, lokr, adalora, ia3, ln-tuning: modules not to adapt, although a target names them, as names or a regular
     /// expression
     #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
     exclude_modules: Option<Modules>,
-    /// lora, lokr, vera: adapt in these layers alone, numbered from 0
+    /// lora, lokr, vera, adalora: adapt in these layers alone, numbered from 0
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     layers_to_transform: Option<Vec<usize>>,
-    /// lora, lokr, vera: what stands before a layer's number in the names of modules, such as h or layers
+    /// lora, lokr, vera, adalora: what stands before a layer's number in the names of modules, such as h or layers
     /// [default: anything]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     layers_pattern: Option<Vec<String>>,
@@ -58,7 +58,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "KEY=ALPHA", value_parser = entry::<f64>)]
     #[serde(serialize_with = "as_map")]
     alpha_pattern: Option<Vec<(String, f64)>>,
-    /// lora, lokr, vera, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by
+    /// lora, lokr, vera, adalora, ia3, ln-tuning: modules of the base to train whole and save beside the adapter, by
     /// the ends of their names (ln_f)
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     modules_to_save: Option<Vec<String>>,
@@ -137,6 +137,33 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true)]
     save_projection: Option<bool>,
+    /// adalora: rank of each update when training begins [default: 12]
+    #[arg(long, value_name = "R")]
+    init_r: Option<usize>,
+    /// adalora: their mean rank when it ends [default: 8]
+    #[arg(long, value_name = "R")]
+    target_r: Option<usize>,
+    /// adalora: steps before ranks are taken away [default: 0]
+    #[arg(long, value_name = "N")]
+    tinit: Option<u64>,
+    /// adalora: steps after the last were [default: 0]
+    #[arg(long, value_name = "N")]
+    tfinal: Option<u64>,
+    /// adalora: steps from one time that ranks are taken away to the next [default: 1]
+    #[arg(long, alias = "deltaT", value_name = "N")]
+    delta_t: Option<u64>,
+    /// adalora: steps of the schedule [default: those of the run]
+    #[arg(long, value_name = "N")]
+    total_step: Option<u64>,
+    /// adalora: beta of the mean of sensitivities; PEFT's beta1 [default: 0.85]
+    #[arg(long, value_name = "BETA")]
+    adalora_beta1: Option<f64>,
+    /// adalora: beta of the mean of their deviations; PEFT's beta2 [default: 0.85]
+    #[arg(long, value_name = "BETA")]
+    adalora_beta2: Option<f64>,
+    /// adalora: weight of the penalty that keeps its factors near orthonormal [default: 0.5]
+    #[arg(long, value_name = "X")]
+    orth_reg_weight: Option<f64>,
     /// Dropout of the base itself while training [default: what the model's configuration says]
     #[arg(long, value_name = "P")]
     base_dropout: Option<f64>,

@@ -149,8 +149,9 @@ fn info_tells_of_every_architecture_and_every_method() {
         let run = lab.json("info run --json");
         let adapter = &run["adapter"];
         assert_eq!((&adapter["method"], &adapter["architecture"]), (&json!(row.name), &json!("gpt2")));
-        // Targets that were not named are the architecture's.
-        for option in row.options.iter().filter(|o| !["fuse", "targets", "feedforward-modules"].contains(*o)) {
+        // Targets that were not named are the architecture's, and the steps those of the run.
+        let filled_in = ["fuse", "targets", "feedforward-modules", "total-step"];
+        for option in row.options.iter().filter(|o| !filled_in.contains(*o)) {
             assert_eq!(adapter[*option], run["config"][*option], "{}: {option}", row.name);
         }
         let trainable = adapter["trainable"].as_u64();
