@@ -69,8 +69,8 @@ fn factors(n: usize, factor: i64) -> [usize; 2] {
         return [most, n / most];
     }
     // The last divisor up to the square root that brings the two nearer to each other; PEFT counts on from its last.
-    let divisors = (1..=most.min(n.isqrt())).filter(|m| n.is_multiple_of(*m));
-    divisors.last().map_or([1, n], |m| [m, n / m])
+    let smaller = (1..=most.min(n.isqrt())).rev().find(|m| n.is_multiple_of(*m));
+    smaller.map_or([1, n], |m| [m, n / m])
 }
 
 impl LoKr {

@@ -142,9 +142,10 @@ impl Budget {
     pub(crate) fn allocate(&mut self, step: u64, params: &mut Params, grads: &mut Grads, factor: f64) -> Result<()> {
         let Some(total) = self.total.filter(|_| self.cuts != Cuts::Loaded) else { return Ok(()) };
         let last = total.saturating_sub(self.config.tfinal);
+        let is_time = step > self.config.tinit && step.is_multiple_of(self.config.delta_t);
         if step < last {
             self.measure(params, grads, factor)?;
-            if step > self.config.tinit && step % self.config.delta_t == 0 {
+            if is_time {
                 self.choose(self.ranks_at(step, last));
             }
         } else if step == last {
@@ -156,8 +157,10 @@ impl Budget {
             }
         }
         // Between two cuts what was taken away may come back, after the last it may not.
-        let cuts = step >= last || step > self.config.tinit && step % self.config.delta_t == 0;
-        if cuts && self.cuts == Cuts::Masked { self.mask(params) } else { Ok(()) }
+        match (is_time || step >= last) && self.cuts == Cuts::Masked {
+            true => self.mask(params),
+            false => Ok(()),
+        }
     }
 
     /// The budget of a step before the last cut, in ranks.
