@@ -77,6 +77,7 @@ impl Ia3 {
             layers_to_transform: &[],
             layers_pattern: &[],
             modules_to_save,
+            others: false,
         })?;
         Ok(Ia3 {
             targets: targets.clone(),
