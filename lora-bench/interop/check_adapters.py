@@ -37,9 +37,9 @@ def main(folder):
                 warnings.simplefilter("always")
                 model = peft.PeftModel.from_pretrained(base, adapter).eval()
             problems = [str(w.message) for w in caught if issubclass(w.category, (UserWarning, RuntimeWarning))]
-            # It says so of every normalisation, of every VeRA without its matrices, and of every AdaLoRA whose budget was
-            # cut, with its own files too.
-            usual = ("Unsupported layer type", "Specified to not ")
+            # It says so of every normalisation, of embeddings that are the output head's matrix, of every VeRA without its
+            # matrices, and of every AdaLoRA whose budget was cut, with its own files too.
+            usual = ("Unsupported layer type", "Specified to not ", "Model has `tie_word_embeddings", "Model with `tie_word_embeddings")
             usual += ("The following rank_pattern keys did not match any",) * variant.startswith("adalora")
             problems = [p for p in problems if not p.startswith(usual)]
             with torch.no_grad():

@@ -70,7 +70,7 @@ pub use lora::{
     LoraAdapter, LoraPart, lora_backward_down, lora_backward_input, lora_backward_up, lora_down, lora_forward,
     lora_grouped,
 };
-pub use loss::{cross_entropy, loss_head, nll};
+pub use loss::{HeadTerm, cross_entropy, loss_head, loss_head_of, nll};
 pub use mat::{Acc, Mat, MatMut};
 pub use mix::{mix, mix_backward};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};

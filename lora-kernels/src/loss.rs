@@ -104,8 +104,42 @@ pub fn loss_head(
     dw: Option<Acc>,
     db: Option<Acc>,
 ) -> Result<()> {
+    loss_head_of(vec![HeadTerm { factor: 1.0, x, w, dx, dw }], bias, targets, smoothing, scale, losses, db)
+}
+
+/// One product of the sum that the logits of [`loss_head_of`] are: factor·x·w, with x [n, d] and w [d, V], each term with a
+/// d of its own, and where its gradients go.
+pub struct HeadTerm<'a> {
+    /// The factor.
+    pub factor: f64,
+    /// x.
+    pub x: Mat<'a>,
+    /// w, which may be the transpose of a stored [V, d] matrix.
+    pub w: Mat<'a>,
+    /// [n, d].
+    pub dx: Option<Acc<'a>>,
+    /// In the layout that is stored.
+    pub dw: Option<Acc<'a>>,
+}
+
+/// [`loss_head`] with logits that are a sum of products, z = Σ cᵢ·xᵢ·wᵢ + b: an output head and a low-rank update beside it.
+///
+/// # Panics
+/// As [`loss_head`]; when there is no term, or the terms have other numbers of rows or classes.
+pub fn loss_head_of(
+    terms: Vec<HeadTerm>,
+    bias: Option<Mat>,
+    targets: Mat,
+    smoothing: f64,
+    scale: f64,
+    losses: MatMut,
+    db: Option<Acc>,
+) -> Result<()> {
+    let HeadTerm { x, w, .. } = terms.first().expect("loss_head: at least one product");
     let (n, v) = (x.rows(), w.cols());
-    assert_eq!(x.cols(), w.rows(), "loss_head: x [n, d] and w [d, V]");
+    for HeadTerm { x, w, .. } in &terms {
+        assert_eq!((x.rows(), x.cols(), w.cols()), (n, w.rows(), v), "loss_head: x [n, d] and w [d, V]");
+    }
     // Before anything is written, also where there is no row.
     for b in bias.iter().copied().chain(db.iter().map(|db| db.to.as_mat())) {
         assert_eq!((b.rows(), b.cols()), (1, v), "loss_head: one number of the bias per class");
@@ -119,7 +153,7 @@ pub fn loss_head(
     } else {
         chunk_rows(n, DEVICE_CHUNK_BYTES / bytes.max(1), TILE)
     };
-    in_chunks(rows, x, w, bias, targets, smoothing, scale, losses, dx, dw, db)
+    in_chunks(rows, terms, bias, targets, smoothing, scale, losses, db)
 }
 
 /// Rows of each chunk but the last of n rows: chunks of almost equal size with at most `most` rows, or one, and
@@ -137,20 +171,17 @@ fn chunk_rows(n: usize, most: usize, tile: usize) -> usize {
 #[allow(clippy::too_many_arguments)]
 fn in_chunks(
     rows: usize,
-    x: Mat,
-    w: Mat,
+    mut terms: Vec<HeadTerm>,
     bias: Option<Mat>,
     targets: Mat,
     smoothing: f64,
     scale: f64,
     mut losses: MatMut,
-    mut dx: Option<Acc>,
-    mut dw: Option<Acc>,
     mut db: Option<Acc>,
 ) -> Result<()> {
-    let (n, v) = (x.rows(), w.cols());
+    let (x, n, v) = (terms[0].x, terms[0].x.rows(), terms[0].w.cols());
     let wide = x.dtype().accumulator();
-    let gradients = dx.is_some() || dw.is_some() || db.is_some();
+    let gradients = db.is_some() || terms.iter().any(|t| t.dx.is_some() || t.dw.is_some());
     let epilogue = Epilogue { bias, ..Epilogue::default() };
     // On a CUDA device every row begins at a multiple of 16 bytes, in f32 and in 16 bits: faster loads and products.
     let stride = if x.device().is_cpu() { v } else { v.next_multiple_of(8) };
@@ -162,10 +193,16 @@ fn in_chunks(
     // One even of no rows, because dw and db take their β in any case.
     for i in 0..n.div_ceil(rows.max(1)).max(1) {
         let r = (i * rows).min(n)..((i + 1) * rows).min(n);
-        let (x, targets) = (x.rows_in(r.clone()), targets.cols_in(r.clone()));
+        let targets = targets.cols_in(r.clone());
         let losses = losses.reborrow().rows_in(r.clone());
         let mut z = MatMut::new(&mut logits, 0, r.len(), stride).cols_in(0..v);
-        gemm_with(1.0, x, w, 0.0, z.reborrow(), &epilogue)?;
+        for (i, HeadTerm { factor, x, w, .. }) in terms.iter().enumerate() {
+            let x = x.rows_in(r.clone());
+            match i {
+                0 => gemm_with(*factor, x, *w, 0.0, z.reborrow(), &epilogue)?,
+                _ => gemm(*factor, x, *w, 1.0, z.reborrow())?,
+            }
+        }
         if !gradients {
             nll(z.as_mat(), targets, smoothing, losses)?;
             continue;
@@ -181,13 +218,16 @@ fn in_chunks(
                 dz
             }
         };
-        if let Some(dx) = &mut dx {
-            gemm(1.0, dz.as_mat(), w.t(), dx.beta, dx.to.reborrow().rows_in(r))?;
-        }
-        if let Some(dw) = &mut dw {
-            let beta = if i == 0 { dw.beta } else { 1.0 };
-            let (a, b) = if w.is_transposed() { (dz.as_mat(), x) } else { (x, dz.as_mat()) };
-            gemm(1.0, a.t(), b, beta, dw.to.reborrow())?;
+        for HeadTerm { factor, x, w, dx, dw } in &mut terms {
+            let x = x.rows_in(r.clone());
+            if let Some(dx) = dx {
+                gemm(*factor, dz.as_mat(), w.t(), dx.beta, dx.to.reborrow().rows_in(r.clone()))?;
+            }
+            if let Some(dw) = dw {
+                let beta = if i == 0 { dw.beta } else { 1.0 };
+                let (a, b) = if w.is_transposed() { (dz.as_mat(), x) } else { (x, dz.as_mat()) };
+                gemm(*factor, a.t(), b, beta, dw.to.reborrow())?;
+            }
         }
         if let Some(db) = &mut db {
             let beta = if i == 0 { db.beta } else { 1.0 };
@@ -421,6 +461,50 @@ mod tests {
         }
         let (dx, dw) = (accumulated(&dx, beta, &old[..n * d]), accumulated(&dw, beta, &old[n * d..]));
         [losses, dx, dw, accumulated(&db, beta, &old_b)]
+    }
+
+    /// Columns of x and w that are split, a factor between them, change nothing but the order of sums; in several chunks too.
+    #[test]
+    fn a_sum_of_products_is_one_product_of_all_their_columns() {
+        for (n, d, v) in [(7, 8, 33), (170, 3, 50_257)] {
+            let (x, w) = (random(4, n * d, 1.0), random(5, v * d, 1.0));
+            let doubled: Vec<f64> = x.iter().map(|x| 2.0 * x).collect();
+            let t = ids(&classes(n, v));
+            let t = Mat::new(&t, 0, 1, n);
+            for dtype in FLOATS {
+                let [px, p2] = [&x, &doubled].map(|x| Padded::new(dtype, n, d, 3, x));
+                let pw = Padded::new(dtype, v, d, 2, &w);
+                let run = |split: usize| {
+                    let mut l = Padded::poison(dtype, n, 1, 0);
+                    let mut dx = Padded::target(dtype, n, d, 1, 0.0, &x);
+                    let mut dw = Padded::target(dtype, v, d, 1, 0.0, &w);
+                    let [[to_x, to_x2], [to_w, to_w2]] = [&mut dx, &mut dw].map(|to| {
+                        let (first, rest) = to.acc(0.0).to.split_cols(split);
+                        [first, rest].map(|to| Acc { to, beta: 0.0 })
+                    });
+                    let term = |factor, x: &Padded, cols: std::ops::Range<usize>, dx, dw| HeadTerm {
+                        factor,
+                        x: x.mat().cols_in(cols.clone()),
+                        w: pw.mat().cols_in(cols).t(),
+                        dx: Some(dx),
+                        dw: Some(dw),
+                    };
+                    let mut terms = vec![term(1.0, &px, 0..split, to_x, to_w)];
+                    if split < d {
+                        terms.push(term(0.5, &p2, split..d, to_x2, to_w2));
+                    }
+                    loss_head_of(terms, None, t, 0.1, 0.5, l.mat_mut(), None).unwrap();
+                    [l.get(), dx.get(), dw.get()]
+                };
+                let (whole, parts) = (run(d), run(2));
+                close(&format!("losses of {v} classes"), &parts[0], &whole[0], tol(dtype, 3e-6));
+                // The gradient of 2x is half that of x, and that of w the same.
+                let halved: Vec<f64> =
+                    whole[1].iter().enumerate().map(|(i, g)| if i % d < 2 { *g } else { g / 2.0 }).collect();
+                close(&format!("dx of {v} classes"), &parts[1], &halved, tol(dtype, 3e-6));
+                close(&format!("dw of {v} classes"), &parts[2], &whole[2], tol(dtype, 3e-6));
+            }
+        }
     }
 
     #[test]

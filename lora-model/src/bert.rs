@@ -62,7 +62,7 @@ impl Encoder {
     /// The weights of `{root}.embeddings` and `{root}.encoder`.
     pub(crate) fn describe(c: &BertConfig, root: &str, b: &mut Build) -> Result<Encoder> {
         let (d, f, eps) = (c.hidden_size, c.intermediate_size, c.layer_norm_eps);
-        let table = |b: &mut Build, name: &str, rows| b.weight(format!("{root}.embeddings.{name}.weight"), &[rows, d]);
+        let table = |b: &mut Build, name: &str, rows| b.embedding(format!("{root}.embeddings.{name}"), [rows, d]);
         let words = table(b, "word_embeddings", c.vocab_size)?;
         b.tokens(&words);
         b.keys_values(d);
@@ -97,12 +97,10 @@ impl Encoder {
 
     /// The final hidden states.
     pub(crate) fn hidden(&self, c: &BertConfig, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
-        let words = self.words.var(t, adapted)?;
-        let (positions, segments) = (self.positions.var(t, adapted)?, self.segments.var(t, adapted)?);
-        let x = input.embed(t, adapted, &words)?;
-        let s = ops::gather(t, &segments, input.segments().expect("limits that tell segments apart"))?;
+        let x = input.embed(t, adapted, &self.words)?;
+        let s = self.segments.rows(t, adapted, input.segments().expect("limits that tell segments apart"))?;
         let x = ops::add(t, x, s)?;
-        let p = ops::gather(t, &positions, input.positions())?;
+        let p = self.positions.rows(t, adapted, input.positions())?;
         let x = ops::add(t, x, p)?;
         let h = self.norm.apply(t, adapted, &x)?;
         drop(x);

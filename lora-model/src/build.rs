@@ -106,6 +106,14 @@ impl<'a> Build<'a> {
         Ok(Projection { module, weight, bias, layout })
     }
 
+    /// The matrix of an output head of its own, which adapters can be attached to.
+    pub(crate) fn lm_head(&mut self, [inputs, outputs]: [usize; 2]) -> Result<Weight> {
+        let weight = self.weight("lm_head.weight", &[outputs, inputs])?;
+        let linear = LinearSite { inputs, outputs, layout: WeightLayout::OutIn, parts: Vec::new() };
+        self.site("lm_head".into(), SiteKind::Head(linear));
+        Ok(weight)
+    }
+
     /// Names the parts of the fused linear map that was described last, each with its number of columns.
     pub(crate) fn parts(&mut self, parts: &[(&'static str, usize)]) {
         let Some(Site { kind: SiteKind::Linear(linear), .. }) = self.outline.sites.last_mut() else {
@@ -136,6 +144,14 @@ impl<'a> Build<'a> {
         let module = module.into();
         self.site(module.clone(), SiteKind::Sublayer { part, width });
         Sublayer { module }
+    }
+
+    /// A table of embeddings, which adapters can be attached to.
+    pub(crate) fn embedding(&mut self, module: impl Into<String>, [rows, width]: [usize; 2]) -> Result<Weight> {
+        let module = module.into();
+        let table = self.weight(format!("{module}.weight"), &[rows, width])?;
+        self.site(module, SiteKind::Embedding { rows, width });
+        Ok(table)
     }
 
     /// That virtual tokens can stand among the tokens, embedded by `table`.

@@ -110,11 +110,9 @@ fn encoder(c: &DebertaV2Config, b: &mut Build) -> Result<Encoder> {
     let (d, eps) = (c.hidden_size, c.layer_norm_eps);
     b.describe("deberta-v2", c.num_hidden_layers, c.max_position_embeddings, &["query_proj", "value_proj"]);
     let embeddings = |name: &str| format!("deberta.embeddings.{name}");
-    let word_embeddings = b.weight(embeddings("word_embeddings.weight"), &[c.vocab_size, d])?;
+    let word_embeddings = b.embedding(embeddings("word_embeddings"), [c.vocab_size, d])?;
     b.tokens(&word_embeddings);
-    let mut table = |name: &str, rows: usize| {
-        (rows > 0).then(|| b.weight(embeddings(&format!("{name}.weight")), &[rows, d])).transpose()
-    };
+    let mut table = |name: &str, rows: usize| (rows > 0).then(|| b.embedding(embeddings(name), [rows, d])).transpose();
     let positions = if c.position_biased_input { c.max_position_embeddings } else { 0 };
     let position_embeddings = table("position_embeddings", positions)?;
     let token_type_embeddings = table("token_type_embeddings", c.type_vocab_size)?;
@@ -267,14 +265,12 @@ fn own_name(name: &str, config: &DebertaV2Config) -> Option<String> {
 impl Encoder {
     /// The final hidden states.
     fn hidden(&self, c: &DebertaV2Config, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
-        let words = self.word_embeddings.var(t, adapted)?;
-        let mut x = input.embed(t, adapted, &words)?;
+        let mut x = input.embed(t, adapted, &self.word_embeddings)?;
         let tables =
             [(&self.position_embeddings, Some(input.positions())), (&self.token_type_embeddings, input.segments())];
         for (table, rows) in tables {
             if let (Some(table), Some(rows)) = (table, rows) {
-                let table = table.var(t, adapted)?;
-                let rows = ops::gather(t, &table, rows)?;
+                let rows = table.rows(t, adapted, rows)?;
                 x = ops::add(t, x, rows)?;
             }
         }

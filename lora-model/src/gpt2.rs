@@ -68,10 +68,10 @@ fn describe(config: &Gpt2Config, b: &mut Build) -> Result<Weights> {
     let (d, f, eps) = (config.n_embd, config.inner(), config.layer_norm_epsilon);
     b.describe("gpt2", config.n_layer, config.n_positions, &["c_attn"]);
     b.task_type("CAUSAL_LM");
-    let wte = b.weight("transformer.wte.weight", &[config.vocab_size, d])?;
+    let wte = b.embedding("transformer.wte", [config.vocab_size, d])?;
     b.tokens(&wte);
     b.keys_values(d);
-    let wpe = b.weight("transformer.wpe.weight", &[config.n_positions, d])?;
+    let wpe = b.embedding("transformer.wpe", [config.n_positions, d])?;
     let mut blocks = Vec::with_capacity(config.n_layer);
     for i in 0..config.n_layer {
         b.layer(Some(i));
@@ -90,7 +90,7 @@ fn describe(config: &Gpt2Config, b: &mut Build) -> Result<Weights> {
     let ln_f = b.layer_norm("transformer.ln_f", d, eps)?;
     let lm_head = match config.tie_word_embeddings {
         true => None,
-        false => Some(b.weight("lm_head.weight", &[config.vocab_size, d])?),
+        false => Some(b.lm_head([d, config.vocab_size])?),
     };
     Ok(Weights { wte, wpe, blocks, ln_f, lm_head })
 }
@@ -224,9 +224,8 @@ impl Model for Gpt2 {
 
     fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
         let w = &self.weights;
-        let (wte, wpe) = (w.wte.var(t, adapted)?, w.wpe.var(t, adapted)?);
-        let x = input.embed(t, adapted, &wte)?;
-        let p = ops::gather(t, &wpe, input.positions())?;
+        let x = input.embed(t, adapted, &w.wte)?;
+        let p = w.wpe.rows(t, adapted, input.positions())?;
         let h = ops::add(t, x, p)?;
         let mut h = ops::dropout(t, h, self.config.embd_pdrop)?;
         for (i, b) in w.blocks.iter().enumerate() {

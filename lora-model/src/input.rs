@@ -1,7 +1,7 @@
 use lora_core::{Result, Tape, Tensor, Var, ops, ops::Qkv, peft::Adapted};
 use lora_kernels::{Attention, Dropout, Sequences};
 
-use crate::{Batch, KvCache, batch::VirtualInputs, virtual_rows::Place};
+use crate::{Batch, KvCache, batch::VirtualInputs, layers::Weight, virtual_rows::Place};
 
 /// What one forward pass reads: the tokens, and what attention looks at.
 pub struct Input<'a> {
@@ -59,8 +59,8 @@ impl<'a> Input<'a> {
     }
 
     /// The embeddings of the tokens, and of virtual ones among them: [rows, d].
-    pub fn embed(&self, t: &mut Tape, adapted: &Adapted, table: &Var) -> Result<Var> {
-        let x = ops::gather(t, table, &self.tokens)?;
+    pub fn embed(&self, t: &mut Tape, adapted: &Adapted, table: &Weight) -> Result<Var> {
+        let x = table.rows(t, adapted, &self.tokens)?;
         let Some(VirtualInputs { place: Place::Stream(_), sources, .. }) = &self.virtual_rows else { return Ok(x) };
         let Some(rows) = adapted.token_embeddings(t)? else { return Ok(x) };
         let x = ops::concat_rows(t, &x, &rows)?;

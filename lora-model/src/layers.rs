@@ -21,6 +21,12 @@ impl Weight {
     pub(crate) fn var(&self, t: &Tape, adapted: &Adapted) -> Result<Var> {
         adapted.weight(t, &self.name, &self.tensor)
     }
+
+    /// The rows of a table of embeddings that `ids` name, with whatever adapter is attached to it.
+    pub(crate) fn rows(&self, t: &mut Tape, adapted: &Adapted, ids: &Tensor) -> Result<Var> {
+        let table = self.var(t, adapted)?;
+        adapted.embed(t, &self.name, &table, ids)
+    }
 }
 
 /// A linear map y = x·Wᵀ + b with whatever adapter is attached to it.

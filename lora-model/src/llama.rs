@@ -76,7 +76,7 @@ fn describe(config: &LlamaConfig, b: &mut Build) -> Result<Weights> {
     let layers = config.num_hidden_layers;
     b.describe(config.kind.model_type(), layers, config.max_positions(), &["q_proj", "v_proj"]);
     b.task_type("CAUSAL_LM");
-    let embed_tokens = b.weight("model.embed_tokens.weight", &[config.vocab_size, d])?;
+    let embed_tokens = b.embedding("model.embed_tokens", [config.vocab_size, d])?;
     b.tokens(&embed_tokens);
     b.keys_values(kv);
     let mut blocks = Vec::with_capacity(layers);
@@ -120,7 +120,7 @@ fn describe(config: &LlamaConfig, b: &mut Build) -> Result<Weights> {
     let norm = b.rms_norm("model.norm", d, eps)?;
     let lm_head = match config.tie_word_embeddings {
         true => None,
-        false => Some(b.weight("lm_head.weight", &[config.vocab_size, d])?),
+        false => Some(b.lm_head([d, config.vocab_size])?),
     };
     Ok(Weights { embed_tokens, blocks, norm, lm_head })
 }
@@ -238,8 +238,7 @@ impl Model for Llama {
 
     fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
         let w = &self.weights;
-        let table = w.embed_tokens.var(t, adapted)?;
-        let mut h = input.embed(t, adapted, &table)?;
+        let mut h = input.embed(t, adapted, &w.embed_tokens)?;
         for (i, b) in w.blocks.iter().enumerate() {
             let x = b.input_layernorm.apply(t, adapted, &h)?;
             let mut heads = self.attend(t, adapted, i, x, input)?;

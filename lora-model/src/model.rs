@@ -135,7 +135,11 @@ pub trait Model: Base + Send + Sync {
                 let y = ops::linear_wide(t, &x, &w, lowrank::Layout::OutIn, b.as_ref())?;
                 ops::squared_error(t, &y, &batch.targets, scale)?
             }
-            _ => ops::loss_head(t, &x, &w, b.as_ref(), &batch.targets, smoothing, scale)?,
+            _ => {
+                let name = &self.head().weight.name;
+                let more = t.on_target_rows(|t| adapted.beside_head(t, name, &x))?;
+                ops::loss_head_beside(t, &x, &w, b.as_ref(), &more, &batch.targets, smoothing, scale)?
+            }
         })
     }
 
@@ -152,7 +156,7 @@ pub trait Model: Base + Send + Sync {
         };
         let x = self.hidden(&mut t, adapted, &mut input)?;
         let x = self.features(&mut t, adapted, x)?;
-        self.head().logits(&t, adapted, x.value())
+        self.head().logits(&mut t, adapted, &x)
     }
 
     /// An empty cache for `sequences` sequences with room for `rows` positions in all.
@@ -193,7 +197,7 @@ pub trait Model: Base + Send + Sync {
             t.share_rows(cache.shares());
             let x = self.hidden(&mut t, adapted, &mut Input::cached(cache))?;
             let x = self.features(&mut t, adapted, x)?;
-            self.head().logits(&t, adapted, x.value())
+            self.head().logits(&mut t, adapted, &x)
         };
         #[cfg(feature = "cuda")]
         return crate::recorded::run(cache, &adapted.params, &self.head().weight.tensor, pass);
@@ -202,7 +206,8 @@ pub trait Model: Base + Send + Sync {
     }
 
     /// Writes the model's configuration and weights into `dir` in f32, in the layout and under the names they were read with;
-    /// tensors of `changed` in place of the model's own.
+    /// tensors of `changed` in place of the model's own. One for an output head that shared the embeddings' is written
+    /// too, and the configuration says that they are two.
     ///
     /// # Errors
     /// What writing files can cause; see [`checkpoint::save`].
@@ -215,13 +220,18 @@ pub trait Model: Base + Send + Sync {
     /// # Errors
     /// Those of [`Model::save`], and a number that is too large for f16.
     fn save_in(&self, dtype: DType, dir: &Path, changed: &BTreeMap<String, Tensor>) -> Result<()> {
-        let tensors: BTreeMap<&str, &Tensor> =
+        let mut tensors: BTreeMap<&str, &Tensor> =
             self.tensors().map(|(name, t)| (name, changed.get(name).unwrap_or(t))).collect();
+        let head = changed.get_key_value(HEAD).filter(|_| !tensors.contains_key(HEAD));
+        tensors.extend(head.map(|(name, t)| (name.as_str(), t)));
         let specs: Vec<TensorSpec> =
             tensors.iter().map(|(name, t)| TensorSpec::new(*name, t.shape()).in_dtype(dtype)).collect();
         checkpoint::save(dir, self.layout(), &specs, |name| Ok(tensors[name].to_dtype(DType::F32)?))?;
-        // A configuration that says otherwise would have them rounded when they are loaded.
         let (mut config, name) = (self.config().clone(), RawConfig::type_name(dtype));
+        if head.is_some() {
+            config.set("tie_word_embeddings", false);
+        }
+        // A configuration that says otherwise would have them rounded when they are loaded.
         let said: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| config.value(key).is_some()).collect();
         said.iter().for_each(|key| config.set(key, name));
         if said.is_empty() && dtype != DType::F32 {
@@ -231,15 +241,23 @@ pub trait Model: Base + Send + Sync {
     }
 }
 
+/// The matrix of an output head of its own.
+const HEAD: &str = "lm_head.weight";
+
 impl Head<'_> {
     fn vars(&self, t: &Tape, adapted: &Adapted) -> Result<(Var, Option<Var>)> {
         Ok((self.weight.var(t, adapted)?, self.bias.map(|b| b.var(t, adapted)).transpose()?))
     }
 
-    fn logits(&self, t: &Tape, adapted: &Adapted, x: &Tensor) -> Result<Tensor> {
+    fn logits(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Tensor> {
         let (w, b) = self.vars(t, adapted)?;
+        let more = adapted.beside_head(t, &self.weight.name, x)?;
+        let x = x.value();
         let mut logits = Tensor::empty(&x.device(), x.dtype().accumulator(), &[x.rows(), w.value().rows()])?;
         gemm(1.0, x.mat(), w.value().t(), 0.0, logits.make_mut()?)?;
+        for ops::BesideHead { factor, x, w } in &more {
+            gemm(*factor, x.value().mat(), w.value().t(), 1.0, logits.make_mut()?)?;
+        }
         if let Some(b) = b {
             let b = b.value().to(&logits.device(), logits.dtype())?;
             add_bias(b.mat(), logits.make_mut()?)?;

@@ -19,6 +19,32 @@ pub fn loss_head(
     smoothing: f64,
     scale: f64,
 ) -> Result<Var> {
+    loss_head_beside(t, x, w, bias, &[], targets, smoothing, scale)
+}
+
+/// A product that adds to the logits of a head: factor·x·Wᵀ, with x [n, d] and W [classes, d] of a d of its own.
+#[derive(Debug)]
+pub struct BesideHead {
+    /// The factor.
+    pub factor: f64,
+    /// x.
+    pub x: Var,
+    /// W.
+    pub w: Var,
+}
+
+/// [`loss_head`] of logits that `more` adds to: x·Wᵀ + b + Σ cᵢ·xᵢ·Wᵢᵀ.
+#[allow(clippy::too_many_arguments)]
+pub fn loss_head_beside(
+    t: &mut Tape,
+    x: &Var,
+    w: &Var,
+    bias: Option<&Var>,
+    more: &[BesideHead],
+    targets: &Tensor,
+    smoothing: f64,
+    scale: f64,
+) -> Result<Var> {
     let (device, dtype, n) = (t.device(), x.value.dtype(), x.value.rows());
     assert_eq!(targets.len(), n, "one target per row");
     // Losses and gradients of parameters keep the digits that 16-bit activations do not have.
@@ -28,19 +54,26 @@ pub fn loss_head(
         let dtype = |s| if matches!(s, Slot::Param(_)) { sums } else { dtype };
         v.slot.map(|s| Tensor::empty(&device, dtype(s), v.value.shape())).transpose()
     };
-    let (mut dx, mut dw, mut db) = (like(x)?, like(w)?, bias.map_or(Ok(None), like)?);
-    let [to_x, to_w, to_b] = [&mut dx, &mut dw, &mut db].map(|d| d.as_mut().map(Tensor::make_mut).transpose());
-    let (to_x, to_w, to_b) = (to_x?.map(first), to_w?.map(first), to_b?.map(first));
-    let b = bias.map(|b| b.value.mat());
-    let targets = targets.mat();
-    k::loss_head(x.value.mat(), w.value.t(), b, targets, smoothing, scale, losses.make_mut()?, to_x, to_w, to_b)?;
+    let all: Vec<(f64, &Var, &Var)> =
+        [(1.0, x, w)].into_iter().chain(more.iter().map(|m| (m.factor, &m.x, &m.w))).collect();
+    let gradients = all.iter().map(|(_, x, w)| Ok([like(x)?, like(w)?])).collect::<Result<Vec<_>>>();
+    let (mut gradients, mut db) = (gradients?, bias.map_or(Ok(None), like)?);
+    let mut terms = Vec::new();
+    for ((factor, x, w), [dx, dw]) in all.iter().zip(&mut gradients) {
+        let [dx, dw] = [dx, dw].map(|d| d.as_mut().map(Tensor::make_mut).transpose());
+        let (dx, dw) = (dx?.map(first), dw?.map(first));
+        terms.push(k::HeadTerm { factor: *factor, x: x.value.mat(), w: w.value.t(), dx, dw });
+    }
+    let (b, to_b) = (bias.map(|b| b.value.mat()), db.as_mut().map(Tensor::make_mut).transpose()?.map(first));
+    k::loss_head_of(terms, b, targets.mat(), smoothing, scale, losses.make_mut()?, to_b)?;
     let mut loss = Tensor::empty(&device, sums, &[1])?;
     sum_rows(losses.mat(), Acc { to: loss.make_mut()?, beta: 0.0 })?;
     k::scale(scale, loss.make_mut()?)?;
-    let slots = [x.slot, w.slot, bias.and_then(|b| b.slot)];
+    let slots: Vec<_> = all.iter().flat_map(|(_, x, w)| [x.slot, w.slot]).chain([bias.and_then(|b| b.slot)]).collect();
+    let gradients: Vec<_> = gradients.into_iter().flatten().chain([db]).collect();
     Ok(t.record(loss, slots.iter().any(Option::is_some), move |dy, g| {
         // The gradients are ready for ∂total/∂loss = 1, the usual case; any other factor scales them.
-        for (slot, grad) in slots.into_iter().zip([dx, dw, db]) {
+        for (slot, grad) in slots.into_iter().zip(gradients) {
             let (Some(slot), Some(mut grad)) = (slot, grad) else { continue };
             k::scale_by(dy.mat(), grad.make_mut()?)?;
             g.pass(slot, grad)?;

@@ -25,7 +25,7 @@ pub use elementwise::{activation, add, add_bias, dropout, dropout_by, silu_gate,
 pub use gather::gather;
 pub use linear::{linear, linear_onto, linear_wide};
 pub use lora::{LoraPart, lora_linear};
-pub use loss::{loss_head, squared_error};
+pub use loss::{BesideHead, loss_head, loss_head_beside, squared_error};
 pub use mix::mix;
 pub use norm::{layer_norm, rms_norm};
 pub use orthogonality::orthogonality;

@@ -8,7 +8,7 @@ use lora_kernels::{DType, Device};
 use super::{
     Attached, Base, BaseTensor, Budget, Layers, Linear, LinearAdapter, Method, Norm, Outline, Plan, VirtualTokens, join,
 };
-use crate::{Error, Grads, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var};
+use crate::{Error, Grads, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var, ops};
 
 /// A method applied to one base: its parameters, which of the base's tensors train, and what is attached where. The
 /// base itself is not held and never written.
@@ -26,11 +26,22 @@ pub struct Adapted {
 /// What is attached where.
 #[derive(Debug, Default)]
 struct Places {
+    /// By the name of the site, or of an embedding by that of its weight: virtual tokens have the site's name there.
     attached: HashMap<String, Attached>,
-    /// The sites with an adapter, in the base's order, each with its layer.
-    sites: Vec<(String, Option<usize>)>,
+    /// The sites with an adapter, in the base's order.
+    sites: Vec<Place>,
     tokens: Option<String>,
     keys_values: Option<String>,
+}
+
+/// A site with an adapter.
+#[derive(Debug)]
+struct Place {
+    /// The site's name.
+    site: String,
+    /// Its key among what is attached.
+    key: String,
+    layer: Option<usize>,
 }
 
 /// What `method` trains on a base that looks like this: names and shapes, before any memory is taken.
@@ -58,8 +69,12 @@ fn plan(
             Attached::KeysValues(_) => places.keys_values = Some(site.name.clone()),
             _ => {}
         }
-        places.attached.insert(site.name.clone(), attached);
-        places.sites.push((site.name.clone(), site.layer));
+        let key = match attached {
+            Attached::Embedding(_) => format!("{}.weight", site.name),
+            _ => site.name.clone(),
+        };
+        places.attached.insert(key.clone(), attached);
+        places.sites.push(Place { site: site.name.clone(), key, layer: site.layer });
     }
     // A head that trains with every method is none of the method's own doing.
     let own = |t: &&BaseTensor| method.trains(t, outline);
@@ -107,9 +122,9 @@ impl Adapted {
         Ok(Adapted { params, trained: BTreeMap::new(), places, budget: None, of_sequences: None })
     }
 
-    /// The sites with an adapter, each with its layer.
-    pub(super) fn sites(&self) -> impl Iterator<Item = &(String, Option<usize>)> {
-        self.places.sites.iter()
+    /// The sites with an adapter, each by its key among what is attached, with its layer.
+    pub(super) fn sites(&self) -> impl Iterator<Item = (&str, Option<usize>)> {
+        self.places.sites.iter().map(|place| (place.key.as_str(), place.layer))
     }
 
     /// What is attached to the linear map of a site.
@@ -120,11 +135,11 @@ impl Adapted {
         }
     }
 
-    /// Attaches something at a site, unless there is something already.
-    pub(super) fn attach(&mut self, site: &(String, Option<usize>), attached: Attached) {
-        if !self.places.attached.contains_key(&site.0) {
-            self.places.attached.insert(site.0.clone(), attached);
-            self.places.sites.push(site.clone());
+    /// Attaches something to a linear map, unless there is something already.
+    pub(super) fn attach(&mut self, site: &str, layer: Option<usize>, attached: Box<dyn LinearAdapter>) {
+        if !self.places.attached.contains_key(site) {
+            self.places.attached.insert(site.to_owned(), Attached::Linear(attached));
+            self.places.sites.push(Place { site: site.to_owned(), key: site.to_owned(), layer });
         }
     }
 
@@ -141,6 +156,22 @@ impl Adapted {
         match self.linear(site) {
             Some(a) => a.apply(t, x, base),
             None => base.apply(t, x),
+        }
+    }
+
+    /// The rows of the table of embeddings with the weight `name` that `ids` name, with what is attached there.
+    pub fn embed(&self, t: &mut Tape, name: &str, table: &Var, ids: &Tensor) -> Result<Var> {
+        match self.places.attached.get(name) {
+            Some(Attached::Embedding(a)) => a.apply(t, table, ids),
+            _ => ops::gather(t, table, ids),
+        }
+    }
+
+    /// What adds to the logits of the output head with the weight `name`, of its input x.
+    pub fn beside_head(&self, t: &mut Tape, name: &str, x: &Var) -> Result<Vec<ops::BesideHead>> {
+        match name.strip_suffix(".weight").and_then(|site| self.places.attached.get(site)) {
+            Some(Attached::Head(a)) => a.beside(t, x),
+            _ => Ok(Vec::new()),
         }
     }
 
@@ -215,16 +246,16 @@ impl Adapted {
     pub fn drop_layers(&mut self, layers: &Layers, outline: &Outline) -> Result<()> {
         const OPTION: &str = "drop-layers";
         let dropped = layers.of(OPTION, outline.layers)?;
-        if let Some(layer) = dropped.iter().find(|n| !self.places.sites.iter().any(|(_, layer)| *layer == Some(**n))) {
+        if let Some(layer) = dropped.iter().find(|n| !self.places.sites.iter().any(|p| p.layer == Some(**n))) {
             let why = format!("layer {layer} has no adapter that could be dropped");
             return Err(Error::Option { option: OPTION, value: layers.to_string(), why });
         }
         let gone = |layer: Option<usize>| layer.is_some_and(|layer| dropped.contains(&layer));
         let (gone, left): (Vec<_>, Vec<_>) =
-            mem::take(&mut self.places.sites).into_iter().partition(|(_, layer)| gone(*layer));
+            mem::take(&mut self.places.sites).into_iter().partition(|p: &Place| gone(p.layer));
         self.places.sites = left;
-        for (site, _) in gone {
-            self.places.attached.remove(&site);
+        for place in gone {
+            self.places.attached.remove(&place.key);
         }
         Ok(())
     }
@@ -267,8 +298,8 @@ impl Adapted {
     /// theirs.
     pub fn adapter_tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut all: Vec<_> = self.trained.iter().map(|(name, &id)| (name.clone(), self.params.tensor(id))).collect();
-        for (site, _) in &self.places.sites {
-            for (name, tensor) in self.places.attached[site].adapter().save(&self.params)? {
+        for Place { site, key, .. } in &self.places.sites {
+            for (name, tensor) in self.places.attached[key].adapter().save(&self.params)? {
                 all.push((format!("{site}.{name}"), tensor));
             }
         }
@@ -289,8 +320,8 @@ impl Adapted {
             let value = super::take(&mut tensors, name, params.shape(id))?;
             params.set(id, &value)?;
         }
-        for (site, _) in &self.places.sites {
-            self.places.attached[site].adapter().load(&mut params, site, &mut tensors)?;
+        for Place { site, key, .. } in &self.places.sites {
+            self.places.attached[key].adapter().load(&mut params, site, &mut tensors)?;
         }
         if !tensors.is_empty() {
             return Err(Error::Unexpected { names: tensors.into_keys().collect() });
@@ -301,11 +332,15 @@ impl Adapted {
 
     /// Whether the base can take the adapter into its weights, so that nothing is left beside it.
     pub fn is_mergeable(&self) -> bool {
-        self.places.attached.values().all(|a| matches!(a, Attached::Linear(_)))
+        self.places
+            .attached
+            .values()
+            .all(|a| matches!(a, Attached::Linear(_) | Attached::Embedding(_) | Attached::Head(_)))
     }
 
     /// The base's tensors that this method changes, as they are now, under their names: those that train, and the weights
-    /// that adapters are merged into. All others are the base's own.
+    /// that adapters are merged into. All others are the base's own. Where the table of an embedding is the output head's
+    /// matrix too, which the adapter leaves as it is, that is among them as `lm_head.weight`, a tensor of its own.
     ///
     /// # Errors
     /// A kind of adapter that cannot be merged; [`Error::Merge`] for a weight or an adapter that is not finite.
@@ -313,24 +348,34 @@ impl Adapted {
         let mut changed: BTreeMap<String, Tensor> =
             self.trained.iter().map(|(name, &id)| (name.clone(), self.params.tensor(id))).collect();
         let tensors: HashMap<&str, &Tensor> = base.tensors().collect();
-        for (site, _) in &self.places.sites {
-            let Attached::Linear(adapter) = &self.places.attached[site] else {
-                return Err(Error::Structure {
-                    name: site.clone(),
-                    why: "this kind of adapter is no change of a weight, so it cannot be merged into one; keep it beside \
-                          the base"
-                        .into(),
-                });
-            };
+        let mut head: Option<(String, Tensor)> = None;
+        for Place { site, key, .. } in &self.places.sites {
             let name = format!("{site}.weight");
             // A method may train the very weight that it adapts.
             let w = changed.get(&name).or_else(|| tensors.get(name.as_str()).copied());
-            let w = w.ok_or_else(|| Error::Missing { name: name.clone() })?;
-            let merged = adapter.merge(&self.params, w).map_err(|e| match e {
+            let weight = || w.ok_or_else(|| Error::Missing { name: name.clone() });
+            let merged = match &self.places.attached[key] {
+                Attached::Linear(adapter) => adapter.merge(&self.params, weight()?),
+                Attached::Head(adapter) => adapter.merge(&self.params, weight()?),
+                Attached::Embedding(adapter) => {
+                    head = head.or(untied_head(base, &name)?);
+                    adapter.merge(&self.params, weight()?)
+                }
+                _ => {
+                    return Err(Error::Structure {
+                        name: site.clone(),
+                        why: "this kind of adapter is no change of a weight, so it cannot be merged into one; keep it \
+                              beside the base"
+                            .into(),
+                    });
+                }
+            };
+            let merged = merged.map_err(|e| match e {
                 Error::LowRank(reason) => Error::Merge { name: name.clone(), reason },
                 e => e,
             })?;
             changed.insert(name, merged);
+            let Attached::Linear(adapter) = &self.places.attached[key] else { continue };
             let name = format!("{site}.bias");
             if let Some(b) = changed.get(&name).or_else(|| tensors.get(name.as_str()).copied())
                 && let Some(merged) = adapter.merge_bias(&self.params, b)?
@@ -338,6 +383,26 @@ impl Adapted {
                 changed.insert(name, merged);
             }
         }
+        changed.extend(head);
         Ok(changed)
     }
+}
+
+/// The name and the matrix of an output head of its own, where that of the base is the table of embeddings of this name,
+/// which changes without it.
+///
+/// # Errors
+/// [`Error::Structure`] for a head that can have none.
+pub fn untied_head(base: &dyn Base, table: &str) -> Result<Option<(String, Tensor)>> {
+    let outline = base.outline();
+    if outline.tied_embedding() != Some(table) {
+        return Ok(None);
+    }
+    if outline.task_type != Some("CAUSAL_LM") {
+        let why = "the head that fills in tokens has it for its matrix too, which the adapter does not change, and can have no \
+                   other; keep the adapter beside the base";
+        return Err(Error::Structure { name: table.into(), why: why.into() });
+    }
+    let own = base.tensor(table).ok_or_else(|| Error::Missing { name: table.into() })?;
+    Ok(Some(("lm_head.weight".into(), own.clone())))
 }

@@ -76,6 +76,7 @@ impl Ia3 {
             layers_to_transform: &[],
             layers_pattern: &[],
             modules_to_save,
+            others: false,
         })?;
         Ok(Ia3 {
             feedforward: Matcher::new("feedforward-modules", feedforward_modules)?,

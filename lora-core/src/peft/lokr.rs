@@ -103,6 +103,7 @@ impl LoKr {
                 layers_to_transform: &config.layers_to_transform,
                 layers_pattern: &config.layers_pattern,
                 modules_to_save: &config.modules_to_save,
+                others: false,
             })?,
             ranks: Pattern::new("rank-pattern", &config.rank_pattern)?,
             alphas: Pattern::new("alpha-pattern", &config.alpha_pattern)?,

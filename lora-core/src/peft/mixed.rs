@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use lora_kernels::{Device, axpby};
 
-use super::{Adapted, Adapter, Attached, Linear, LinearAdapter};
+use super::{Adapted, Adapter, Linear, LinearAdapter};
 use crate::{Error, Params, Result, Tape, Tensor, Var};
 
 impl Adapted {
@@ -24,9 +24,8 @@ impl Adapted {
             }
         }
         let mut mixed = Adapted::none(device)?;
-        for site in adapters.iter().flat_map(|a| a.sites()) {
-            let by_site = Mixed { site: site.0.clone(), adapters: adapters.into() };
-            mixed.attach(site, Attached::Linear(Box::new(by_site)));
+        for (site, layer) in adapters.iter().flat_map(|a| a.sites()) {
+            mixed.attach(site, layer, Box::new(Mixed { site: site.to_owned(), adapters: adapters.into() }));
         }
         mixed.of_sequences = Some(of.into());
         Ok(mixed)

@@ -2,7 +2,8 @@
 //!
 //! A [`Method`] says which tensors of a base train and what is attached at its [`Site`]s; applied to a base it gives an
 //! [`Adapted`], which a model's forward asks for every weight ([`Adapted::weight`]), for every projection
-//! ([`Adapted::project`]), wherever a sublayer joins the stream ([`Adapted::join`]), and for virtual tokens.
+//! ([`Adapted::project`]), for embeddings ([`Adapted::embed`]) and the output head ([`Adapted::beside_head`]), wherever a
+//! sublayer joins the stream ([`Adapted::join`]), and for virtual tokens.
 
 mod adalora;
 mod adapted;
@@ -39,7 +40,7 @@ use ndarray::Array2;
 use rand_distr::{Distribution, StandardNormal};
 
 pub use adalora::{AdaLora, AdaLoraConfig, AdaLoraSchedule, Budget};
-pub use adapted::{Adapted, parameters, trainable};
+pub use adapted::{Adapted, parameters, trainable, untied_head};
 pub use adapter_drop::AdapterDrop;
 use added::added;
 pub use bitfit::BitFit;
@@ -160,6 +161,10 @@ impl<'a> Plan<'a> {
 pub enum Attached {
     /// Beside a linear map.
     Linear(Box<dyn LinearAdapter>),
+    /// Beside a table of embeddings.
+    Embedding(Box<dyn EmbeddingAdapter>),
+    /// Beside the output head.
+    Head(Box<dyn HeadAdapter>),
     /// Where a sublayer joins the stream.
     Sublayer(Box<dyn SublayerAdapter>),
     /// Among the tokens.
@@ -172,6 +177,8 @@ impl Attached {
     fn adapter(&self) -> &dyn Adapter {
         match self {
             Attached::Linear(a) => a.as_ref(),
+            Attached::Embedding(a) => a.as_ref(),
+            Attached::Head(a) => a.as_ref(),
             Attached::Sublayer(a) => a.as_ref(),
             Attached::Tokens(a) => a.as_ref(),
             Attached::KeysValues(a) => a.as_ref(),
@@ -208,6 +215,24 @@ pub trait LinearAdapter: Adapter {
     fn merge_bias(&self, _params: &Params, _b: &Tensor) -> Result<Option<Tensor>> {
         Ok(None)
     }
+}
+
+/// What is attached to a table of embeddings.
+pub trait EmbeddingAdapter: Adapter {
+    /// The adapted rows of the table [rows, width] that `ids` name.
+    fn apply(&self, t: &mut Tape, table: &Var, ids: &Tensor) -> Result<Var>;
+
+    /// The table that gives the adapted rows without an adapter. `table` is not written.
+    fn merge(&self, params: &Params, table: &Tensor) -> Result<Tensor>;
+}
+
+/// What is attached to the output head, whose logits exist only a chunk at a time.
+pub trait HeadAdapter: Adapter {
+    /// What adds to the logits of x.
+    fn beside(&self, t: &mut Tape, x: &Var) -> Result<Vec<ops::BesideHead>>;
+
+    /// The matrix that gives the adapted logits without an adapter. `w` is not written.
+    fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor>;
 }
 
 /// The normalisation that follows where a sublayer joins the stream, in architectures that have it there.

@@ -89,6 +89,22 @@ impl Outline {
         })
     }
 
+    /// The site of the output head, where it is a linear map of its own.
+    pub fn head_site(&self) -> Option<(&Site, &LinearSite)> {
+        self.sites.iter().find_map(|s| match &s.kind {
+            SiteKind::Head(linear) => Some((s, linear)),
+            _ => None,
+        })
+    }
+
+    /// The sites of embeddings, with rows and columns of their tables.
+    pub fn embedding_sites(&self) -> impl Iterator<Item = (&Site, [usize; 2])> {
+        self.sites.iter().filter_map(|s| match s.kind {
+            SiteKind::Embedding { rows, width } => Some((s, [rows, width])),
+            _ => None,
+        })
+    }
+
     /// That the model has a site that `is` describes, for a method that needs `what`.
     ///
     /// # Errors
@@ -135,6 +151,15 @@ pub enum SiteKind {
         /// Columns.
         width: usize,
     },
+    /// A table [rows, width] that a number of each token picks a row of, with the weight `{name}.weight`.
+    Embedding {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        width: usize,
+    },
+    /// The output head of a language model, a linear map with a weight `{name}.weight` of its own.
+    Head(LinearSite),
     /// The keys and values of all layers.
     KeysValues {
         /// Layers.

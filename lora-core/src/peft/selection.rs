@@ -14,6 +14,8 @@ pub(super) struct Selection {
     layers_pattern: Vec<Regex>,
     /// Modules that train whole.
     saved: Vec<String>,
+    /// Whether embeddings and the output head can be targets too.
+    others: bool,
 }
 
 /// Options of a [`Selection`].
@@ -23,6 +25,8 @@ pub(super) struct Wanted<'a> {
     pub(super) layers_to_transform: &'a [usize],
     pub(super) layers_pattern: &'a [String],
     pub(super) modules_to_save: &'a [String],
+    /// Whether embeddings and the output head can be targets too.
+    pub(super) others: bool,
 }
 
 /// Compiled [`Modules`].
@@ -96,7 +100,7 @@ impl Selection {
     /// # Errors
     /// [`Error::Option`] for what makes no sense on any model.
     pub(super) fn new(wanted: &Wanted) -> Result<Selection> {
-        let Wanted { targets, exclude_modules, layers_to_transform, layers_pattern, modules_to_save } = *wanted;
+        let Wanted { targets, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, others } = *wanted;
         let bad = |option, value: String, why: &str| Err(Error::Option { option, value, why: why.into() });
         let shown = |list: &[usize]| list.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
         if *exclude_modules == Modules::AllLinear {
@@ -118,6 +122,7 @@ impl Selection {
             layers: layers_to_transform.to_vec(),
             layers_pattern: layers_pattern.iter().map(pattern).collect::<Result<_>>()?,
             saved: modules_to_save.to_vec(),
+            others,
         })
     }
 
@@ -137,30 +142,34 @@ impl Selection {
 
     /// Refuses what names nothing that this base has.
     pub(super) fn check(&self, outline: &Outline) -> Result<()> {
-        let linear = || outline.linear_sites().map(|(site, _)| site);
+        let others = || other_sites(outline).filter(|_| self.others);
+        let adaptable = || outline.linear_sites().map(|(site, _)| site).chain(others());
         if let Some(targets) = self.names(outline) {
             for target in targets {
-                let mut known = outline.linear_sites().any(|(s, linear)| matching(target, s, linear).is_some());
+                let mut known = outline.linear_sites().any(|(s, linear)| matching(target, s, linear).is_some())
+                    || others().any(|s| names(target, &s.name));
                 // What trains whole may be named without being adapted.
                 for module in outline.modules_of(|_| true).filter(|m| names(target, m)) {
                     known |= self.is_left_out(module, outline)?;
                 }
                 if !known {
-                    return Err(no_such(target, outline));
+                    return Err(no_such(target, outline, others()));
                 }
             }
         }
         if let Matcher::Regex(regex) = &self.targets {
             let mut matched = false;
-            for site in linear() {
+            for site in adaptable() {
                 matched |= regex.is_match(&site.name)?;
             }
             if !matched {
-                return Err(no_such(regex.text(), outline));
+                return Err(no_such(regex.text(), outline, others()));
             }
-            for module in outline.modules_of(|_| true).filter(|m| !linear().any(|s| s.name == *m)) {
+            for module in outline.modules_of(|_| true).filter(|m| !adaptable().any(|s| s.name == *m)) {
                 if regex.is_match(module)? && !self.is_left_out(module, outline)? {
-                    let why = format!("it matches {module} too, which is no linear map that could be adapted here");
+                    let why = format!(
+                        "it matches {module} too, which is no linear map, embedding or output head that could be adapted here"
+                    );
                     return Err(Error::Option { option: "targets", value: regex.text().into(), why });
                 }
             }
@@ -217,6 +226,17 @@ impl Selection {
         Ok(modules)
     }
 
+    /// Whether an embedding, or the output head, is adapted; `all-linear` means neither.
+    pub(super) fn takes_other(&self, site: &Site, outline: &Outline) -> Result<bool> {
+        if !self.others || matches!(self.targets, Matcher::AllLinear) || self.is_left_out(&site.name, outline)? {
+            return Ok(false);
+        }
+        match self.names(outline) {
+            Some(targets) => Ok(targets.iter().any(|target| names(target, &site.name))),
+            None => self.targets.matches(&site.name),
+        }
+    }
+
     /// Whether a module stays as it is although a target may name it.
     fn is_left_out(&self, module: &str, outline: &Outline) -> Result<bool> {
         if self.exclude.matches(module)? || self.saved.iter().chain(&outline.modules_to_save).any(|m| is_in(module, m))
@@ -250,6 +270,11 @@ impl Selection {
     }
 }
 
+/// Embeddings and the output head.
+pub(super) fn other_sites(outline: &Outline) -> impl Iterator<Item = &Site> {
+    outline.embedding_sites().map(|(site, _)| site).chain(outline.head_site().map(|(site, _)| site))
+}
+
 /// Whether a module is this one, whose name may be the end of a path, or lies in it.
 pub(super) fn is_in(module: &str, whole: &str) -> bool {
     let (parts, wanted): (Vec<&str>, Vec<&str>) = (module.split('.').collect(), whole.split('.').collect());
@@ -267,8 +292,9 @@ fn matching(target: &str, site: &Site, linear: &LinearSite) -> Option<Match> {
 }
 
 /// The answer to a target that names nothing: all that one could name.
-fn no_such(target: &str, outline: &Outline) -> Error {
-    let mut modules: Vec<String> = Vec::new();
+fn no_such<'a>(target: &str, outline: &Outline, others: impl Iterator<Item = &'a Site>) -> Error {
+    let last = |site: &'a Site| site.name.rsplit('.').next().unwrap_or_default().to_owned();
+    let mut modules: Vec<String> = others.map(last).collect();
     for (site, linear) in outline.linear_sites() {
         // `transformer.h.3.attn.c_attn` is shown as `attn.c_attn`: what follows the layer's number.
         let parts: Vec<&str> = site.name.split('.').collect();

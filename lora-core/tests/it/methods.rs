@@ -34,6 +34,7 @@ impl Toy {
             tensors.insert(name, tensor(dtype, shape, &values));
         };
         add("wte.weight".into(), &[7, D], 0.0);
+        sites.push(Site { name: "wte".into(), layer: None, kind: SiteKind::Embedding { rows: 7, width: D } });
         for i in 0..LAYERS {
             add(format!("layers.{i}.ln.weight"), &[D], 1.0);
             add(format!("layers.{i}.ln.bias"), &[D], 0.0);
@@ -76,7 +77,7 @@ impl Toy {
     fn hidden(&self, t: &mut Tape, adapted: &Adapted) -> Result<Var> {
         let var = |t: &Tape, name: &str| adapted.weight(t, name, &self.tensors[name]).unwrap();
         let table = var(t, "wte.weight");
-        let mut h = ops::gather(t, &table, &ids(&[3, 0, 6, 3, 1, 2]))?;
+        let mut h = adapted.embed(t, "wte.weight", &table, &ids(&[3, 0, 6, 3, 1, 2]))?;
         for i in 0..LAYERS {
             let of = |t: &Tape, name: &str| var(t, &format!("layers.{i}.{name}"));
             let (gamma, beta) = (of(t, "ln.weight"), of(t, "ln.bias"));
@@ -143,6 +144,11 @@ const VARIANTS: &[(&str, Change)] = &[
     ("a part stored [out, in]", |o| o.targets = targets(&["c_proj.right"])),
     ("mixed", |o| o.targets = targets(&["c_proj", "layers.0.c_attn.k"])),
     ("one layer", |o| o.targets = targets(&["layers.1.c_attn"])),
+    ("embeddings", |o| o.targets = targets(&["wte", "c_attn"])),
+    ("embeddings alone, of a rank above their width", |o| {
+        (o.targets, o.rank_pattern) = (targets(&["wte"]), vec![("wte".into(), D + 1)]);
+    }),
+    ("embeddings beside PiSSA", |o| (o.targets, o.init_lora_weights) = (targets(&["wte", "c_proj"]), PISSA)),
     ("all linear maps", |o| o.targets = Modules::AllLinear),
     ("a regular expression", |o| o.targets = Modules::Regex(r".*\.c_(?!attn)\w+".into())),
     ("all but one", |o| (o.targets, o.exclude_modules) = (Modules::AllLinear, targets(&["0.c_attn"]))),
@@ -199,6 +205,8 @@ const BAD: &[(&str, Change)] = &[
     ("targets", |o| o.targets = targets(&[" "])),
     ("target", |o| o.targets = targets(&["c_attn", "query"])),
     ("target", |o| o.targets = targets(&["c_attn.x"])),
+    ("rank or target", |o| (o.targets, o.rank) = (targets(&["wte", "c_attn", "c_proj"]), D + 1)),
+    ("use-dora or target", |o| (o.targets, o.use_dora) = (targets(&["wte", "c_attn", "c_proj"]), true)),
     ("target", |o| o.targets = targets(&["c_attn", "c_attn.q"])),
     ("targets", |o| o.targets = Modules::Regex("(c_attn".into())),
     ("target", |o| o.targets = Modules::Regex("c_attn".into())),
@@ -702,6 +710,32 @@ fn ways_to_begin_have_pefts_words() {
     }
 }
 
+/// E[i] + s·B·A[:, i], saved in PEFT's shapes; every linear map is no embedding.
+#[test]
+fn an_adapted_embedding_adds_to_the_rows_of_its_tokens() {
+    let base = Toy::new(DType::F32);
+    let mut adapted = lora(&base, |o| (o.targets, o.rank) = (targets(&["wte"]), 2));
+    assert_eq!(adapted.params.count(), 2 * (7 + D));
+    let start: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+    let [a, b] = ["wte.lora_embedding_A", "wte.lora_embedding_B"].map(|name| start[name].clone());
+    assert_eq!((a.shape(), b.shape()), (&[2, 7][..], &[D, 2][..]));
+    assert!(a.to_f64().unwrap().iter().all(|v| *v == 0.0) && b.to_f64().unwrap().iter().all(|v| *v != 0.0));
+    disturb(&mut adapted.params);
+    let saved: BTreeMap<_, _> = adapted.adapter_tensors().unwrap().into_iter().collect();
+    let [a, b] = ["wte.lora_embedding_A", "wte.lora_embedding_B"].map(|name| saved[name].to_f64().unwrap());
+    let want = |i: usize, j: usize| 1.5 * (0..2).map(|k| b[j * 2 + k] * a[k * 7 + i]).sum::<f64>();
+    let want: Vec<f64> = (0..7 * D).map(|n| want(n / D, n % D)).collect();
+    let error = relative(&delta(&base, &adapted, "wte.weight"), &want);
+    assert!(error < 1e-6, "off by {error}");
+    let names: Vec<String> = lora(&base, |o| o.targets = Modules::AllLinear)
+        .adapter_tensors()
+        .unwrap()
+        .into_iter()
+        .map(|(n, _)| n)
+        .collect();
+    assert!(!names.iter().any(|n| n.contains("wte")), "{names:?}");
+}
+
 #[test]
 fn a_layout_that_is_the_bases_may_be_said() {
     let base = Toy::new(DType::F32);
@@ -760,7 +794,7 @@ fn an_unknown_target_is_answered_with_what_there_is() {
     let base = Toy::new(DType::F32);
     let o = Options { targets: targets(&["q_proj"]), ..options(&base) };
     let error = try_adapt(find("lora").unwrap(), &base, DType::F32, &o, 1).unwrap_err();
-    let modules = ["c_attn", "c_attn.k", "c_attn.q", "c_attn.v", "c_proj", "c_proj.left", "c_proj.right"];
+    let modules = ["c_attn", "c_attn.k", "c_attn.q", "c_attn.v", "c_proj", "c_proj.left", "c_proj.right", "wte"];
     assert!(matches!(&error, Error::NoSuchTarget { modules: m, .. } if *m == modules), "{error}");
 }
 

@@ -34,10 +34,11 @@ use std::{
 
 use lora_core::{
     Tensor,
-    lowrank::Layout,
-    peft::{Adapted, Base, InitLoraWeights, Method, MethodRow, Options, Outline, find},
+    lowrank::{self, Layout, LowRank, Scaling},
+    peft::{Adapted, Base, InitLoraWeights, Lora, LoraConfig, Method, MethodRow, Options, Outline, find},
 };
 use lora_kernels::{Device, all_finite};
+use ndarray::s;
 
 use crate::{
     Error, Result,
@@ -92,6 +93,8 @@ pub struct AdapterFile {
     pub task_type: Option<String>,
     /// The [fingerprint](crate::fingerprint::of_base) of the base that it was trained on, where the file says so.
     pub base_fingerprint: Option<String>,
+    /// Tensors of the base that the file repeats, by their names there.
+    repeated: BTreeMap<String, Tensor>,
     raw: RawConfig,
     weights: PathBuf,
 }
@@ -236,6 +239,7 @@ impl AdapterFile {
         let adapted = Adapted::new(&*self.build()?, base, device, base.dtype(), 0);
         let mut adapted = adapted.map_err(|e| self.refused(e))?;
         let wanted: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
+        self.check_repeated(base, &wanted)?;
         let mut tensors = types::placed(&self.tensors, &wanted);
         if self.options.init_lora_weights.takes_from_base() {
             self.check_origin(base.outline())?;
@@ -249,6 +253,46 @@ impl AdapterFile {
             e => Error::Core(e),
         })?;
         Ok(adapted)
+    }
+
+    /// Refuses a base that has not the tensors that the file repeats: PEFT would put the file's over them. Of a weight that
+    /// gave way to the adapter PEFT repeats what is left, which `wanted`, an adapter that has just begun, tells.
+    fn check_repeated(&self, base: &dyn Base, wanted: &BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, t) in &self.repeated {
+            let module = name.strip_suffix(".weight").unwrap_or(name);
+            let factors = ["A", "B"].map(|f| wanted.get(&format!("{module}.lora_{f}.weight")));
+            let same = match (base.tensor(name), factors) {
+                (Some(own), _) if own.shape() != t.shape() => false,
+                (Some(own), [Some(a), Some(b)]) if self.options.init_lora_weights.takes_from_base() => {
+                    self.is_left(own, t, module, (a, b))?
+                }
+                // As the base keeps it, which may be in fewer digits.
+                (Some(own), _) => own.to_f64()? == t.to_dtype(own.dtype())?.to_f64()?,
+                (None, _) => false,
+            };
+            if !same {
+                let problem = format!(
+                    "it repeats tensor {name} of its base with other values than this base has; give the base that it was \
+                     trained on"
+                );
+                return Err(Error::Weights { file: self.weights.clone(), problem });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `left` is W₀ − s·B₀·A₀, up to the digits of a decomposition in f32.
+    fn is_left(&self, own: &Tensor, left: &Tensor, module: &str, (a, b): (&Tensor, &Tensor)) -> Result<bool> {
+        let (rank, alpha) = Lora::new(LoraConfig::from(&self.options))?.rank_and_alpha(module)?;
+        let scaling = if self.options.rslora { Scaling::RsLora } else { Scaling::Lora };
+        let (a, b) = (a.to_array()?, b.to_array()?);
+        let halves = (a.slice(s![rank.., ..]).to_owned(), b.slice(s![.., rank..]).to_owned());
+        let taken = LowRank::new(halves.0, halves.1, scaling.scale(alpha, rank).map_err(lora_core::Error::from)?);
+        let (own, left) = (own.to_array()?, left.to_array()?);
+        let expected = lowrank::merge(own.view(), &taken.map_err(lora_core::Error::from)?, Layout::OutIn);
+        let expected = expected.map_err(lora_core::Error::from)?.into_weight();
+        let largest = own.iter().fold(0f32, |m, v| m.max(v.abs()));
+        Ok(expected.iter().zip(&left).all(|(x, y)| (x - y).abs() <= 1e-3 * largest))
     }
 
     /// Refuses what PEFT does not train: its OLoRA takes the product of the factors from a weight stored [in, out] without

@@ -129,6 +129,7 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         architecture: raw.str("architecture")?.map(str::to_owned),
         task_type: raw.str("task_type")?.map(str::to_owned),
         base_fingerprint: None,
+        repeated: BTreeMap::new(),
         raw,
         weights: file.path().to_owned(),
     };

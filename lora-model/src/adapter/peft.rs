@@ -58,20 +58,23 @@ pub(super) fn stored_name(name: &str, is_adapted: impl Fn(&str) -> bool) -> Stri
 pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
     let config = PeftConfig::of_raw(&raw)?;
     let lora = Lora::new(config.lora.clone()).map_err(|e| refused(&raw, e))?;
-    let (modules, others) = modules(file, &config)?;
-    for (site, pair) in &modules {
-        check_pair(file, &lora, &raw, site, pair)?;
+    let Tensors { pairs: modules, others, repeated } = modules(file, &config)?;
+    for (site, Pair { factors, .. }) in &modules {
+        check_pair(file, &lora, &raw, site, factors)?;
     }
+    check_tying(&raw, &modules)?;
     let trained = match file.metadata().get(PARTS_KEY) {
         Some(text) => parts(text, &config, &lora, &raw, file.path(), modules.keys().map(String::as_str))?,
         None => config.lora.clone(),
     };
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
-    for (site, [a, b]) in &modules {
-        for (factor, info) in [("lora_A", a), ("lora_B", b)] {
-            tensors.insert(format!("{site}.{factor}.weight"), finite(file, info)?);
+    for (site, Pair { kind, factors }) in &modules {
+        for (i, info) in factors.iter().enumerate() {
+            tensors.insert(format!("{site}.{}", kind[i]), finite(file, info)?);
         }
     }
+    let own = |(name, key): (String, String)| Ok((name, finite(file, &file.info(&key).expect("a name of the file"))?));
+    let repeated = repeated.into_iter().map(own).collect::<Result<_>>()?;
     for (own, key) in others {
         let info = file.info(&key).expect("one of the file's names");
         tensors.insert(own, finite(file, &info)?);
@@ -84,9 +87,21 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
         architecture: file.metadata().get(ARCHITECTURE_KEY).cloned(),
         task_type: config.task_type,
         base_fingerprint: None,
+        repeated,
         raw,
         weights: file.path().to_owned(),
     })
+}
+
+/// Refuses an embedding with which an output head that shares its matrix would be adapted too.
+fn check_tying(raw: &RawConfig, modules: &BTreeMap<String, Pair>) -> Result<()> {
+    const KEY: &str = "ensure_weight_tying";
+    if raw.bool(KEY)? != Some(true) || !modules.values().any(|pair| pair.kind == EMBEDDING) {
+        return Ok(());
+    }
+    let problem = "an adapter of the embeddings that is one of the output head too is not supported; set it to false, with which \
+                   the head stays as it is";
+    Err(raw.error(KEY, problem))
 }
 
 /// Gives the factors of an adapter that PEFT did not convert the half that it lacks: what it began at on this base, which
@@ -94,8 +109,8 @@ pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
 pub(super) fn complete(tensors: &mut BTreeMap<String, Tensor>, wanted: &BTreeMap<String, Tensor>) -> Result<()> {
     for (name, t) in tensors {
         let axis = match () {
-            () if name.ends_with(".lora_A.weight") => Axis(0),
-            () if name.ends_with(".lora_B.weight") => Axis(1),
+            () if [LINEAR[0], EMBEDDING[0]].iter().any(|end| name.ends_with(end)) => Axis(0),
+            () if [LINEAR[1], EMBEDDING[1]].iter().any(|end| name.ends_with(end)) => Axis(1),
             () => continue,
         };
         let Some(begun) = wanted.get(name) else { continue };
@@ -111,36 +126,60 @@ pub(super) fn complete(tensors: &mut BTreeMap<String, Tensor>, wanted: &BTreeMap
     Ok(())
 }
 
-/// Module and factor (0: A, 1: B) that a key means: `base_model.model.{module}.lora_A.weight`, or with the adapter's name
-/// before `.weight`.
-fn parse(key: &str) -> Option<(&str, usize)> {
+/// What PEFT puts behind the name of a module, for A and B: of a linear map, and of an embedding.
+const LINEAR: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+const EMBEDDING: [&str; 2] = ["lora_embedding_A", "lora_embedding_B"];
+
+/// Module, kind and factor (0: A, 1: B) that a key means: `base_model.model.{module}.lora_A.weight`, or with the adapter's
+/// name before `.weight`; of an embedding `….lora_embedding_A`, or with the name behind it.
+fn parse(key: &str) -> Option<(&str, [&'static str; 2], usize)> {
     let key = key.strip_prefix(PREFIX)?;
-    [".lora_A.", ".lora_B."].iter().enumerate().find_map(|(i, factor)| {
-        let (module, rest) = key.rsplit_once(factor)?;
-        let named = rest.strip_suffix(".weight").is_some_and(|name| !name.is_empty() && !name.contains('.'));
-        (!module.is_empty() && (rest == "weight" || named)).then_some((module, i))
+    let is_name = |name: &str| !name.is_empty() && !name.contains('.');
+    [LINEAR, EMBEDDING].into_iter().flat_map(|kind| [(kind, 0), (kind, 1)]).find_map(|(kind, i)| {
+        let (factor, end) = kind[i].split_once('.').map_or((kind[i], ""), |(factor, _)| (factor, ".weight"));
+        let (module, rest) = key.rsplit_once(&format!(".{factor}"))?;
+        let name = rest.strip_suffix(end)?;
+        let named = name.is_empty() || name.strip_prefix('.').is_some_and(is_name);
+        (!module.is_empty() && named).then_some((module, kind, i))
     })
 }
 
-/// A and B of every module, by its name.
-type Pairs = BTreeMap<String, [TensorInfo; 2]>;
+/// A and B of a module, and which kind it is.
+struct Pair {
+    kind: [&'static str; 2],
+    factors: [TensorInfo; 2],
+}
 
-/// The factors of every module, by its name, and other tensors, by their names in the base and in the file: those of
-/// modules that were trained whole, and biases.
-fn modules(file: &TensorFile, config: &PeftConfig) -> Result<(Pairs, BTreeMap<String, String>)> {
+/// What a file holds.
+struct Tensors {
+    /// The factors of every module, by its name.
+    pairs: BTreeMap<String, Pair>,
+    /// Modules that were trained whole, and biases: by their names in the base those in the file.
+    others: BTreeMap<String, String>,
+    /// The base's own tensors that it repeats, likewise.
+    repeated: BTreeMap<String, String>,
+}
+
+/// All tensors of a file, by what they are.
+fn modules(file: &TensorFile, config: &PeftConfig) -> Result<Tensors> {
     let bad = |problem| Err(Error::Weights { file: file.path().to_owned(), problem });
-    let mut found: BTreeMap<String, [Option<TensorInfo>; 2]> = BTreeMap::new();
-    let (mut whole, mut strange) = (BTreeMap::new(), Vec::new());
+    let mut found: BTreeMap<String, ([&'static str; 2], [Option<TensorInfo>; 2])> = BTreeMap::new();
+    let (mut whole, mut repeated, mut strange) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
     for key in file.names() {
-        let Some((module, factor)) = parse(key) else {
+        let Some((module, kind, factor)) = parse(key) else {
             match own_name(key, config) {
                 Other::Of(own) => drop(whole.insert(own, key.to_owned())),
                 Other::Copy => {}
+                Other::OfBase(own) => drop(repeated.insert(own, key.to_owned())),
                 Other::Strange => strange.push(key.to_owned()),
             }
             continue;
         };
-        let place = &mut found.entry(module.to_owned()).or_default()[factor];
+        let (first_kind, factors) = found.entry(module.to_owned()).or_insert((kind, [None, None]));
+        if *first_kind != kind {
+            return bad(format!("tensor {key} makes {module} an embedding and a linear map; it can be one of them"));
+        }
+        let place = &mut factors[factor];
         if let Some(first) = place {
             return bad(format!(
                 "tensors {} and {key} are the same factor of one module; a file holds one adapter",
@@ -161,19 +200,16 @@ fn modules(file: &TensorFile, config: &PeftConfig) -> Result<(Pairs, BTreeMap<St
     }
     let mut missing = Vec::new();
     let mut pairs = BTreeMap::new();
-    for (module, pair) in found {
-        match pair {
+    for (module, (kind, factors)) in found {
+        match factors {
             [Some(a), Some(b)] => {
-                pairs.insert(module, [a, b]);
+                pairs.insert(module, Pair { kind, factors: [a, b] });
             }
-            [a, _] => {
-                let lacks = if a.is_some() { "lora_B" } else { "lora_A" };
-                missing.push(format!("{PREFIX}{module}.{lacks}.weight"));
-            }
+            [a, _] => missing.push(format!("{PREFIX}{module}.{}", kind[usize::from(a.is_some())])),
         }
     }
     match missing.is_empty() {
-        true => Ok((pairs, whole)),
+        true => Ok(Tensors { pairs, others: whole, repeated }),
         false => Err(Error::TensorNames { place: file.path().to_owned(), missing, unexpected: Vec::new() }),
     }
 }
@@ -187,6 +223,8 @@ enum Other {
     Of(String),
     /// What stands in the file once more under another name, or is the base's own.
     Copy,
+    /// This tensor of the base as the base has it: PEFT adds it to an adapter of embeddings.
+    OfBase(String),
     /// Nothing that the configuration speaks of.
     Strange,
 }
@@ -198,6 +236,9 @@ fn own_name(key: &str, config: &PeftConfig) -> Other {
     // With `bias = "all"` PEFT also writes the biases of both modules inside its wrapper: the one that was trained, and the
     // base's.
     let wrapped = [".modules_to_save.", ".original_module."].iter().any(|wrapper| name.contains(wrapper));
+    if let Some(module) = name.strip_suffix(".base_layer.weight").filter(|_| !is_saved) {
+        return Other::OfBase(format!("{module}.weight"));
+    }
     match name.strip_suffix(".bias") {
         Some(_) if is_saved && wrapped && config.lora.bias == Bias::All => Other::Copy,
         _ if is_saved => Other::Of(name.to_owned()),
@@ -213,7 +254,6 @@ fn own_name(key: &str, config: &PeftConfig) -> Other {
 fn hint(key: &str) -> &'static str {
     match () {
         () if key.contains(MAGNITUDE) => "lengths of DoRA go with use_dora = true",
-        () if key.contains("lora_embedding_") => "adapted embeddings are not supported yet",
         () if key.ends_with(".bias") => "biases that were trained go with bias = \"all\" or \"lora_only\"",
         () if key.contains(".lora_A.") || key.contains(".lora_B.") => {
             "PEFT would ignore a tensor with another prefix; rename it"

@@ -28,14 +28,12 @@ fn rounded(x: f32, dtype: DType) -> f32 {
 }
 
 /// What rounding to `dtype` costs the tensors of a base that merging has `changed`; `None` where nothing was changed.
-///
-/// # Errors
-/// [`Missing`](lora_core::Error::Missing) for a tensor that the base does not have.
 pub fn rounding(base: &dyn Base, changed: &BTreeMap<String, Tensor>, dtype: DType) -> Result<Option<Rounding>> {
     let (mut errors, mut updates, mut largest) = (0.0, 0.0, 0f64);
     let mut worst: Option<(String, f64)> = None;
     for (name, new) in changed {
-        let old = base.tensor(name).ok_or_else(|| lora_core::Error::Missing { name: name.clone() })?;
+        // An output head that shared the embeddings' matrix, and now has one of its own, is as it was.
+        let Some(old) = base.tensor(name) else { continue };
         let [new, old] = [new.to_dtype(DType::F32)?, old.to_dtype(DType::F32)?].map(|t| t.to_vec::<f32>());
         let (mut error, mut update) = (0f64, 0f64);
         for (&w, &w0) in new?.iter().zip(&old?) {

@@ -128,7 +128,8 @@ fn lora(
     let lora = Lora::new(config.clone())?;
     let mut sites = BTreeMap::new();
     for (name, a) in tensors {
-        if let Some(site) = name.strip_suffix(".lora_A.weight") {
+        let site = name.strip_suffix(".lora_A.weight").or_else(|| name.strip_suffix(".lora_embedding_A"));
+        if let Some(site) = site {
             let (rank, _) = lora.rank_and_alpha(site)?;
             assert_eq!(a.rows() % rank, 0, "{name} has rank {}, not of {rank}", a.rows());
             sites.insert(site, a.rows() / rank);

@@ -221,6 +221,7 @@ impl Kind {
             architecture: file.metadata().get(ARCHITECTURE_KEY).cloned(),
             task_type,
             base_fingerprint: None,
+            repeated: BTreeMap::new(),
             weights: file.path().to_owned(),
             raw,
         };

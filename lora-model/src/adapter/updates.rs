@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use lora_core::{
     Tensor,
     lowrank::{self, Layout, LowRank, Scaling},
-    peft::{Base, Lora, LoraConfig, Modules, Outline, names, saves},
+    peft::{Base, Lora, LoraConfig, Modules, Outline, names, saves, untied_head},
 };
 use lora_kernels::{DType, Device};
 use ndarray::{Array2, ArrayView2};
@@ -194,7 +194,8 @@ impl Updates {
         Ok(PeftConfig::of(&config, &sites, self.base_model_name_or_path.clone(), &outline)?.text(self.fan_in_fan_out))
     }
 
-    /// The base's tensors that the adapter changes, as they are with it.
+    /// The base's tensors that the adapter changes, as they are with it; where it adapts embeddings that are the output
+    /// head's matrix too, with the matrix of a head of its own ([`untied_head`]).
     ///
     /// # Errors
     /// [`Error::Adapters`] for modules that the base does not have or that have another shape there;
@@ -202,8 +203,12 @@ impl Updates {
     pub fn merged(&self, base: &dyn Base) -> Result<BTreeMap<String, Tensor>> {
         self.check_base(base.outline())?;
         let tensors: BTreeMap<&str, &Tensor> = base.tensors().collect();
-        let layouts: BTreeMap<&str, Layout> =
-            base.outline().linear_sites().map(|(site, linear)| (site.name.as_str(), linear.layout)).collect();
+        let layouts: BTreeMap<&str, Layout> = base
+            .outline()
+            .linear_sites()
+            .chain(base.outline().head_site())
+            .map(|(site, linear)| (site.name.as_str(), linear.layout))
+            .collect();
         let mut changed = self.whole.clone();
         for (module, update) in &self.modules {
             let name = format!("{module}.weight");
@@ -214,6 +219,9 @@ impl Updates {
                 let merged = lowrank::merge(w.view(), &update.delta, layout);
                 tensor(merged.map_err(|reason| lora_core::Error::Merge { name: name.clone(), reason })?.into_weight())
             };
+            if update.embedding {
+                changed.extend(untied_head(base, &name)?);
+            }
             changed.insert(name.clone(), merged(tensors[name.as_str()])?);
         }
         Ok(changed)
@@ -243,8 +251,11 @@ impl Updates {
         }
         let shapes: BTreeMap<&str, &[usize]> =
             outline.tensors.iter().map(|t| (t.name.as_str(), t.shape.as_slice())).collect();
-        let linear: BTreeMap<&str, Layout> =
-            outline.linear_sites().map(|(site, linear)| (site.name.as_str(), linear.layout)).collect();
+        let linear: BTreeMap<&str, Layout> = outline
+            .linear_sites()
+            .chain(outline.head_site())
+            .map(|(site, linear)| (site.name.as_str(), linear.layout))
+            .collect();
         let mut missing = Vec::new();
         for (module, update) in &self.modules {
             let name = format!("{module}.weight");

@@ -13,7 +13,7 @@ use std::{
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Modules, Outline, names},
+    peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Modules, Outline, Site, names},
 };
 use lora_kernels::{DType, Device};
 
@@ -203,6 +203,26 @@ pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
     let adapted = file.attach(base, &Device::Cpu)?;
     if let Some(tensor) = adapted.trained().next() {
         return refused(format!("it has trained {tensor} as a whole, which a file of loralib has no place for"));
+    }
+    let init = file.options.init_lora_weights;
+    if init.takes_from_base() {
+        return refused(format!(
+            "it began as {} at a part of its base, which a file of loralib has no place for",
+            init.word()
+        ));
+    }
+    let of_linear = |place: &str| {
+        let of = |(site, linear): (&Site, &LinearSite)| {
+            let part = place.strip_prefix(site.name.as_str()).map(|rest| rest.strip_prefix('.').unwrap_or(rest));
+            part.is_some_and(|part| part.is_empty() || linear.parts.iter().any(|(name, _)| *name == part))
+        };
+        base.outline().linear_sites().any(of)
+    };
+    let strange = adapted.params.ids().map(|id| adapted.params.name(id)).find(|name| {
+        !FACTORS.iter().any(|factor| name.strip_suffix(&format!("{factor}.weight")).is_some_and(of_linear))
+    });
+    if let Some(name) = strange {
+        return refused(format!("a file of loralib has no place for {name}"));
     }
     let values: BTreeMap<&str, Tensor> =
         adapted.params.ids().map(|id| (adapted.params.name(id), adapted.params.tensor(id))).collect();

@@ -49,7 +49,7 @@ BEGUN = ("pissa", "olora")
 # Saved a second time as PEFT converts it for the base as it is.
 CONVERTED = {"pissa_moved": "pissa_converted"}
 # Trained once more by PEFT's LoRA+: `loraplus_losses`.
-LORAPLUS = ("default", "modules_to_save", "bias_all", "dora_patterns")
+LORAPLUS = ("default", "modules_to_save", "bias_all", "dora_patterns", "embedding")
 LORAPLUS_RATES = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 5e-3, "loraplus_weight_decay": 0.1}
 
 # The class, and the names of some of its modules: one attention projection and another, a map of the MLP, a norm, the
@@ -64,7 +64,10 @@ MODELS = {
         "layer"),
     "llama3": ("LlamaForCausalLM", "q_proj", "v_proj", "up_proj", "input_layernorm", "embed_tokens", "layers"),
     "qwen2": ("Qwen2ForCausalLM", "k_proj", "v_proj", "down_proj", "input_layernorm", "embed_tokens", "layers"),
+    "llama2": ("LlamaForCausalLM", "q_proj", "v_proj", "up_proj", "input_layernorm", "embed_tokens", "layers"),
 }
+# With an output head of its own, and the rows that need one.
+UNTIED = ("llama2",)
 
 
 def lora(**options):
@@ -113,6 +116,12 @@ def variants(first, second, mlp, norm, embedding, layers):
         # PEFT's does not know weights stored [in, out]: the factors get each other's shapes.
         "olora": lambda task: None if first == "c_attn" else lora(
             init_lora_weights="olora", target_modules=[first, mlp])(task),
+        "embedding": lora(target_modules=[embedding, first]),
+        "embeddings": lora(
+            target_modules=rf".*({embedding}|wpe|position_embeddings|token_type_embeddings)", use_rslora=True,
+            rank_pattern={embedding: 3},
+            alpha_pattern={} if layers == "layers" else {"wpe|.*position_embeddings": 5}),
+        "embedding_pissa": lora(target_modules=[embedding, mlp], init_lora_weights="pissa"),
         "ia3": lambda task: peft.IA3Config(task_type=task),
         "ia3_feedforward": lambda task: peft.IA3Config(
             task_type=task, target_modules=rf".*({first}|{mlp})", feedforward_modules=[mlp]),
@@ -147,6 +156,16 @@ def variants(first, second, mlp, norm, embedding, layers):
     })
 
 
+def untied_variants(first, second, mlp, norm, embedding, layers):
+    """The same where the output head is a linear map of its own."""
+    return {
+        "lm_head": lora(target_modules=["lm_head", first]),
+        "lm_head_alone": lora(target_modules=["lm_head"], r=3, use_rslora=True),
+        "lm_head_embedding": lora(target_modules=["lm_head", embedding], rank_pattern={"lm_head": 4}),
+        "lm_head_pissa": lora(target_modules=["lm_head", second], init_lora_weights="pissa"),
+    }
+
+
 def main(names):
     check_versions()
     torch.set_num_threads(1)
@@ -172,7 +191,7 @@ def write(name, cls, *modules):
     data = make_data(name, cls)
     task = "SEQ_CLS" if "labels" in data else "CAUSAL_LM"
     tensors, rows = {}, {}
-    for variant, config in variants(*modules).items():
+    for variant, config in (untied_variants if name in UNTIED else variants)(*modules).items():
         # Of the names, so that a new case changes no other.
         torch.manual_seed(zlib.crc32(f"{name} {variant}".encode()))
         config = config(task)

@@ -110,6 +110,18 @@ const VARIANTS: &[(&str, Change)] = &[
     }),
     ("biases of what is adapted", |o| o.bias = Bias::LoraOnly),
     ("all linear maps", |o| o.targets = Modules::AllLinear),
+    ("the output head", |o| {
+        (o.targets, o.dropout) = (Modules::Regex(r"lm_head|.*(c_attn|q_proj)".into()), 0.3);
+    }),
+    ("PiSSA with the output head", |o| {
+        o.targets = Modules::Regex(r"lm_head|.*(c_attn|q_proj)".into());
+        o.init_lora_weights = InitLoraWeights::Pissa { niter: None };
+    }),
+    ("embeddings", |o| {
+        o.targets = Modules::Regex(
+            r".*(wte|wpe|embed_tokens|(word|position|token_type)_embeddings|c_attn|query|q_proj|query_proj)".into(),
+        )
+    }),
 ];
 
 /// Whether a method reads what a variant changes.
@@ -128,7 +140,7 @@ fn reads(row: &MethodRow, variant: &str) -> bool {
         "PiSSA" | "OLoRA and DoRA with dropout" => "init-lora-weights",
         "biases of what is adapted" => "bias",
         // Which linear maps (IA)³ multiplies is a matter of its own.
-        "all linear maps" => "rank",
+        "all linear maps" | "embeddings" | "the output head" | "PiSSA with the output head" => "rank",
         other => panic!("{other}"),
     };
     row.options.contains(&option)
@@ -156,6 +168,9 @@ fn for_all(dtype: DType, check: impl Fn(&str, &Base, &MethodRow, &Options)) {
                 if row.name == "adalora" {
                     // Its update is a product of three numbers, all of them small.
                     o.alpha = 300.0;
+                }
+                if o.targets.to_string().contains("lm_head") && base.model.task() != Task::CausalLm {
+                    continue;
                 }
                 check(&format!("{case}, {}, {variant}", row.name), &base, row, &o);
                 tried += 1;
@@ -260,6 +275,11 @@ fn merging_equals_applying() {
         disturb(&mut adapted.params, 0.1);
         if !adapted.is_mergeable() {
             return assert!(adapted.merged(&*base.model).is_err(), "{what}");
+        }
+        if o.targets.to_string().contains("embed") && base.model.task() == Task::MaskedLm {
+            // Its head has the embeddings for its matrix, and can have no other.
+            let refused = adapted.merged(&*base.model).unwrap_err();
+            return assert!(matches!(refused, Error::Structure { .. }), "{what}: {refused}");
         }
         let (want, dir) = (base.logits(&adapted), tempfile::tempdir().unwrap());
         base.model.save(dir.path(), &adapted.merged(&*base.model).unwrap()).unwrap();

@@ -38,11 +38,23 @@ fn several(model: &dyn Model) -> Adapters {
     adapters.insert("everywhere", adapted("lora", &everywhere, model, 2));
     adapters.insert("dora", adapted("lora", &options(|o| o.use_dora = true), model, 3));
     adapters.insert("ia3", adapted("ia3", &options(|_| ()), model, 4));
+    adapters.insert("vera", adapted("vera", &options(|_| ()), model, 5));
+    adapters.insert("adalora", adapted("adalora", &options(|o| o.alpha = 300.0), model, 6));
     adapters
 }
 
-const OF: [Option<&str>; 8] =
-    [Some("small"), None, Some("everywhere"), Some("everywhere"), Some("dora"), Some("ia3"), None, Some("small")];
+const OF: [Option<&str>; 10] = [
+    Some("small"),
+    None,
+    Some("everywhere"),
+    Some("everywhere"),
+    Some("dora"),
+    Some("ia3"),
+    None,
+    Some("vera"),
+    Some("adalora"),
+    Some("small"),
+];
 
 /// Sequences of different lengths, each other tokens.
 fn sequences(model: &dyn Model) -> Vec<Vec<u32>> {
@@ -144,7 +156,7 @@ fn what_cannot_share_a_batch_is_refused_by_name() {
     let gpt2 = model("gpt2", &CPU, DType::F32);
     let mut adapters = several(&*gpt2);
     let e = adapters.mixed(&[Some("smal")], &CPU).unwrap_err().to_string();
-    assert!(e.contains("`smal`") && e.contains("dora, everywhere, ia3, small"), "{e}");
+    assert!(e.contains("`smal`") && e.contains("adalora, dora, everywhere, ia3, small, vera"), "{e}");
     assert!(Adapters::new().get("x").unwrap_err().to_string().contains("none is loaded"));
 
     adapters.insert("biases", adapted("lora", &options(|o| o.bias = Bias::All), &*gpt2, 5));

@@ -67,6 +67,26 @@ impl<'a> Adapted<'a> {
         Map { outputs, w: self.trains(&format!("{module}.weight")), b: self.trains(&format!("{module}.bias")) }
     }
 
+    /// So many rows of the table of embeddings with this weight, with what is attached to it.
+    pub(super) fn embed(&self, t: &mut Tape, table: &str, [rows, width]: [u128; 2], n: u128) -> Var {
+        let own = t.weight(rows, width, self.trains(table));
+        let x = ops::gather(t, &own, n);
+        let module = table.strip_suffix(".weight").unwrap_or(table);
+        let Some(&[_, rank]) = self.shapes.get(&format!("{module}.lora_embedding_A")).map(Vec::as_slice) else {
+            return x;
+        };
+        let at = t.weight(rows, rank as u128, true);
+        let u = ops::gather(t, &at, n);
+        ops::linear_onto(t, x, &u, true)
+    }
+
+    /// What the update of an output head's matrix is applied to, where there is one.
+    pub(super) fn beside_head(&self, t: &mut Tape, module: &str, x: &Var) -> Option<Var> {
+        let rank = self.shapes.get(&format!("{module}.lora_A.weight"))?[0] as u128;
+        let x = ops::dropout(t, x.share(), self.options.dropout);
+        Some(ops::linear(t, &x, Map { outputs: rank, w: true, b: false }))
+    }
+
     /// A site's linear map, with what is attached to it.
     pub(super) fn project(&self, t: &mut Tape, site: &str, x: &Var) -> Var {
         let map = self.map(site, self.outputs[site]);

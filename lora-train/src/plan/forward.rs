@@ -83,7 +83,8 @@ impl Pass<'_> {
             _ => self.classifier(t, config, x),
         };
         let map = self.adapted.map(module, classes as u128);
-        ops::loss_head(t, &x, classes as u128, map)
+        let u = self.adapted.beside_head(t, module, &x);
+        ops::loss_head(t, &x, u.as_ref(), classes as u128, map)
     }
 
     /// What stands between an encoder's hidden states and the matrix of its head.
@@ -124,8 +125,7 @@ impl Pass<'_> {
 
     /// The embeddings of the tokens, and of virtual ones among them.
     fn embed(&self, t: &mut Tape, table: &str, vocab: usize, d: u128) -> Var {
-        let table = t.weight(vocab as u128, d, self.adapted.trains(table));
-        let x = ops::gather(t, &table, self.sequences * self.tokens);
+        let x = self.adapted.embed(t, table, [vocab as u128, d], self.sequences * self.tokens);
         match self.adapted.virtual_tokens()[0] as u128 {
             0 => x,
             l => {
@@ -138,8 +138,7 @@ impl Pass<'_> {
 
     /// x and the rows of another table.
     fn plus_table(&self, t: &mut Tape, x: Var, table: &str, rows: usize) -> Var {
-        let table = t.weight(rows as u128, x.value.cols, self.adapted.trains(table));
-        let more = ops::gather(t, &table, self.rows());
+        let more = self.adapted.embed(t, table, [rows as u128, x.value.cols], self.rows());
         ops::add(t, x, more)
     }
 

@@ -264,11 +264,12 @@ pub(super) fn convolution(t: &mut Tape, x: &Var, width: u128, map: Map) -> Var {
     linear(t, &unfolded, map)
 }
 
-/// The head and its loss: `classes` outputs, of which one chunk of rows exists at a time.
-pub(super) fn loss_head(t: &mut Tape, x: &Var, classes: u128, map: Map) -> Var {
+/// The head, with the input of what trains beside it, and its loss: `classes` outputs, of which one chunk of rows exists at a time.
+pub(super) fn loss_head(t: &mut Tape, x: &Var, beside: Option<&Var>, classes: u128, map: Map) -> Var {
     let (n, d) = (x.value.rows, x.value.cols);
     let losses = t.wide(n, 1);
     let dx = x.slot.map(|s| (s, t.empty(n, d)));
+    let du = beside.and_then(|u| Some((u.slot?, t.empty(n, u.value.cols), t.wide(classes, u.value.cols))));
     let dw = map.w.then(|| t.wide(classes, d));
     let db = map.b.then(|| t.wide(1, classes));
     // As `lora_kernels::loss_head` has it: 32 MiB on the CPU, which computes in f32, and 256 MiB on a CUDA device.
@@ -277,11 +278,15 @@ pub(super) fn loss_head(t: &mut Tape, x: &Var, classes: u128, map: Map) -> Var {
     let chunks = n.div_ceil((most / (WIDE * classes)).max(1)).max(1);
     let rows = n.div_ceil(chunks);
     let chunk = t.wide(rows, classes);
-    let rounded = (narrow && (dx.is_some() || dw.is_some())).then(|| t.empty(rows, classes));
+    let rounded = (narrow && (dx.is_some() || du.is_some() || dw.is_some())).then(|| t.empty(rows, classes));
     drop((chunk, rounded));
     let loss = t.wide(1, 1);
     drop(losses);
-    t.record(loss, dx.is_some() || dw.is_some() || db.is_some(), move |_dy, g| {
+    t.record(loss, dx.is_some() || du.is_some() || dw.is_some() || db.is_some(), move |_dy, g| {
+        if let Some((s, du, db)) = du {
+            g.pass(s, du);
+            drop(db);
+        }
         if let Some((s, dx)) = dx {
             g.pass(s, dx);
         }

@@ -44,7 +44,7 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
     }
     for site in &outline.sites {
         match &site.kind {
-            SiteKind::Linear(linear) => {
+            SiteKind::Linear(linear) | SiteKind::Head(linear) => {
                 let of_site: Vec<_> = adapted.parameters.iter().filter(|(n, _)| is_part(n, &site.name)).collect();
                 let rank: usize =
                     of_site.iter().filter(|(n, _)| n.ends_with(".lora_A.weight")).map(|(_, s)| s[0]).sum();
@@ -55,6 +55,15 @@ pub(super) fn result(row: &MethodRow, options: &Options, adapted: &Adapted, outl
                     specs.push((format!("{}.lora_A.weight", site.name), vec![rank, linear.inputs]));
                     specs.push((format!("{}.lora_B.weight", site.name), vec![linear.outputs, rank]));
                     own += halves as u128 * of_site.iter().map(|(_, s)| scalars(s)).sum::<u128>();
+                }
+            }
+            SiteKind::Embedding { rows, width } => {
+                let factor = |f: &str| adapted.parameters.iter().find(|(n, _)| *n == format!("{}.{f}", site.name));
+                if let (Some((a, shape)), Some((b, _))) = (factor("lora_embedding_A"), factor("lora_embedding_B")) {
+                    let rank = if options.init_lora_weights.takes_from_base() { 2 * shape[1] } else { shape[1] };
+                    specs.push((a.clone(), vec![rank, *rows]));
+                    specs.push((b.clone(), vec![*width, rank]));
+                    own += (shape[1] * (rows + width)) as u128;
                 }
             }
             SiteKind::KeysValues { layers, cols } if adapted.virtual_tokens()[1] > 0 => {

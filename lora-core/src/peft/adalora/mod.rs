@@ -178,6 +178,7 @@ impl AdaLora {
                 layers_to_transform: &config.layers_to_transform,
                 layers_pattern: &config.layers_pattern,
                 modules_to_save: &config.modules_to_save,
+                others: false,
             })?,
             whole: WholeModules::new(&config.modules_to_save)?,
             config,

@@ -183,10 +183,15 @@ pub(super) struct Origin {
 impl Origin {
     /// y[:, cols] −= s·(x·A₀ᵀ)·B₀ᵀ.
     pub(super) fn take(&self, t: &mut Tape, x: &Var, y: Var, cols: Range<usize>, scale: f64) -> Result<Var> {
-        let dtype = x.value().dtype();
-        let [a, minus_b] = [t.constant(&self.a.to_dtype(dtype)?), t.constant(&self.minus_b.to_dtype(dtype)?)];
+        let [a, minus_b] = self.constants(t, x)?;
         let u = ops::linear(t, x, &a, Layout::OutIn, None)?;
         ops::linear_onto(t, y, cols, &u, &minus_b, scale)
+    }
+
+    /// A₀ and −B₀ in the type of x.
+    pub(super) fn constants(&self, t: &Tape, x: &Var) -> Result<[Var; 2]> {
+        let dtype = x.value().dtype();
+        Ok([t.constant(&self.a.to_dtype(dtype)?), t.constant(&self.minus_b.to_dtype(dtype)?)])
     }
 
     /// \[A; A₀\] and [B, −B₀], in the type of A and B.

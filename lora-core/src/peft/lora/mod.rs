@@ -2,12 +2,13 @@
 
 mod config;
 mod dora;
+mod embedding;
 mod init;
 mod update;
 
 use super::{
     Attached, BaseTensor, LinearSite, Method, Outline, Pattern, Plan, Site, SiteKind, Start,
-    selection::{Match, Selection, Wanted},
+    selection::{Match, Selection, Wanted, other_sites},
     whole::WholeModules,
 };
 use crate::{
@@ -17,6 +18,7 @@ use crate::{
 
 pub use config::{Bias, LoraConfig};
 use dora::Dora;
+use embedding::EmbeddingUpdate;
 pub use init::InitLoraWeights;
 use update::{Term, Update};
 
@@ -48,6 +50,7 @@ impl Lora {
             layers_to_transform: &config.layers_to_transform,
             layers_pattern: &config.layers_pattern,
             modules_to_save: &config.modules_to_save,
+            others: true,
         })?;
         let ranks = Pattern::new("rank-pattern", &config.rank_pattern)?;
         let alphas = Pattern::new("alpha-pattern", &config.alpha_pattern)?;
@@ -78,6 +81,11 @@ impl Lora {
         let mut sites = Vec::new();
         for (site, linear) in outline.linear_sites() {
             if !self.selection.of(site, linear, outline)?.is_empty() {
+                sites.push(site);
+            }
+        }
+        for site in other_sites(outline) {
+            if self.selection.takes_other(site, outline)? {
                 sites.push(site);
             }
         }
@@ -115,6 +123,33 @@ impl Lora {
             site.name == module && self.selection.of(site, linear, outline).is_ok_and(|hits| !hits.is_empty())
         };
         outline.linear_sites().any(adapted)
+    }
+
+    fn embedding(&self, site: &Site, shape: [usize; 2], plan: &mut Plan) -> Result<Option<EmbeddingUpdate>> {
+        if !self.selection.takes_other(site, plan.outline())? {
+            return Ok(None);
+        }
+        if self.config.use_dora {
+            let why = format!("adapts linear maps, and the targets name {} too, which is an embedding", site.name);
+            return Err(Error::Option { option: "use-dora", value: "true".into(), why });
+        }
+        let (rank, alpha) = self.rank_and_alpha(&site.name)?;
+        let init = self.config.init_lora_weights;
+        let saved = if init.takes_from_base() { 2 * rank } else { rank };
+        let ranks = (rank, saved, self.scaling().scale(alpha, rank)?);
+        Ok(Some(EmbeddingUpdate::new(site, shape, ranks, init != InitLoraWeights::Random, plan)))
+    }
+
+    fn head(&self, site: &Site, linear: &LinearSite, plan: &mut Plan) -> Result<Option<Update>> {
+        if !self.selection.takes_other(site, plan.outline())? {
+            return Ok(None);
+        }
+        if self.config.use_dora {
+            let why =
+                format!("does not go with {}, the output head, whose logits are never there as a whole", site.name);
+            return Err(Error::Option { option: "use-dora", value: "true".into(), why });
+        }
+        self.update(site, linear, plan)
     }
 
     fn update(&self, site: &Site, linear: &LinearSite, plan: &mut Plan) -> Result<Option<Update>> {
@@ -194,7 +229,13 @@ impl Method for Lora {
     }
 
     fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {
-        let SiteKind::Linear(linear) = &site.kind else { return Ok(None) };
-        Ok(self.update(site, linear, plan)?.map(|update| Attached::Linear(Box::new(update))))
+        Ok(match &site.kind {
+            SiteKind::Linear(linear) => self.update(site, linear, plan)?.map(|u| Attached::Linear(Box::new(u))),
+            SiteKind::Head(linear) => self.head(site, linear, plan)?.map(|u| Attached::Head(Box::new(u))),
+            SiteKind::Embedding { rows, width } => {
+                self.embedding(site, [*rows, *width], plan)?.map(|u| Attached::Embedding(Box::new(u)))
+            }
+            _ => None,
+        })
     }
 }

@@ -4,7 +4,7 @@ use lora_kernels::{Mat, MatMut, gemm};
 use ndarray::{Array2, Axis};
 
 use super::{
-    super::{Adapter, Linear, LinearAdapter, LinearSite, take},
+    super::{Adapter, HeadAdapter, Linear, LinearAdapter, LinearSite, take},
     dora::Dora,
     init::Origin,
 };
@@ -150,6 +150,28 @@ impl LinearAdapter for Update {
                 dora.rescale(params, &merged, &linear)
             }
         }
+    }
+}
+
+impl HeadAdapter for Update {
+    fn beside(&self, t: &mut Tape, x: &Var) -> Result<Vec<ops::BesideHead>> {
+        let [term] = &self.terms[..] else { panic!("an output head has no parts") };
+        let (a, b) = (t.param(term.a)?, t.param(term.b)?);
+        let beside = |t: &mut Tape, x: &Var, a: &Var, w: Var| -> Result<ops::BesideHead> {
+            Ok(ops::BesideHead { factor: self.scale, x: ops::linear(t, x, a, Layout::OutIn, None)?, w })
+        };
+        let mut all = Vec::new();
+        if let Some(origin) = &term.origin {
+            let [a, minus_b] = origin.constants(t, x)?;
+            all.push(beside(t, x, &a, minus_b)?);
+        }
+        let dropped = t.dropout_mask(self.dropout).map(|mask| ops::dropout_by(t, x.share(), mask)).transpose()?;
+        all.push(beside(t, dropped.as_ref().unwrap_or(x), &a, b)?);
+        Ok(all)
+    }
+
+    fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor> {
+        LinearAdapter::merge(self, params, w)
     }
 }
 

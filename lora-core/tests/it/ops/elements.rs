@@ -174,6 +174,19 @@ pub(crate) fn row_cases(all: &mut Vec<Case>) {
         }
     }
     all.push(case(
+        "loss_head beside two products",
+        &[("x", &[4, 3]), ("w", &[7, 3]), ("u", &[4, 2]), ("b", &[7, 2]), ("o", &[4, 1]), ("p", &[7, 1])],
+        |t, v| {
+            let more = [(0.5, 2), (-2.0, 4)];
+            let more = more.map(|(factor, i)| ops::BesideHead { factor, x: v[i].share(), w: v[i + 1].share() });
+            ops::loss_head_beside(t, &v[0], &v[1], None, &more, &ids(t, &TARGETS), 0.1, 0.25)
+        },
+        |m| {
+            let product = |i: usize| times(m[i].view(), m[i + 1].t());
+            loss_of(&(product(0) + product(2) * 0.5 + product(4) * -2.0), &TARGETS, 0.1, 0.25)
+        },
+    ));
+    all.push(case(
         "loss_head of a tied embedding",
         &[("w", &[7, 3])],
         |t, v| {

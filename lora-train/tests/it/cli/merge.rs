@@ -110,7 +110,7 @@ fn a_merged_model_of_16_bits_says_what_rounding_costs() {
     assert!((0.7..1.4).contains(&(shares[0].sqrt() / shares[1].sqrt() / 8.0)), "{shares:?}");
 
     lab.copy("a", "huge");
-    lab.set("huge/adapter_config.json", "lora_alpha", json!(1e12));
+    lab.set("huge/adapter_config.json", "lora_alpha", json!(1e9));
     lab.fails("merge --model base --adapter huge --dtype f16 --out out", &["c_attn", "65504", "bf16"]);
     assert!(!lab.path("out").exists());
     lab.fails("merge --adapters a,c --dtype bf16 --out out", &["--dtype", "merged model"]);
@@ -145,4 +145,53 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
         assert_eq!(names(&lab.path(".")), before, "{args}");
     }
     lab.fails("merge --adapters a,c --out base", &["base", "not empty"]);
+}
+
+/// Adapted embeddings go into a base whose head shares their matrix: the head keeps it, and is a map of its own then, which can
+/// be adapted too.
+#[test]
+fn adapted_embeddings_and_heads_go_into_the_base() {
+    let lab = Lab::new();
+    let loss = |args: &str| {
+        let eval = lab.json(&format!("eval --data valid.txt --json {args}"));
+        eval["loss"].as_f64().unwrap()
+    };
+    let same = |a: f64, b: f64| assert!((a - b).abs() < 1e-5, "{a} {b}");
+    let config = |model: &str| -> serde_json::Value {
+        serde_json::from_slice(&lab.bytes(&format!("{model}/config.json"))).unwrap()
+    };
+    lab.train(
+        "words",
+        "--rank 2 --targets wte,wpe,c_attn --lr 0.05 --steps 6 --loraplus-lr-ratio 2 --loraplus-lr-embedding 0.1",
+    );
+    let beside = loss("--model base --adapter words");
+    assert!(beside < loss("--model base") - 0.1);
+    lab.ok("merge --model base --adapter words --out merged");
+    assert_ne!(config("base")["tie_word_embeddings"], json!(false));
+    assert_eq!(config("merged")["tie_word_embeddings"], json!(false));
+    same(loss("--model merged"), beside);
+    lab.ok("merge --model base --adapters words --out merged-as-one-of-several");
+    same(loss("--model merged-as-one-of-several"), beside);
+
+    lab.ok("train --model merged --data train.txt --out head --rank 2 --targets lm_head,c_fc --lr 0.05 --steps 6");
+    let beside = loss("--model merged --adapter head");
+    assert!(beside < loss("--model merged") - 0.05);
+    for (how, out) in [("--adapter head", "whole"), ("--adapters head", "again")] {
+        lab.ok(&format!("merge --model merged {how} --out {out}"));
+        same(loss(&format!("--model {out}")), beside);
+    }
+    let prompt = "--prompt name --max-new-tokens 8";
+    assert_eq!(
+        lab.ok(&format!("generate --model merged --adapter head {prompt}")),
+        lab.ok(&format!("generate --model whole {prompt}"))
+    );
+    lab.fails(
+        "train --model base --data train.txt --out no --targets lm_head",
+        &["lm_head", "matches no module", "wte"],
+    );
+    lab.fails("train --model merged --data train.txt --out no --targets lm_head --use-dora", &["use-dora", "lm_head"]);
+    lab.fails(
+        "train --model base --data train.txt --out no --targets wte --use-dora",
+        &["use-dora", "transformer.wte"],
+    );
 }
