@@ -20,7 +20,7 @@ sys.path.insert(0, str(GOLDEN))
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from adapters import MODELS, forward  # noqa: E402
+from peft_matrix import MODELS, forward  # noqa: E402
 from common import check_versions, relative  # noqa: E402
 
 

@@ -331,6 +331,8 @@ fn row_loss<T: Real>(z: &[T], target: usize, smoothing: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::{DType, testing::*};
 
@@ -463,6 +465,11 @@ mod tests {
         [losses, dx, dw, accumulated(&db, beta, &old_b)]
     }
 
+    /// Some columns of x and of w, times a factor.
+    fn term<'a>(factor: f64, [x, w]: [&'a Padded; 2], cols: Range<usize>, [dx, dw]: [Acc<'a>; 2]) -> HeadTerm<'a> {
+        HeadTerm { factor, x: x.mat().cols_in(cols.clone()), w: w.mat().cols_in(cols).t(), dx: Some(dx), dw: Some(dw) }
+    }
+
     /// Columns of x and w that are split, a factor between them, change nothing but the order of sums; in several chunks too.
     #[test]
     fn a_sum_of_products_is_one_product_of_all_their_columns() {
@@ -482,16 +489,9 @@ mod tests {
                         let (first, rest) = to.acc(0.0).to.split_cols(split);
                         [first, rest].map(|to| Acc { to, beta: 0.0 })
                     });
-                    let term = |factor, x: &Padded, cols: std::ops::Range<usize>, dx, dw| HeadTerm {
-                        factor,
-                        x: x.mat().cols_in(cols.clone()),
-                        w: pw.mat().cols_in(cols).t(),
-                        dx: Some(dx),
-                        dw: Some(dw),
-                    };
-                    let mut terms = vec![term(1.0, &px, 0..split, to_x, to_w)];
+                    let mut terms = vec![term(1.0, [&px, &pw], 0..split, [to_x, to_w])];
                     if split < d {
-                        terms.push(term(0.5, &p2, split..d, to_x2, to_w2));
+                        terms.push(term(0.5, [&p2, &pw], split..d, [to_x2, to_w2]));
                     }
                     loss_head_of(terms, None, t, 0.1, 0.5, l.mat_mut(), None).unwrap();
                     [l.get(), dx.get(), dw.get()]

@@ -1,4 +1,4 @@
-//! Agreement with PEFT on its own adapters, every method and option on a model of each architecture: `golden/adapters.py`
+//! Agreement with PEFT on its own adapters, every method and option on a model of each architecture: `golden/peft_matrix.py`
 //! wrote what it says, in f64. Whatever lies there is compared.
 
 use std::{

@@ -1,4 +1,4 @@
-//! LoRA+ against PEFT's optimiser, on the adapters that `lora-model/tests/golden/adapters.py` wrote.
+//! LoRA+ against PEFT's optimiser, on the adapters that `lora-model/tests/golden/peft_matrix.py` wrote.
 
 use std::{collections::BTreeMap, fs, path::Path};
 

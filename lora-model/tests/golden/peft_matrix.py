@@ -1,6 +1,6 @@
 """Writes the golden files of PEFT's own adapters: its methods and options on a model of each architecture.
 
-    .venv/bin/python lora-model/tests/golden/adapters.py [MODEL ...]    # installed as make.py says, after it and architectures.py
+    .venv/bin/python lora-model/tests/golden/peft_matrix.py [MODEL ...]    # installed as make.py says, after it and architectures.py
 
 Each row of `MODELS` takes the model of another golden folder, and each row of `VARIANTS` that fits it becomes
 
