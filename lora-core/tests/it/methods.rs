@@ -324,6 +324,7 @@ fn for_all(dtype: DType, check: impl Fn(&str, &Toy, &MethodRow, &Options)) {
                 // These are ways to say what LoRA adapts.
                 let own = options_of(row, &base);
                 (o.targets, o.exclude_modules) = (own.targets, own.exclude_modules);
+                o.rank_pattern.retain(|(module, _)| module != "wte");
             }
             check(&format!("{}, {variant}", row.name), &base, row, &o);
         }
