@@ -201,7 +201,9 @@ pub fn combine(parts: &[Weighted], recipe: &Recipe) -> Result<Combined> {
         let rest = merged.error.powi(2);
         Ok((module.to_owned(), Update { delta: merged.adapter, embedding }, rest, kept + rest))
     };
-    let merged: Vec<_> = modules.into_iter().collect::<Vec<_>>().into_par_iter().map(one).collect::<Result<_>>()?;
+    // Of several errors always the first is told.
+    let merged: Vec<Result<_>> = modules.into_iter().collect::<Vec<_>>().into_par_iter().map(one).collect();
+    let merged: Vec<_> = merged.into_iter().collect::<Result<_>>()?;
     let (mut rest, mut all) = (0.0, 0.0);
     for (module, update, left, of) in merged {
         (rest, all) = (rest + left, all + of);

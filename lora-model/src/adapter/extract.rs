@@ -128,7 +128,9 @@ pub fn extract(
         watch(site);
         Ok((site.to_owned(), Update { delta: adapter, embedding: false }, extracted))
     };
-    let done: Vec<_> = chosen.par_iter().map(one).collect::<Result<_>>()?;
+    // Of several errors always the first is told.
+    let done: Vec<Result<_>> = chosen.par_iter().map(one).collect();
+    let done: Vec<_> = done.into_iter().collect::<Result<_>>()?;
 
     let mut updates = Updates {
         architecture: Some(outline.architecture.clone()),

@@ -137,10 +137,13 @@ fn reads(row: &MethodRow, variant: &str) -> bool {
         "dropout" => "dropout",
         "wider than the stream" => "bottleneck",
         "DoRA" | "DoRA with dropout" => "use-dora",
-        "PiSSA" | "OLoRA and DoRA with dropout" => "init-lora-weights",
+        // LoRA alone adapts tables of embeddings and heads.
+        "PiSSA" | "OLoRA and DoRA with dropout" | "embeddings" | "the output head" | "PiSSA with the output head" => {
+            "init-lora-weights"
+        }
         "biases of what is adapted" => "bias",
         // Which linear maps (IA)³ multiplies is a matter of its own.
-        "all linear maps" | "embeddings" | "the output head" | "PiSSA with the output head" => "rank",
+        "all linear maps" => "rank",
         other => panic!("{other}"),
     };
     row.options.contains(&option)

@@ -73,13 +73,14 @@ impl Method for Probe {
     }
 
     fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {
-        plan.add(format!("{}.probe", site.name), &[1], Init::Zeros);
         let at = Box::new(At { site: site.name.clone(), seen: self.0.clone() });
-        Ok(match site.kind {
-            SiteKind::Linear(_) => Some(Attached::Linear(at)),
-            SiteKind::Sublayer { .. } => Some(Attached::Sublayer(at)),
-            _ => None,
-        })
+        let attached = match site.kind {
+            SiteKind::Linear(_) => Attached::Linear(at),
+            SiteKind::Sublayer { .. } => Attached::Sublayer(at),
+            _ => return Ok(None),
+        };
+        plan.add(format!("{}.probe", site.name), &[1], Init::Zeros);
+        Ok(Some(attached))
     }
 }
 

@@ -118,7 +118,9 @@ pub fn analyse(adapter: &Updates, base: Option<&dyn Base>, against: Option<&Upda
         };
         Ok((name.clone(), measures))
     };
-    let modules: BTreeMap<String, Measures> = adapter.modules.par_iter().map(one).collect::<Result<_>>()?;
+    // Of several errors always the first is told.
+    let modules: Vec<Result<_>> = adapter.modules.par_iter().map(one).collect();
+    let modules: BTreeMap<String, Measures> = modules.into_iter().collect::<Result<_>>()?;
     let not_compared: Vec<String> = match against {
         None => Vec::new(),
         Some(_) => modules.iter().filter(|(_, m)| m.similarity.is_none()).map(|(name, _)| name.clone()).collect(),
