@@ -75,7 +75,7 @@ fn check(z: Mat, targets: Mat, losses: &MatMut) {
 #[cfg(test)]
 pub(crate) mod tests {
     use crate::{
-        Acc, Mat, MatMut,
+        Acc, HeadTerm, Mat, MatMut,
         cuda::testing::*,
         loss::{cross_entropy, in_chunks, narrowed, nll},
     };
@@ -219,7 +219,8 @@ pub(crate) mod tests {
                             let mut db = s.target_acc(9, 1, v, 1, beta);
                             let (w, b) = (w.mat().t_if(stored), Some(b.mat()));
                             let run = |l: MatMut, [dx, dw, db]: [Option<Acc>; 3]| {
-                                in_chunks(rows, x.mat(), w, b, t, 0.1, 0.5, l, dx, dw, db).unwrap();
+                                let term = HeadTerm { factor: 1.0, x: x.mat(), w, dx, dw };
+                                in_chunks(rows, vec![term], b, t, 0.1, 0.5, l, db).unwrap();
                             };
                             run(l.mat_mut(), [Some(dx.acc(beta)), Some(dw.acc(beta)), Some(db.acc(beta))]);
                             s.out(format!("losses {n}×{d}×{v}"), l.get());
@@ -229,6 +230,21 @@ pub(crate) mod tests {
                             let mut l = s.poison_acc(n, 1, 0);
                             run(l.mat_mut(), [None, None, None]);
                             s.out(format!("losses alone {n}×{d}×{v}"), l.get());
+
+                            // With a low-rank product beside it.
+                            let (h, up) = (s.random(10, n, 2, 1, 1.0), s.random(11, v, 2, 0, 1.0));
+                            let (mut l, mut dx) = (s.poison_acc(n, 1, 0), s.target(6, n, d, 1, beta));
+                            let (mut dh, mut du) = (s.target(12, n, 2, 0, beta), s.target_acc(13, v, 2, 1, beta));
+                            let (to_h, to_u) = (Some(dh.acc(beta)), Some(du.acc(beta)));
+                            let terms = vec![
+                                HeadTerm { factor: 1.0, x: x.mat(), w, dx: Some(dx.acc(beta)), dw: None },
+                                HeadTerm { factor: 0.5, x: h.mat(), w: up.mat().t(), dx: to_h, dw: to_u },
+                            ];
+                            in_chunks(rows, terms, b, t, 0.1, 0.5, l.mat_mut(), None).unwrap();
+                            s.out(format!("losses of two {n}×{d}×{v}"), l.get());
+                            s.out(format!("dx of two {n}×{d}×{v}"), dx.get());
+                            s.out(format!("dh {n}×{d}×{v}"), dh.get());
+                            s.out(format!("du {n}×{d}×{v}"), du.get());
                         }
                     }
                 }
