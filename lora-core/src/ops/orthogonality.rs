@@ -9,7 +9,7 @@ use crate::{Result, Tape, Tensor, Var};
 /// Backward: dX = dy·2c·M·X/‖M‖, or dy·2c·X·M/‖M‖.
 ///
 /// # Panics
-/// When I does not have the shape of M.
+/// When I does not have the shape of M; on a CUDA device when X is of 16 bits.
 pub fn orthogonality(t: &mut Tape, x: &Var, identity: &Tensor, columns: bool, c: f64) -> Result<Var> {
     let (device, dtype) = (t.device(), x.value.dtype());
     let (r, rows) = (identity.rows(), x.value.mat().t_if(columns));

@@ -148,6 +148,10 @@ fn devices_agree() {
         // Not every kernel reads bf16 and writes the f32 gradient of a parameter: only those that meet one in a model.
         for (dtype, tolerance, ways) in [(DType::F32, 1e-5, &[false, true][..]), (DType::Bf16, 3e-2, &[true])] {
             for c in cases() {
+                // A penalty on parameters sees their own values, which are f32.
+                if dtype == DType::Bf16 && c.name.starts_with("orthogonality") {
+                    continue;
+                }
                 for &computed in ways {
                     let want = value_and_gradients(&c, &Device::Cpu, DType::F64, computed);
                     let got = value_and_gradients(&c, &device, dtype, computed);

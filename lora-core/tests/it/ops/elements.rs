@@ -222,7 +222,7 @@ pub(crate) fn orthogonality_cases(all: &mut Vec<Case>) {
             &[("x", &[rows, cols])],
             move |t, v| {
                 let identity: Vec<f64> = (0..r * r).map(|i| f64::from(i / r == i % r)).collect();
-                let identity = tensor(v[0].value().dtype(), &[r, r], &identity);
+                let identity = tensor(v[0].value().dtype(), &[r, r], &identity).to_device(&t.device())?;
                 ops::orthogonality(t, &v[0], &identity, columns, -1.5)
             },
             move |m| {
