@@ -177,6 +177,10 @@ impl Tensor {
 
     /// The same values on another device, in another floating-point type. What changes both is converted on the device.
     pub fn to(&self, device: &Device, dtype: DType) -> Result<Tensor> {
+        if self.dtype() == DType::F64 {
+            // Of which devices know nothing.
+            return self.to_dtype(dtype)?.to_device(device);
+        }
         self.to_device(device)?.to_dtype(dtype)
     }
 
