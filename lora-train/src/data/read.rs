@@ -40,14 +40,13 @@ pub fn read_key(path: impl AsRef<Path>, key: &str) -> Result<Vec<Option<String>>
     let path = path.as_ref();
     let text = text_of(path)?;
     let body = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let lines = body.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(i, text)| match object(path, i + 1, text, false)?.remove(key) {
+    lines(body)
+        .map(|(line, text)| match object(path, line, text, false)?.remove(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(s)) => Ok(Some(s)),
             Some(other) => {
                 let found = format!("\"{key}\" is {} in place of a string", kind(&other));
-                Err(Error::NotAnExample { path: path.to_owned(), line: i + 1, found })
+                Err(Error::NotAnExample { path: path.to_owned(), line, found })
             }
         })
         .collect()
@@ -89,8 +88,12 @@ pub(super) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
 }
 
 pub(super) fn by_line(text: &str, parse: impl Fn(usize, &str) -> Result<Content>) -> Result<Vec<Example>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines.map(|(i, text)| Ok(Example { line: i + 1, content: parse(i + 1, text)? })).collect()
+    lines(text).map(|(line, text)| Ok(Example { line, content: parse(line, text)? })).collect()
+}
+
+/// The lines that are not blank, with their numbers from 1.
+fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(|(i, text)| (i + 1, text))
 }
 
 fn e2e(path: &Path, line: usize, text: &str, whole: bool) -> Result<Content> {
