@@ -54,25 +54,28 @@ pub fn numbers(rows: usize, cols: usize) -> Tensor {
     Tensor::from_slice(&Device::Cpu, &[rows, cols], &data).expect("memory for a benchmark's matrix")
 }
 
+/// The sizes of the product that a ceiling is measured by.
+const EVEN: usize = 960;
+
 /// How long a ceiling is looked for.
 pub const CEILING: Duration = Duration::from_secs(2);
 
-/// The f32 GEMM ceiling of this machine in FLOP/s, measured for so long: the best of many products of 1024³, whose operands
-/// stay in cache and whose shape suits every blocking.
+/// The f32 GEMM ceiling of this machine in FLOP/s, measured for so long: the best of many products of 960³, whose operands
+/// stay in cache and whose blocks come out even.
 ///
 /// # Panics
 /// When there is no memory for three matrices.
 pub fn ceiling(during: Duration) -> f64 {
-    ceiling_of(&numbers(1024, 1024), during).expect("f32")
+    ceiling_of(&numbers(EVEN, EVEN), during).expect("f32")
 }
 
 /// The same with one factor of bf16: `None` where the CPU has no such product.
 pub fn ceiling_bf16(during: Duration) -> Option<f64> {
-    ceiling_of(&bf16(&numbers(1024, 1024))?, during).ok()
+    ceiling_of(&bf16(&numbers(EVEN, EVEN))?, during).ok()
 }
 
 fn ceiling_of(b: &Tensor, during: Duration) -> lora_kernels::Result<f64> {
-    let (a, mut c) = (numbers(1024, 1024), numbers(1024, 1024));
+    let (a, mut c) = (numbers(EVEN, EVEN), numbers(EVEN, EVEN));
     let start = Instant::now();
     let mut best = f64::INFINITY;
     while best.is_infinite() || start.elapsed() < during {
@@ -80,7 +83,7 @@ fn ceiling_of(b: &Tensor, during: Duration) -> lora_kernels::Result<f64> {
         gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared"))?;
         best = best.min(t.elapsed().as_secs_f64());
     }
-    Ok(2.0 * 1024f64.powi(3) / best)
+    Ok(2.0 * (EVEN as f64).powi(3) / best)
 }
 
 /// The matrix in bf16; `None` where the CPU has no products with it.

@@ -1,4 +1,4 @@
-//! What a program does with numbers that came back to the host, and where its own thread stands while kernels run there.
+//! What a program does with numbers that came back to the host.
 
 use crate::{
     mat::HostMut,
@@ -8,14 +8,6 @@ use crate::{
 
 /// Numbers whose exponentials are summed in f32; the sums of such runs are added in f64.
 const BLOCK: usize = 512;
-
-/// Runs `f` on a thread of rayon's current pool, where it hands work to the others without going to sleep over it.
-///
-/// A thread outside the pool sleeps through every kernel that it calls and has to be woken after it, which for the small
-/// kernels of one token costs as much as the arithmetic. The order of all sums is the same.
-pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| f())
-}
 
 /// `z = z − ln Σⱼ exp zⱼ` for every row of `cols` numbers, in place: log-probabilities, from which texts are chosen.
 ///
@@ -60,6 +52,7 @@ pub fn log_softmax(z: &mut [f32], cols: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Device;
     use crate::testing::{random, same_bits};
 
     #[test]
@@ -86,7 +79,7 @@ mod tests {
     fn same_bits_for_any_number_of_threads() {
         same_bits("log_softmax", || {
             let mut z: Vec<f32> = random(2, 9 * 5003, 4.0).into_iter().map(|z| z as f32).collect();
-            on_pool(|| log_softmax(&mut z, 5003));
+            Device::Cpu.run(|| log_softmax(&mut z, 5003));
             z.into_iter().map(f64::from).collect()
         });
     }

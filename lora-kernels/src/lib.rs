@@ -65,7 +65,7 @@ pub use error::{Error, Result};
 pub use gather::{gather, put_rows, scatter};
 pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_with};
 pub use heap::{CountingHeap, HeapStats, heap_stats};
-pub use host::{log_softmax, on_pool};
+pub use host::log_softmax;
 pub use lora::{
     LoraAdapter, LoraPart, lora_backward_down, lora_backward_input, lora_backward_up, lora_down, lora_forward,
     lora_grouped,

@@ -22,7 +22,7 @@ pub(crate) fn rows_per_task(cols: usize) -> usize {
 /// Calls `f(index, task)` for all tasks, side by side when there are several.
 pub(crate) fn run<I: Send>(tasks: Vec<I>, f: impl Fn(usize, I) + Sync + Send) {
     if tasks.len() > 1 {
-        tasks.into_par_iter().enumerate().for_each(|(i, task)| f(i, task));
+        tasks.into_par_iter().with_max_len(1).enumerate().for_each(|(i, task)| f(i, task));
     } else {
         tasks.into_iter().enumerate().for_each(|(i, task)| f(i, task));
     }

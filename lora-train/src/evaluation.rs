@@ -35,10 +35,10 @@ pub struct Evaluation {
 /// # Panics
 /// When the goals of the data are not of the model's kind.
 pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {
-    match data.sequences.first().map(|s| &s.goal) {
+    model.device().run(|| match data.sequences.first().map(|s| &s.goal) {
         None | Some(Goal::After(_) | Goal::Within(_)) => tokens(model, adapted, data, batch_size),
         Some(_) => sequences(model, adapted, data, batch_size),
-    }
+    })
 }
 
 fn tokens(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {

@@ -68,8 +68,11 @@ impl Passes {
             self.replayed += u64::from(slot.run(pass, b)?);
             return Ok(());
         }
-        let batch = pass.batch(b)?;
-        pass.compute(&pass.adapted.params, &batch).map(drop)
+        let device = pass.model.device();
+        device.run(|| {
+            let batch = pass.batch(b)?;
+            pass.compute(&pass.adapted.params, &batch).map(drop)
+        })
     }
 }
 

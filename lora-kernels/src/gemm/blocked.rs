@@ -18,7 +18,6 @@ use super::bf16::Operand;
 use crate::{
     Buffer, DType, Device, Result,
     mat::{HostMat, HostMut},
-    reduce::bounds,
 };
 
 /// Words along k that are packed at a time: a panel of B then fits the first cache, a block of A the second.
@@ -70,10 +69,8 @@ fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
 ) -> Result<()> {
     let (m, n, k) = (c.rows, c.cols, if a.transposed { a.rows } else { a.cols });
     let threads = if m * n * k > 1 << 18 { rayon::current_num_threads() } else { 1 };
-    let rows = even(m, ROWS, MR);
-    // Two tasks a thread, so that one that is held up does not hold up all; columns are cut where rows do not suffice.
-    let stripes = if threads > 1 { (2 * threads).div_ceil(rows.len() - 1) } else { 1 };
-    let cols = even(n, n.div_ceil(stripes).max(4 * NR), NR);
+    let [blocks, stripes] = cut(m, n, threads);
+    let (rows, cols) = (even(m, blocks, MR), even(n, stripes, NR));
     let firsts = |bounds: &[usize]| bounds[..bounds.len() - 1].to_vec();
     let places = firsts(&rows).into_iter().flat_map(|i| firsts(&cols).into_iter().map(move |j| (i, j)));
     let tasks: Vec<_> = places.zip(c.grid(&rows, &cols)).collect();
@@ -85,8 +82,30 @@ fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
     };
     match tasks.len() {
         0 | 1 => tasks.into_iter().try_for_each(one),
-        _ => tasks.into_par_iter().try_for_each(one),
+        // One by one: handed out in runs, the last of them would keep one thread busy and the others idle.
+        _ => tasks.into_par_iter().with_max_len(1).try_for_each(one),
     }
+}
+
+/// Into how many blocks of rows and stripes of columns C is cut: such that the thread with the most tasks is done first, by
+/// what a task has to multiply and to pack for each step along k.
+fn cut(m: usize, n: usize, threads: usize) -> [usize; 2] {
+    /// What packing an element costs, in multiplications.
+    const PACK: usize = 16;
+    /// One task in so many is held up, and with it everything: a reason for smaller ones.
+    const STEADY: usize = 16;
+    let least = m.div_ceil(ROWS).max(1);
+    if threads == 1 {
+        return [least, 1];
+    }
+    let time = |&[blocks, stripes]: &[usize; 2]| {
+        let part = |n: usize, parts: usize, unit: usize| n.div_ceil(unit).div_ceil(parts) * unit;
+        let (rows, cols) = (part(m, blocks, MR), part(n, stripes, NR));
+        (STEADY * (blocks * stripes).div_ceil(threads) + 1) * (rows * cols + PACK * (rows + cols))
+    };
+    let ways = |least: usize, parts: usize| least..=parts.min(least + 15).max(least);
+    let all = ways(least, m.div_ceil(MR)).flat_map(|b| ways(1, n.div_ceil(NR)).map(move |s| [b, s]));
+    all.min_by_key(time).unwrap_or([least, 1])
 }
 
 /// Calls `f` with this thread's own room for [`ROWS`] packed rows of A and a panel of B, which it keeps.
@@ -103,8 +122,45 @@ fn with_scratch(f: impl FnOnce([&mut [u32]; 2])) -> Result<()> {
     })
 }
 
-/// Boundaries 0 to n of parts as even as multiples of `unit` allow, none above `most`, which is rounded up to such.
-fn even(n: usize, most: usize, unit: usize) -> Vec<usize> {
-    let parts = n.div_ceil(most.next_multiple_of(unit)).max(1);
-    bounds(n, n.div_ceil(parts).next_multiple_of(unit).max(unit))
+/// Boundaries 0 to n of `parts` parts, as even as multiples of `unit` allow.
+fn even(n: usize, parts: usize, unit: usize) -> Vec<usize> {
+    let units = n.div_ceil(unit).max(1);
+    (0..=parts).map(|i| (units * i / parts * unit).min(n)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_even_and_cover_all() {
+        for (n, parts, unit, want) in [
+            (0, 1, 12, &[0, 0][..]),
+            (1, 1, 12, &[0, 1]),
+            (241, 2, 12, &[0, 120, 241]),
+            (1016, 5, 12, &[0, 204, 408, 612, 816, 1016]),
+            (576, 4, 32, &[0, 128, 288, 416, 576]),
+        ] {
+            assert_eq!(even(n, parts, unit), want, "{n} in {parts}");
+        }
+    }
+
+    /// Blocks fit their room, none is empty, and no thread waits long for another.
+    #[test]
+    fn work_is_cut_so_that_all_threads_have_some() {
+        let sizes = [0, 1, 12, 146, 192, 240, 241, 400, 576, 768, 1000, 1016, 1024, 2048, 4064, 50_257];
+        for (m, n, threads) in sizes.iter().flat_map(|&m| sizes.iter().flat_map(move |&n| [1, 2, 3, 8, 64].map(|t| (m, n, t))))
+        {
+            let [blocks, stripes] = cut(m, n, threads);
+            let (rows, cols) = (even(m, blocks, MR), even(n, stripes, NR));
+            for (bounds, most, all) in [(&rows, ROWS, m), (&cols, usize::MAX, n)] {
+                let sizes = bounds.windows(2).map(|w| w[1] - w[0]);
+                assert!(sizes.into_iter().all(|s| s <= most && (s > 0 || all == 0)), "{m}×{n}, {threads}: {bounds:?}");
+            }
+            let tasks = blocks * stripes;
+            let busy = tasks as f64 / tasks.next_multiple_of(threads) as f64;
+            assert!(busy > 0.9 || m < 1000 || n < 576 || threads > 8, "{m}×{n}, {threads}: {tasks} tasks");
+        }
+        assert_eq!([(1016, 768), (1016, 192), (192, 192), (146, 768)].map(|(m, n)| cut(m, n, 2)), [[5, 2], [5, 2], [1, 2], [1, 2]]);
+    }
 }

@@ -8,7 +8,6 @@ mod sample;
 mod scores;
 
 use lora_core::peft::Adapted;
-use lora_kernels::on_pool;
 
 use crate::{Error, KvCache, Model, Result, Task};
 
@@ -151,8 +150,8 @@ impl<'a> Decoder<'a> {
 
     fn step(&mut self, tokens: &[u32], new: &[usize]) -> Result<Vec<f32>> {
         let Decoder { model, adapted, cache } = self;
-        let mut step = || Ok::<_, Error>(model.step(adapted, cache, tokens, new)?.to_vec::<f32>()?);
-        let logits = if model.device().is_cpu() { on_pool(step)? } else { step()? };
+        let step = || Ok::<_, Error>(model.step(adapted, cache, tokens, new)?.to_vec::<f32>()?);
+        let logits = model.device().run(step)?;
         match scores::all_finite(&logits) {
             true => Ok(logits),
             false => Err(Error::NotFinite),

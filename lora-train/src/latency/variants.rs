@@ -246,6 +246,10 @@ impl Held<'_> {
 impl Ready<'_> {
     /// One pass: logits [sequences, outputs], which are there when this returns.
     pub(super) fn forward(&self) -> Result<Tensor> {
+        self.model.device().run(|| self.pass())
+    }
+
+    fn pass(&self) -> Result<Tensor> {
         let (model, adapted) = (self.model, self.adapted.get());
         let mut t = Tape::inference(&adapted.params);
         let h = model.hidden(&mut t, adapted, &mut Input::whole(&self.batch))?;
