@@ -15,6 +15,8 @@ pub(crate) mod plan;
 #[cfg(feature = "cuda")]
 pub(crate) mod wgmma;
 
+use std::ops::Range;
+
 use gemm::Parallelism;
 
 use crate::{
@@ -118,7 +120,7 @@ impl Stack {
     }
 }
 
-fn part(n: usize, i: usize, count: usize) -> std::ops::Range<usize> {
+fn part(n: usize, i: usize, count: usize) -> Range<usize> {
     assert!(n.is_multiple_of(count), "gemm_batched: {n} rows or columns are not {count} equal blocks");
     i * (n / count)..(i + 1) * (n / count)
 }
@@ -202,15 +204,70 @@ fn parallel<T: Real>(alpha: f64, a: HostMat<T>, b: HostMat<T>, beta: f64, c: Hos
     run::<T>(alpha, a, b, beta, c, par);
 }
 
-/// As [`gemm`], on the calling thread alone: for tasks that already run side by side.
-pub(crate) fn serial<T: Real>(alpha: f64, a: HostMat<T>, b: HostMat<T>, beta: f64, c: HostMut<T>) {
-    run(alpha, a, b, beta, c, Parallelism::None);
+/// What of a product is wanted, where query i sees the keys up to `first + i`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// All of it.
+    All,
+    /// The rows of C are queries and its columns keys: those that are not seen may become anything.
+    Seen { first: usize },
+    /// The rows of A are queries and its columns keys: where they are not seen, A is zero.
+    OfQueries { first: usize },
+    /// The rows of A are keys and its columns queries: where they are not seen, A is zero.
+    OfKeys { first: usize },
 }
 
-fn run<T: Real>(alpha: f64, a: HostMat<T>, b: HostMat<T>, beta: f64, mut c: HostMut<T>, par: Parallelism) {
+impl Part {
+    /// What of `ks`, a step along the inner dimension, the block `rows` × `cols` of C needs; `None` where it is not wanted.
+    #[cfg(any(target_arch = "x86_64", test))]
+    fn of(self, rows: &Range<usize>, cols: &Range<usize>, ks: &Range<usize>) -> Option<Range<usize>> {
+        match self {
+            Part::All => Some(ks.clone()),
+            Part::Seen { first } => (cols.start < first + rows.end).then(|| ks.clone()),
+            Part::OfQueries { first } => Some(ks.start..(first + rows.end).clamp(ks.start, ks.end)),
+            Part::OfKeys { first } => Some(rows.start.saturating_sub(first).clamp(ks.start, ks.end)..ks.end),
+        }
+    }
+}
+
+/// Products on the calling thread alone, for tasks that already run side by side.
+pub(crate) trait Serial: Sized {
+    /// As [`gemm`], as far as `part` wants it.
+    fn product(alpha: f64, a: HostMat<Self>, b: HostMat<Self>, beta: f64, c: HostMut<Self>, part: Part);
+}
+
+impl Serial for f32 {
+    fn product(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, c: HostMut<f32>, part: Part) {
+        #[cfg(target_arch = "x86_64")]
+        if blocked::available() {
+            return blocked::direct(alpha, a, b, beta, c, part);
+        }
+        let _ = part;
+        run(alpha, a, b, beta, c, Parallelism::None);
+    }
+}
+
+impl Serial for f64 {
+    fn product(alpha: f64, a: HostMat<f64>, b: HostMat<f64>, beta: f64, c: HostMut<f64>, _: Part) {
+        run(alpha, a, b, beta, c, Parallelism::None);
+    }
+}
+
+/// [`Serial::product`].
+pub(crate) fn serial<T: Real>(alpha: f64, a: HostMat<T>, b: HostMat<T>, beta: f64, c: HostMut<T>, part: Part) {
+    T::product(alpha, a, b, beta, c, part);
+}
+
+/// The sizes m, k and n of a product.
+fn sizes<T: Real>(a: &HostMat<T>, b: &HostMat<T>, c: &HostMut<T>) -> [usize; 3] {
     let (m, k) = if a.transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
     let (k2, n) = if b.transposed { (b.cols, b.rows) } else { (b.rows, b.cols) };
     assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
+    [m, k, n]
+}
+
+fn run<T: Real>(alpha: f64, a: HostMat<T>, b: HostMat<T>, beta: f64, mut c: HostMut<T>, par: Parallelism) {
+    let [m, k, n] = sizes(&a, &b, &c);
     let stride = |x: &HostMat<T>| if x.transposed { (x.ld as isize, 1) } else { (1, x.ld as isize) };
     let ((a_cs, a_rs), (b_cs, b_rs)) = (stride(&a), stride(&b));
     // SAFETY: the three matrices lie inside live memory with exactly these shapes and strides (`Mat` and `MatMut` check
@@ -423,5 +480,49 @@ mod tests {
         let batch = Batch { count: 2, a: Stack::Shared, b: Stack::Shared, c: Stack::Shared };
         let (a, c) = (Mat::new(&a, 0, 2, 2), MatMut::new(&mut c, 0, 2, 2));
         gemm_batched(1.0, a, a, 0.0, c, &batch).unwrap();
+    }
+
+    /// Against the whole product, with zeros where nothing is seen, for queries that begin anywhere among the keys.
+    #[test]
+    fn a_causal_part_is_what_the_whole_has_there() {
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        for (queries, first, width) in
+            [(1, 0, 1), (5, 0, 4), (12, 3, 16), (64, 0, 32), (64, 64, 64), (41, 250, 80), (13, 200, 17)]
+        {
+            let keys = first + queries;
+            let sees = |(i, j): (usize, usize)| j <= first + i;
+            let f32s = |m: &Array2<f64>| m.mapv(|x| x as f32);
+            let (q, k) = (f32s(&random(&mut rng, queries, width)), f32s(&random(&mut rng, keys, width)));
+            let mut p = f32s(&random(&mut rng, queries, keys));
+            p.indexed_iter_mut().filter(|(at, _)| !sees(*at)).for_each(|(_, p)| *p = 0.0);
+            let [hq, hk, hp] =
+                [&q, &k, &p].map(|m| HostMat::from_slice(m.as_slice().expect("contiguous"), m.nrows(), m.ncols()));
+            let [q, k, p] = [&q, &k, &p].map(|m| m.mapv(f64::from));
+            let cases = [
+                (hq, hk.t(), q.dot(&k.t()), Part::Seen { first }),
+                (hq, hk.t(), q.dot(&k.t()), Part::All),
+                (hp, hk, p.dot(&k), Part::OfQueries { first }),
+                (hp.t(), hq, p.t().dot(&q), Part::OfKeys { first }),
+                (hp.t(), hq, p.t().dot(&q), Part::All),
+            ];
+            for (a, b, product, part) in cases {
+                let (m, n) = product.dim();
+                let old = random(&mut rng, m, n).mapv(|x| f64::from(x as f32));
+                for beta in [0.0, 1.0, 0.5] {
+                    // What β = 0 must not read.
+                    let mut c: Vec<f32> = old.iter().map(|&x| if beta == 0.0 { f32::NAN } else { x as f32 }).collect();
+                    serial(0.5, a, b, beta, HostMut::from_slice(&mut c, m, n), part);
+                    for ((at, product), got) in product.indexed_iter().zip(c) {
+                        let want = 0.5 * product + if beta == 0.0 { 0.0 } else { beta * old[at] };
+                        let counts = !matches!(part, Part::Seen { .. }) || sees(at);
+                        let close = (f64::from(got) - want).abs() < 1e-6 * (1 + keys) as f64;
+                        assert!(
+                            !counts || close,
+                            "{part:?} {queries} from {first}, {width} wide, β {beta}: {at:?} {got} {want}"
+                        );
+                    }
+                }
+            }
+        }
     }
 }

@@ -4,12 +4,13 @@ use std::{
     ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub},
 };
 
-use crate::Element;
+use crate::{Element, gemm::Serial};
 
 /// Arithmetic of the host's kernels, over f32 and f64. The elementary functions of f32 are branch-free polynomials, so
 /// that loops over them become vector code; those of f64 are the library's, for checks in which speed does not count.
 pub(crate) trait Real:
     Element
+    + Serial
     + PartialOrd
     + Add<Output = Self>
     + Sub<Output = Self>

@@ -6,7 +6,7 @@ use super::{Attention, BLOCK, Sequences, head_site, rows, together};
 use crate::{
     Buffer, Device, Result,
     dropout::{CHUNK, Mask},
-    gemm,
+    gemm::{self, Part},
     mat::{HostMat, HostMut},
     real::{Real, simd},
 };
@@ -117,8 +117,16 @@ impl<'a, T: Real> Task<'a, T> {
         let (k, v) = (at(saved.k, &keys, self.kv_head), at(saved.v, &keys, self.kv_head));
 
         let (p, ds) = (&mut self.p[..m * n], &mut self.ds[..m * n]);
-        gemm::serial(cfg.scale, q, k.t(), 0.0, HostMut::from_slice(p, m, n));
-        gemm::serial(1.0, dout, v.t(), 0.0, HostMut::from_slice(ds, m, n));
+        let [seen, of_queries, of_keys] = match cfg.causal {
+            true => {
+                // Not below zero: keys that a block of queries sees begin before it or with it.
+                let first = queries.start - keys.start;
+                [Part::Seen { first }, Part::OfQueries { first }, Part::OfKeys { first }]
+            }
+            false => [Part::All; 3],
+        };
+        gemm::serial(cfg.scale, q, k.t(), 0.0, HostMut::from_slice(p, m, n), seen);
+        gemm::serial(1.0, dout, v.t(), 0.0, HostMut::from_slice(ds, m, n), seen);
         let dropout = self.mask.zip(cfg.dropout.as_ref());
         simd(
             #[inline(always)]
@@ -136,7 +144,7 @@ impl<'a, T: Real> Task<'a, T> {
                             let mut factors = [T::ZERO; CHUNK];
                             for (c, (p, ds)) in p.chunks_mut(CHUNK).zip(ds.chunks_mut(CHUNK)).enumerate() {
                                 mask.chunk(keys.start + c * CHUNK, row, head_site(dropout, head), &mut factors);
-                                dropped_softmax_backward(p, ds, &factors, lse, d);
+                                dropped_softmax_backward(p, ds, &mut factors[..p.len()], lse, d);
                             }
                         }
                     }
@@ -145,27 +153,41 @@ impl<'a, T: Real> Task<'a, T> {
         );
         let (p, ds) = (HostMat::from_slice(p, m, n), HostMat::from_slice(ds, m, n));
         let hd = 0..cfg.head_dim;
-        gemm::serial(1.0, p.t(), dout, beta_v, self.dv.block_mut(keys.clone(), hd.clone()));
-        gemm::serial(cfg.scale, ds.t(), q, beta_k, self.dk.block_mut(keys, hd));
-        gemm::serial(cfg.scale, ds, k, beta_q, self.dq.block_mut(queries, cfg.head(g)));
+        gemm::serial(1.0, p.t(), dout, beta_v, self.dv.block_mut(keys.clone(), hd.clone()), of_keys);
+        gemm::serial(cfg.scale, ds.t(), q, beta_k, self.dk.block_mut(keys, hd), of_keys);
+        gemm::serial(cfg.scale, ds, k, beta_q, self.dq.block_mut(queries, cfg.head(g)), of_queries);
     }
 }
 
 /// From S and dP of a row: P into `p`, dS = P ∘ (dP − D) into `ds`.
 #[inline(always)]
 pub(super) fn softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], lse: T, d: T) {
-    for (p, ds) in p.iter_mut().zip(ds) {
-        *p = (*p - lse).exp();
-        *ds = *p * (*ds - d);
-    }
+    rows::lanes(
+        [p, ds],
+        T::ZERO,
+        #[inline(always)]
+        |[p, ds]| {
+            for (p, ds) in p.iter_mut().zip(ds) {
+                *p = (*p - lse).exp();
+                *ds = *p * (*ds - d);
+            }
+        },
+    );
 }
 
-/// From S and dO·Vᵀ of a row: P ∘ M into `p`, dS = P ∘ (dO·Vᵀ ∘ M − D) into `ds`.
+/// From S and dO·Vᵀ of a row, and its mask's factors: P ∘ M into `p`, dS = P ∘ (dO·Vᵀ ∘ M − D) into `ds`.
 #[inline(always)]
-pub(super) fn dropped_softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], factors: &[T], lse: T, d: T) {
-    for ((p, ds), &f) in p.iter_mut().zip(ds).zip(factors) {
-        let e = (*p - lse).exp();
-        *ds = e * (*ds * f - d);
-        *p = e * f;
-    }
+pub(super) fn dropped_softmax_backward<T: Real>(p: &mut [T], ds: &mut [T], factors: &mut [T], lse: T, d: T) {
+    rows::lanes(
+        [p, ds, factors],
+        T::ZERO,
+        #[inline(always)]
+        |[p, ds, factors]| {
+            for ((p, ds), &mut f) in p.iter_mut().zip(ds).zip(factors) {
+                let e = (*p - lse).exp();
+                *ds = e * (*ds * f - d);
+                *p = e * f;
+            }
+        },
+    );
 }

@@ -4,7 +4,7 @@ use super::{Attention, BLOCK, Sequences, head_site, rows, together};
 use crate::{
     Buffer, Device, Result,
     dropout::Mask,
-    gemm,
+    gemm::{self, Part},
     mat::{HostMat, HostMut},
     real::{Real, simd},
 };
@@ -76,7 +76,11 @@ impl<T: Real> Block<'_, T> {
         let n = if self.causal { self.first + m } else { self.k.rows };
         let (k, v) = (self.k.block(0..n, 0..self.k.cols), self.v.block(0..n, 0..self.v.cols));
         let p = &mut p[..m * n];
-        gemm::serial(self.scale, self.q, k.t(), 0.0, HostMut::from_slice(p, m, n));
+        let [seen, of_queries] = match self.causal {
+            true => [Part::Seen { first: self.first }, Part::OfQueries { first: self.first }],
+            false => [Part::All; 2],
+        };
+        gemm::serial(self.scale, self.q, k.t(), 0.0, HostMut::from_slice(p, m, n), seen);
         // The division by the sum waits for the product with V: head_dim elements rather than all keys.
         let mut inverse = [T::ZERO; BLOCK];
         simd(
@@ -94,7 +98,7 @@ impl<T: Real> Block<'_, T> {
                 }
             },
         );
-        gemm::serial(1.0, HostMat::from_slice(p, m, n), v, 0.0, out.reborrow());
+        gemm::serial(1.0, HostMat::from_slice(p, m, n), v, 0.0, out.reborrow(), of_queries);
         simd(
             #[inline(always)]
             || {

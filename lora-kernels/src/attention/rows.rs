@@ -24,31 +24,58 @@ pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     total(acc)
 }
 
+/// Calls `f` on [`LANES`] elements of all rows at a time, the last of which are filled up: rows of attention are short, and
+/// what is left over of them would be most of the work, one element after the other.
+#[inline(always)]
+pub(super) fn lanes<T: Real, const N: usize>(rows: [&mut [T]; N], fill: T, mut f: impl FnMut([&mut [T; LANES]; N])) {
+    let mut parts = rows.map(|row| row.as_chunks_mut::<LANES>());
+    for i in 0..parts[0].0.len() {
+        f(parts.each_mut().map(
+            #[inline(always)]
+            |(whole, _)| &mut whole[i],
+        ));
+    }
+    let n = parts[0].1.len();
+    if n > 0 {
+        let mut filled = [[fill; LANES]; N];
+        for (filled, (_, rest)) in filled.iter_mut().zip(&parts) {
+            filled[..n].copy_from_slice(rest);
+        }
+        f(filled.each_mut());
+        for (filled, (_, rest)) in filled.iter().zip(&mut parts) {
+            rest.copy_from_slice(&filled[..n]);
+        }
+    }
+}
+
 /// xᵢ = exp(xᵢ − max x) in place; returns the maximum and the sum.
 #[inline(always)]
 pub(super) fn exp<T: Real>(x: &mut [T]) -> (T, T) {
-    let (chunks, tail) = x.as_chunks_mut::<LANES>();
     let mut acc = [T::NEG_INFINITY; LANES];
-    for x in chunks.iter() {
-        for l in 0..LANES {
-            acc[l] = acc[l].max(x[l]);
-        }
-    }
-    for (a, &x) in acc.iter_mut().zip(tail.iter()) {
-        *a = a.max(x);
-    }
+    lanes(
+        [&mut *x],
+        T::NEG_INFINITY,
+        #[inline(always)]
+        |[x]| {
+            for l in 0..LANES {
+                acc[l] = acc[l].max(x[l]);
+            }
+        },
+    );
     let max = acc.iter().fold(T::NEG_INFINITY, |a, &b| Real::max(a, b));
     let mut acc = [T::ZERO; LANES];
-    for x in chunks {
-        for l in 0..LANES {
-            x[l] = (x[l] - max).exp();
-            acc[l] += x[l];
-        }
-    }
-    for (a, x) in acc.iter_mut().zip(tail) {
-        *x = (*x - max).exp();
-        *a += *x;
-    }
+    // What fills up adds exp(−∞) = 0.
+    lanes(
+        [x],
+        T::NEG_INFINITY,
+        #[inline(always)]
+        |[x]| {
+            for l in 0..LANES {
+                x[l] = (x[l] - max).exp();
+                acc[l] += x[l];
+            }
+        },
+    );
     (max, total(acc))
 }
 

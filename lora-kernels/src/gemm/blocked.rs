@@ -5,6 +5,7 @@
 //! bf16 that follow each other along k. Every element's sum goes over k in the same order wherever a block begins.
 
 mod avx512;
+mod direct;
 
 use std::cell::RefCell;
 
@@ -14,7 +15,7 @@ use avx512::{Arithmetic, F32, Source};
 pub(super) use avx512::{Bf16, Widened};
 use half::bf16;
 
-use super::bf16::Operand;
+use super::{Part, bf16::Operand, sizes};
 use crate::{
     Buffer, DType, Device, Result,
     mat::{HostMat, HostMut},
@@ -59,6 +60,13 @@ where
         (Operand::Bf16(a), Operand::F32(b)) => run::<T, _, _>(scalars, a, b, c),
         (Operand::Bf16(a), Operand::Bf16(b)) => run::<T, _, _>(scalars, a, b, c),
     }
+}
+
+/// `C = α·A·B + β·C` in f32 on the calling thread, as far as `part` wants it, on a processor that is [`available`].
+pub(super) fn direct(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, c: HostMut<f32>, part: Part) {
+    let [_, k, _] = sizes(&a, &b, &c);
+    // SAFETY: the products are only called where `available`.
+    unsafe { direct::product((alpha as f32, beta as f32), a, b, k, c, part) };
 }
 
 fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
@@ -149,7 +157,8 @@ mod tests {
     #[test]
     fn work_is_cut_so_that_all_threads_have_some() {
         let sizes = [0, 1, 12, 146, 192, 240, 241, 400, 576, 768, 1000, 1016, 1024, 2048, 4064, 50_257];
-        for (m, n, threads) in sizes.iter().flat_map(|&m| sizes.iter().flat_map(move |&n| [1, 2, 3, 8, 64].map(|t| (m, n, t))))
+        for (m, n, threads) in
+            sizes.iter().flat_map(|&m| sizes.iter().flat_map(move |&n| [1, 2, 3, 8, 64].map(|t| (m, n, t))))
         {
             let [blocks, stripes] = cut(m, n, threads);
             let (rows, cols) = (even(m, blocks, MR), even(n, stripes, NR));
@@ -161,6 +170,9 @@ mod tests {
             let busy = tasks as f64 / tasks.next_multiple_of(threads) as f64;
             assert!(busy > 0.9 || m < 1000 || n < 576 || threads > 8, "{m}×{n}, {threads}: {tasks} tasks");
         }
-        assert_eq!([(1016, 768), (1016, 192), (192, 192), (146, 768)].map(|(m, n)| cut(m, n, 2)), [[5, 2], [5, 2], [1, 2], [1, 2]]);
+        assert_eq!(
+            [(1016, 768), (1016, 192), (192, 192), (146, 768)].map(|(m, n)| cut(m, n, 2)),
+            [[5, 2], [5, 2], [1, 2], [1, 2]]
+        );
     }
 }

@@ -11,7 +11,7 @@ use crate::{
         head_site, rows, together,
     },
     dropout::{CHUNK, Mask},
-    gemm,
+    gemm::{self, Part},
     mat::{HostMat, HostMut},
     real::{Real, simd},
     reduce::put,
@@ -138,7 +138,7 @@ impl<T: Real> Task<'_, T> {
         x.scores(scale, self.positions, p, self.table);
         let ds = &mut self.ds[..n * n];
         if scored {
-            gemm::serial(1.0, dout, x.v.t(), 0.0, HostMut::from_slice(ds, n, n));
+            gemm::serial(1.0, dout, x.v.t(), 0.0, HostMut::from_slice(ds, n, n), Part::All);
         } else {
             ds.fill(T::ZERO); // Nobody reads dS.
         }
@@ -146,13 +146,13 @@ impl<T: Real> Task<'_, T> {
 
         let (p, ds) = (HostMat::from_slice(&self.p[..n * n], n, n), HostMat::from_slice(&self.ds[..n * n], n, n));
         if let Some((dv, beta)) = &mut self.dv {
-            gemm::serial(1.0, p.t(), dout, *beta, dv.block_mut(mine.clone(), hd.clone()));
+            gemm::serial(1.0, p.t(), dout, *beta, dv.block_mut(mine.clone(), hd.clone()), Part::All);
         }
         if let Some((dq, beta)) = &mut self.dq {
-            gemm::serial(scale, ds, x.k, *beta, dq.block_mut(mine.clone(), hd.clone()));
+            gemm::serial(scale, ds, x.k, *beta, dq.block_mut(mine.clone(), hd.clone()), Part::All);
         }
         if let Some((dk, beta)) = &mut self.dk {
-            gemm::serial(scale, ds.t(), x.q, *beta, dk.block_mut(mine.clone(), hd.clone()));
+            gemm::serial(scale, ds.t(), x.q, *beta, dk.block_mut(mine.clone(), hd.clone()), Part::All);
         }
         let (width, first) = (used.len(), used.start);
         if let Some(pos_key) = x.pos_key
@@ -167,10 +167,10 @@ impl<T: Real> Task<'_, T> {
             }
             let c = HostMat::from_slice(c, n, width);
             if let Some((dq, _)) = &mut self.dq {
-                gemm::serial(scale, c, pos_key, 1.0, dq.block_mut(mine.clone(), hd.clone()));
+                gemm::serial(scale, c, pos_key, 1.0, dq.block_mut(mine.clone(), hd.clone()), Part::All);
             }
             if let Some(d) = &mut self.dpos_key {
-                gemm::serial(scale, c.t(), x.q, 1.0, d.block_mut(used.clone(), hd.clone()));
+                gemm::serial(scale, c.t(), x.q, 1.0, d.block_mut(used.clone(), hd.clone()), Part::All);
             }
         }
         if let Some(pos_query) = x.pos_query
@@ -185,10 +185,10 @@ impl<T: Real> Task<'_, T> {
             }
             let b = HostMat::from_slice(b, n, width);
             if let Some((dk, _)) = &mut self.dk {
-                gemm::serial(scale, b, pos_query, 1.0, dk.block_mut(mine, hd.clone()));
+                gemm::serial(scale, b, pos_query, 1.0, dk.block_mut(mine, hd.clone()), Part::All);
             }
             if let Some(d) = &mut self.dpos_query {
-                gemm::serial(scale, b.t(), x.k, 1.0, d.block_mut(used, hd));
+                gemm::serial(scale, b.t(), x.k, 1.0, d.block_mut(used, hd), Part::All);
             }
         }
     }
@@ -213,7 +213,7 @@ impl<T: Real> Task<'_, T> {
                     let mut factors = [T::ZERO; CHUNK];
                     for (c, (p, ds)) in p.chunks_mut(CHUNK).zip(ds.chunks_mut(CHUNK)).enumerate() {
                         mask.chunk(c * CHUNK, row, head_site(dropout, head), &mut factors);
-                        dropped_softmax_backward(p, ds, &factors, lse, d);
+                        dropped_softmax_backward(p, ds, &mut factors[..p.len()], lse, d);
                     }
                 }
             },

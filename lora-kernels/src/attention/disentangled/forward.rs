@@ -6,7 +6,7 @@ use super::{Disentangled, Inputs, positions::Rows};
 use crate::{
     Buffer, Device, Result,
     attention::{Sequences, head_site, rows, together},
-    gemm,
+    gemm::{self, Part},
     mat::{HostMat, HostMut},
     real::{Real, simd},
 };
@@ -52,7 +52,7 @@ pub(super) fn run<T: Real>(
                 }
             },
         );
-        gemm::serial(1.0, HostMat::from_slice(p, n, n), part.v, 0.0, out.reborrow());
+        gemm::serial(1.0, HostMat::from_slice(p, n, n), part.v, 0.0, out.reborrow(), Part::All);
         Ok(())
     })
 }
@@ -76,11 +76,11 @@ impl<'a, T: Real> Inputs<'a, T> {
     pub(super) fn scores(&self, scale: f64, positions: &Rows, s: &mut [T], scratch: &mut [T]) {
         let n = self.q.rows;
         let first = positions.used(n).start;
-        gemm::serial(scale, self.q, self.k.t(), 0.0, HostMut::from_slice(s, n, n));
+        gemm::serial(scale, self.q, self.k.t(), 0.0, HostMut::from_slice(s, n, n), Part::All);
         // Row i of Q·K̂ᵀ has what query i adds; row j of K·Q̂ᵀ what is added at key j.
         if let Some(table) = self.pos_key {
             let c = &mut scratch[..n * table.rows];
-            gemm::serial(scale, self.q, table.t(), 0.0, HostMut::from_slice(c, n, table.rows));
+            gemm::serial(scale, self.q, table.t(), 0.0, HostMut::from_slice(c, n, table.rows), Part::All);
             for (i, (s, c)) in s.chunks_exact_mut(n).zip(c.chunks_exact(table.rows)).enumerate() {
                 for (s, &row) in s.iter_mut().zip(positions.of(i, n)) {
                     *s += c[row as usize - first];
@@ -89,7 +89,7 @@ impl<'a, T: Real> Inputs<'a, T> {
         }
         if let Some(table) = self.pos_query {
             let b = &mut scratch[..n * table.rows];
-            gemm::serial(scale, self.k, table.t(), 0.0, HostMut::from_slice(b, n, table.rows));
+            gemm::serial(scale, self.k, table.t(), 0.0, HostMut::from_slice(b, n, table.rows), Part::All);
             for (i, s) in s.chunks_exact_mut(n).enumerate() {
                 for ((s, &row), b) in s.iter_mut().zip(positions.of(i, n)).zip(b.chunks_exact(table.rows)) {
                     *s += b[row as usize - first];

@@ -31,7 +31,7 @@ pub(super) fn pairs_pay() -> bool {
 }
 
 /// The lowest `n` bits.
-fn mask(n: usize) -> u32 {
+pub(super) fn mask(n: usize) -> u32 {
     if n >= 32 { u32::MAX } else { (1 << n) - 1 }
 }
 
@@ -290,7 +290,12 @@ fn pack_rows<T: Arithmetic, A: Source<T>>(a: HostMat<A>, rows: Range<usize>, ks:
 
 /// Rows `ks` and columns `cols` of B, at most [`NR`]: for each row of words [`NR`] of them, zeros where there are none.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_panel<T: Arithmetic, B: Source<T>>(b: HostMat<B>, ks: Range<usize>, cols: Range<usize>, to: &mut [u32]) {
+pub(super) fn pack_panel<T: Arithmetic, B: Source<T>>(
+    b: HostMat<B>,
+    ks: Range<usize>,
+    cols: Range<usize>,
+    to: &mut [u32],
+) {
     if !b.transposed {
         for (k, to) in ks.clone().step_by(T::PER).zip(to.chunks_exact_mut(NR)) {
             let upper = &b.row(k)[cols.clone()];
