@@ -73,10 +73,7 @@ pub fn gemm_with(alpha: f64, a: Mat, b: Mat, beta: f64, mut c: MatMut, epilogue:
     if let Some(gpu) = c.gpu() {
         return cuda::gemm(gpu, &cuda::Problem::single(alpha, a, b, beta, c, *epilogue));
     }
-    product(alpha, a, b, beta, c.reborrow())?;
-    if let Some(bias) = bias {
-        add_bias(bias, c.reborrow())?;
-    }
+    product(alpha, a, b, beta, bias, c.reborrow())?;
     if let Some(kind) = kind {
         let (rows, cols) = (c.rows(), c.cols());
         let mut x = Buffer::empty(c.device(), c.dtype(), rows * cols)?;
@@ -162,7 +159,7 @@ pub fn gemm_batched(alpha: f64, a: Mat, b: Mat, beta: f64, mut c: MatMut, batch:
     }
     for i in 0..count {
         let c = batch.c.pick_mut(c.reborrow(), i, count);
-        product(alpha, batch.a.pick(a, i, count), batch.b.pick(b, i, count), beta, c)?;
+        product(alpha, batch.a.pick(a, i, count), batch.b.pick(b, i, count), beta, None, c)?;
     }
     Ok(())
 }
@@ -173,26 +170,31 @@ fn check_types(a: Mat, b: Mat, c: &MatMut) {
     assert!([a.dtype(), a.dtype().accumulator()].contains(&c.dtype()), "gemm: C of another type than A and B");
 }
 
-fn product(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
-    if (a.dtype(), c.dtype()) == (DType::F32, DType::F32) && few::fits(a.rows(), a.cols(), b.cols()) {
-        match b.dtype() {
-            DType::F32 => return few::product(alpha, a.host(), b.host::<f32>(), beta, c.host()),
-            DType::Bf16 => return few::product(alpha, a.host(), b.host::<half::bf16>(), beta, c.host()),
-            _ => {}
+/// `C = α·A·B + β·C + bias` on the CPU.
+fn product(alpha: f64, a: Mat, b: Mat, beta: f64, bias: Option<Mat>, mut c: MatMut) -> Result<()> {
+    let few = (a.dtype(), c.dtype()) == (DType::F32, DType::F32) && few::fits(a.rows(), a.cols(), b.cols());
+    let halves = [a.dtype(), b.dtype()].iter().any(|t| t.size() == 2);
+    let to = c.reborrow();
+    match b.dtype() {
+        DType::F32 if few => few::product(alpha, a.host(), b.host::<f32>(), beta, to.host())?,
+        DType::Bf16 if few => few::product(alpha, a.host(), b.host::<half::bf16>(), beta, to.host())?,
+        // A result of few columns would leave most lanes of a vector idle there.
+        #[cfg(target_arch = "x86_64")]
+        _ if blocked::available() && to.dtype() == DType::F32 && (halves || b.cols() > 16) => {
+            let bias = bias.map(|bias| bias.host().row(0));
+            let form = blocked::Form { alpha: alpha as f32, beta: beta as f32, bias };
+            return match halves {
+                true => blocked::bf16_product(form, bf16::Operand::of(a)?, bf16::Operand::of(b)?, to.host()),
+                false => blocked::f32_product(form, a.host(), b.host(), to.host()),
+            };
         }
+        _ if halves => bf16::product(alpha, bf16::Operand::of(a)?, bf16::Operand::of(b)?, beta, to)?,
+        _ => dispatch!("gemm", a.dtype(), T => {
+            parallel::<T>(alpha, a.host(), b.host(), beta, to.host());
+            Ok(())
+        })?,
     }
-    if [a.dtype(), b.dtype()].iter().any(|t| t.size() == 2) {
-        return bf16::product(alpha, bf16::Operand::of(a)?, bf16::Operand::of(b)?, beta, c);
-    }
-    // A result of few columns would leave most lanes of a vector idle there.
-    #[cfg(target_arch = "x86_64")]
-    if a.dtype() == DType::F32 && b.cols() > 16 && blocked::available() {
-        return blocked::f32_product(alpha, a.host(), b.host(), beta, c.host());
-    }
-    dispatch!("gemm", a.dtype(), T => {
-        parallel::<T>(alpha, a.host(), b.host(), beta, c.host());
-        Ok(())
-    })
+    bias.map_or(Ok(()), |bias| add_bias(bias, c))
 }
 
 /// As [`gemm`], on the threads of rayon's pool.
@@ -447,6 +449,30 @@ mod tests {
             for (i, got) in values(&got).into_iter().enumerate() {
                 let x = plain[i] + if with_bias { added[i % n] } else { 0.0 };
                 assert_eq!(got, x.max(0.0) + if with_residual { last[i] } else { 0.0 }, "at {i}");
+            }
+        }
+    }
+
+    /// Wherever it is added: in the product's last step along k, which is one of several here, or after it.
+    #[test]
+    fn a_bias_changes_no_bit_of_the_product() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        for (m, k, n) in [(1, 3, 40), (5, 900, 70), (13, 190, 17), (250, 400, 45), (3, 0, 20), (20, 7, 9)] {
+            let mut f32s = |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+            let (a, b, c, bias) = (f32s(m * k), f32s(k * n), f32s(m * n), f32s(n));
+            let on = |x: &[f32]| Buffer::from_slice(&Device::Cpu, x).unwrap();
+            let halves: Vec<half::bf16> = b.iter().map(|&x| half::bf16::from_f32(x)).collect();
+            let a = on(&a);
+            for b in [on(&b), Buffer::from_slice(&Device::Cpu, &halves).unwrap()] {
+                let (a, b) = (Mat::new(&a, 0, m, k), Mat::new(&b, 0, k, n));
+                let (bias, mut plain, mut got) = (on(&bias), on(&c), on(&c));
+                let bias = Mat::new(&bias, 0, 1, n);
+                gemm(0.5, a, b, 2.0, MatMut::new(&mut plain, 0, m, n)).unwrap();
+                add_bias(bias, MatMut::new(&mut plain, 0, m, n)).unwrap();
+                let epilogue = Epilogue { bias: Some(bias), ..Epilogue::default() };
+                gemm_with(0.5, a, b, 2.0, MatMut::new(&mut got, 0, m, n), &epilogue).unwrap();
+                let [got, plain] = [got, plain].map(|x| x.to_vec::<f32>(0..m * n).unwrap());
+                assert_eq!(got, plain, "{m}×{k}×{n} {:?}", b.dtype());
             }
         }
     }

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use lora_kernels::{DType, Mat, add_bias, gemm, sum_rows};
+use lora_kernels::{DType, Epilogue, Mat, gemm, gemm_with, sum_rows};
 
 use crate::{Result, Tape, Tensor, Var, lowrank::Layout};
 
@@ -26,10 +26,9 @@ pub fn linear_wide(t: &mut Tape, x: &Var, w: &Var, layout: Layout, bias: Option<
 fn linear_in(t: &mut Tape, to: DType, x: &Var, w: &Var, layout: Layout, bias: Option<&Var>) -> Result<Var> {
     let (n, out) = (x.value.rows(), in_out(&w.value, layout).cols());
     let mut y = Tensor::empty(&t.device(), to, &[n, out])?;
-    gemm(1.0, x.value.mat(), in_out(&w.value, layout), 0.0, y.make_mut()?)?;
-    if let Some(b) = bias {
-        add_bias(b.value.to_dtype(to)?.mat(), y.make_mut()?)?;
-    }
+    let b = bias.map(|b| b.value.to_dtype(to)).transpose()?;
+    let epilogue = Epilogue { bias: b.as_ref().map(Tensor::mat), ..Epilogue::default() };
+    gemm_with(1.0, x.value.mat(), in_out(&w.value, layout), 0.0, y.make_mut()?, &epilogue)?;
     let dtype = x.value.dtype();
     let dx = x.slot.map(|s| (s, w.value.clone()));
     let dw = w.slot.map(|s| (s, x.value.clone(), w.value.shape().to_vec()));

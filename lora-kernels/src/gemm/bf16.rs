@@ -1,4 +1,6 @@
-//! Products in bf16 on the CPU: `vdpbf16ps` where the processor has it and is fast at it, twice as fast as f32 then.
+//! Products in bf16 on the CPU, and how a processor without them gets the same numbers.
+//!
+//! Where there is `vdpbf16ps` and it is fast, they are twice as fast as those in f32 ([`blocked`](super::blocked)).
 //!
 //! Operands that are f32 are rounded to bf16 while they are packed; products of bf16 numbers are exact in f32, and sums
 //! are taken in f32. So an element is off by at most about (2⁻⁸ + k·2⁻²⁴)·Σ|a||b|, of which the first term is what
@@ -6,12 +8,7 @@
 
 use half::bf16;
 
-#[cfg(target_arch = "x86_64")]
-use super::blocked;
-use crate::{
-    Buffer, DType, Device, Element, Error, Mat, MatMut, Result,
-    mat::{HostMat, HostMut},
-};
+use crate::{Buffer, DType, Device, Element, Error, Mat, MatMut, Result, mat::HostMat};
 
 /// A matrix of either type.
 #[derive(Clone, Copy)]
@@ -32,18 +29,10 @@ impl<'a> Operand<'a> {
             dtype => Err(Error::DType { kernel: "gemm", dtype }),
         }
     }
-
-    /// Logical rows and columns.
-    fn shape(&self) -> (usize, usize) {
-        let (rows, cols, transposed) = match self {
-            Operand::F32(x) => (x.rows, x.cols, x.transposed),
-            Operand::Bf16(x) => (x.rows, x.cols, x.transposed),
-        };
-        if transposed { (cols, rows) } else { (rows, cols) }
-    }
 }
 
-/// `C = α·A·B + β·C`, on the calling thread and those of rayon's pool.
+/// `C = α·A·B + β·C` where the processor has no bf16: the operands are rounded and widened, and multiplied in f32 on the
+/// threads of rayon's pool.
 ///
 /// # Errors
 /// [`Error::DType`] when C is not f32.
@@ -51,19 +40,8 @@ pub(super) fn product(alpha: f64, a: Operand, b: Operand, beta: f64, c: MatMut) 
     if c.dtype() != DType::F32 {
         return Err(Error::DType { kernel: "gemm", dtype: c.dtype() });
     }
-    let (c, (m, k), (k2, n)) = (c.host::<f32>(), a.shape(), b.shape());
-    assert_eq!((m, k, n), (c.rows, k2, c.cols), "gemm: [m, k]·[k, n] into [m, n]");
-    #[cfg(target_arch = "x86_64")]
-    if blocked::available() {
-        return blocked::bf16_product(alpha, a, b, beta, c);
-    }
-    widened(alpha, a, b, beta, c)
-}
-
-/// The same where the processor has no bf16: the operands are rounded and widened, and multiplied in f32.
-fn widened(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()> {
     let (a, b) = (Wide::of(a)?, Wide::of(b)?);
-    super::parallel(alpha, a.mat(), b.mat(), beta, c);
+    super::parallel(alpha, a.mat(), b.mat(), beta, c.host::<f32>());
     Ok(())
 }
 
@@ -101,6 +79,8 @@ impl Wide {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "x86_64")]
+    use crate::gemm::blocked;
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
@@ -139,14 +119,19 @@ mod tests {
     }
 
     /// A way to compute a product.
-    type Way = fn(f64, Operand, Operand, f64, HostMut<f32>) -> Result<()>;
+    type Way = fn(f64, Operand, Operand, f64, MatMut) -> Result<()>;
 
     /// Those of this processor, of which it uses one.
     fn ways() -> Vec<Way> {
-        let mut ways: Vec<Way> = vec![widened];
+        let mut ways: Vec<Way> = vec![product];
         #[cfg(target_arch = "x86_64")]
         if blocked::available() {
-            ways.extend([blocked::bf16_by::<blocked::Bf16> as Way, blocked::bf16_by::<blocked::Widened>]);
+            use blocked::{Bf16, Form, Widened, bf16_by};
+            fn form(alpha: f64, beta: f64) -> Form<'static> {
+                Form { alpha: alpha as f32, beta: beta as f32, bias: None }
+            }
+            ways.push(|alpha, a, b, beta, c| bf16_by::<Bf16>(form(alpha, beta), a, b, c.host()));
+            ways.push(|alpha, a, b, beta, c| bf16_by::<Widened>(form(alpha, beta), a, b, c.host()));
         }
         ways
     }
@@ -171,7 +156,7 @@ mod tests {
         let was = c.buf.to_vec::<f32>(0..c.buf.len()).unwrap();
         let to = MatMut::new(&mut c.buf, 0, m, n + MARGIN).cols_in(0..n);
         let (x, y) = (a.mat().t_if(ta), b.mat().t_if(tb));
-        how(alpha, Operand::of(x).unwrap(), Operand::of(y).unwrap(), beta, to.host()).unwrap();
+        how(alpha, Operand::of(x).unwrap(), Operand::of(y).unwrap(), beta, to).unwrap();
         for i in 0..m {
             for j in 0..n {
                 let of = |x: &Padded, t: bool, i, j| if t { x.at(j, i) } else { x.at(i, j) };
@@ -227,7 +212,7 @@ mod tests {
         let x = Buffer::from_slice(&Device::Cpu, &x).unwrap();
         for how in ways() {
             let mut y = Buffer::empty(&Device::Cpu, DType::F32, 2).unwrap();
-            let to = MatMut::new(&mut y, 0, 2, 1).host();
+            let to = MatMut::new(&mut y, 0, 2, 1);
             let [x, one] = [Mat::new(&x, 0, 2, 1), Mat::new(&one, 0, 1, 1)].map(|m| Operand::of(m).unwrap());
             how(1.0, x, one, 0.0, to).unwrap();
             assert_eq!(y.to_vec::<f32>(0..2).unwrap(), [1.0, 1.0 + 2f32.powi(-7)]);

@@ -35,30 +35,37 @@ pub(super) fn available() -> bool {
     avx512::available()
 }
 
-/// `C = α·A·B + β·C` in f32, on a processor that is [`available`].
-pub(super) fn f32_product(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, c: HostMut<f32>) -> Result<()> {
-    run::<F32, _, _>((alpha as f32, beta as f32), a, b, c)
+/// What becomes of a product: `C = α·A·B + β·C + bias`.
+#[derive(Clone, Copy)]
+pub(super) struct Form<'a> {
+    pub(super) alpha: f32,
+    pub(super) beta: f32,
+    /// One for each column of C.
+    pub(super) bias: Option<&'a [f32]>,
 }
 
-/// `C = α·A·B + β·C` of bf16 numbers, to which f32 operands are rounded, with f32 sums, on a processor that is
-/// [`available`].
-pub(super) fn bf16_product(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()> {
+/// A product in f32, on a processor that is [`available`].
+pub(super) fn f32_product(form: Form, a: HostMat<f32>, b: HostMat<f32>, c: HostMut<f32>) -> Result<()> {
+    run::<F32, _, _>(form, a, b, c)
+}
+
+/// A product of bf16 numbers, to which f32 operands are rounded, with f32 sums, on a processor that is [`available`].
+pub(super) fn bf16_product(form: Form, a: Operand, b: Operand, c: HostMut<f32>) -> Result<()> {
     let by = if avx512::pairs_pay() { bf16_by::<Bf16> } else { bf16_by::<Widened> };
-    by(alpha, a, b, beta, c)
+    by(form, a, b, c)
 }
 
 /// The same by one arithmetic.
-pub(super) fn bf16_by<T: Arithmetic>(alpha: f64, a: Operand, b: Operand, beta: f64, c: HostMut<f32>) -> Result<()>
+pub(super) fn bf16_by<T: Arithmetic>(form: Form, a: Operand, b: Operand, c: HostMut<f32>) -> Result<()>
 where
     f32: Source<T>,
     bf16: Source<T>,
 {
-    let scalars = (alpha as f32, beta as f32);
     match (a, b) {
-        (Operand::F32(a), Operand::F32(b)) => run::<T, _, _>(scalars, a, b, c),
-        (Operand::F32(a), Operand::Bf16(b)) => run::<T, _, _>(scalars, a, b, c),
-        (Operand::Bf16(a), Operand::F32(b)) => run::<T, _, _>(scalars, a, b, c),
-        (Operand::Bf16(a), Operand::Bf16(b)) => run::<T, _, _>(scalars, a, b, c),
+        (Operand::F32(a), Operand::F32(b)) => run::<T, _, _>(form, a, b, c),
+        (Operand::F32(a), Operand::Bf16(b)) => run::<T, _, _>(form, a, b, c),
+        (Operand::Bf16(a), Operand::F32(b)) => run::<T, _, _>(form, a, b, c),
+        (Operand::Bf16(a), Operand::Bf16(b)) => run::<T, _, _>(form, a, b, c),
     }
 }
 
@@ -70,7 +77,7 @@ pub(super) fn direct(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, c:
 }
 
 fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
-    scalars: (f32, f32),
+    form: Form,
     a: HostMat<A>,
     b: HostMat<B>,
     c: HostMut<f32>,
@@ -85,7 +92,7 @@ fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
     let one = |((i, j), c)| {
         with_scratch(|scratch| {
             // SAFETY: the products are only called where `available`.
-            unsafe { avx512::block::<T, A, B>(scalars, (a, i), (b, j), k, c, scratch) };
+            unsafe { avx512::block::<T, A, B>(form, (a, i), (b, j), k, c, scratch) };
         })
     };
     match tasks.len() {

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
-use super::{MR, NR, WORDS};
+use super::{Form, MR, NR, WORDS};
 use crate::{
     Element,
     mat::{HostMat, HostMut},
@@ -233,7 +233,7 @@ impl Source<Bf16> for bf16 {
 /// and a panel of B.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) fn block<T: Arithmetic, A: Source<T>, B: Source<T>>(
-    (alpha, beta): (f32, f32),
+    form: Form,
     (a, i0): (HostMat<A>, usize),
     (b, j0): (HostMat<B>, usize),
     k: usize,
@@ -244,7 +244,8 @@ pub(super) fn block<T: Arithmetic, A: Source<T>, B: Source<T>>(
     // An empty sum is still a sum: C = β·C.
     for k0 in (0..k.max(1)).step_by(step) {
         let ks = k0..(k0 + step).min(k);
-        let beta = if k0 == 0 { beta } else { 1.0 };
+        let beta = if k0 == 0 { form.beta } else { 1.0 };
+        let bias = form.bias.filter(|_| ks.end == k);
         pack_rows(a, i0..i0 + c.rows, ks.clone(), left);
         for j in (0..c.cols).step_by(NR) {
             let [here, next, after] = [0, 1, 2].map(|panels| (j + panels * NR).min(c.cols));
@@ -254,7 +255,8 @@ pub(super) fn block<T: Arithmetic, A: Source<T>, B: Source<T>>(
                 prefetch_panel(b, ks.clone(), j0 + next..j0 + after, (t, tiles));
                 let rows = t * MR..((t + 1) * MR).min(c.rows);
                 let packed = &left[rows.start * WORDS..];
-                tile::<T>(ks.len().div_ceil(T::PER), packed, right, alpha, beta, c.block_mut(rows, here..next));
+                let form = Form { beta, bias: bias.map(|bias| &bias[j0 + here..j0 + next]), ..form };
+                tile::<T>(ks.len().div_ceil(T::PER), packed, right, form, c.block_mut(rows, here..next));
             }
         }
     }
@@ -378,35 +380,35 @@ fn transpose(lanes: [Option<__m512i>; 16], rows: usize, to: &mut [u32], stride: 
     }
 }
 
-/// `C = α·(A·B) + β·C` for up to [`MR`] packed rows of A and a packed panel of B, over `words` words along k.
+/// `C = α·(A·B) + β·C + bias` for up to [`MR`] packed rows of A and a packed panel of B, over `words` words along k.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn tile<T: Arithmetic>(words: usize, a: &[u32], b: &[u32], alpha: f32, beta: f32, c: HostMut<f32>) {
+fn tile<T: Arithmetic>(words: usize, a: &[u32], b: &[u32], form: Form, c: HostMut<f32>) {
     assert!(c.rows <= MR && c.cols <= NR && words <= WORDS && b.len() >= words * NR);
+    assert!(form.bias.is_none_or(|bias| bias.len() == c.cols));
     let height = c.rows.next_multiple_of(4);
     assert!(a.len() >= height * WORDS);
     // SAFETY: A and B hold what was just checked, C is a block of rows × cols.
     unsafe {
         match (height, c.cols > 16) {
-            (12, true) => tile_of::<T, 12, 2>(words, a.as_ptr(), b.as_ptr(), alpha, beta, c),
-            (8, true) => tile_of::<T, 8, 2>(words, a.as_ptr(), b.as_ptr(), alpha, beta, c),
-            (_, true) => tile_of::<T, 4, 2>(words, a.as_ptr(), b.as_ptr(), alpha, beta, c),
-            (12, false) => tile_of::<T, 12, 1>(words, a.as_ptr(), b.as_ptr(), alpha, beta, c),
-            (8, false) => tile_of::<T, 8, 1>(words, a.as_ptr(), b.as_ptr(), alpha, beta, c),
-            (_, false) => tile_of::<T, 4, 1>(words, a.as_ptr(), b.as_ptr(), alpha, beta, c),
+            (12, true) => tile_of::<T, 12, 2>(words, a.as_ptr(), b.as_ptr(), form, c),
+            (8, true) => tile_of::<T, 8, 2>(words, a.as_ptr(), b.as_ptr(), form, c),
+            (_, true) => tile_of::<T, 4, 2>(words, a.as_ptr(), b.as_ptr(), form, c),
+            (12, false) => tile_of::<T, 12, 1>(words, a.as_ptr(), b.as_ptr(), form, c),
+            (8, false) => tile_of::<T, 8, 1>(words, a.as_ptr(), b.as_ptr(), form, c),
+            (_, false) => tile_of::<T, 4, 1>(words, a.as_ptr(), b.as_ptr(), form, c),
         }
     }
 }
 
 /// # Safety
 /// A has M rows of [`WORDS`] words, of which those past C's may be anything, B has `words`
-/// rows of [`NR`] words, and C no more columns than V vectors.
+/// rows of [`NR`] words, C no more columns than V vectors, and the bias as many as C.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn tile_of<T: Arithmetic, const M: usize, const V: usize>(
     words: usize,
     a: *const u32,
     b: *const u32,
-    alpha: f32,
-    beta: f32,
+    Form { alpha, beta, bias }: Form,
     mut c: HostMut<f32>,
 ) {
     // C's rows are far apart: they come while the sums are taken.
@@ -430,6 +432,12 @@ unsafe fn tile_of<T: Arithmetic, const M: usize, const V: usize>(
     }
     let bits = mask(c.cols);
     let (alpha, scale) = (_mm512_set1_ps(alpha), _mm512_set1_ps(beta));
+    // Without a branch below: with one the loop is not unrolled, and then the sums would not stay in registers above.
+    let bias: [__m512; V] = std::array::from_fn(|v| match bias {
+        // SAFETY: as many numbers as C has columns; lanes without a bit are not read.
+        Some(bias) => unsafe { _mm512_maskz_loadu_ps((bits >> (16 * v)) as u16, bias.as_ptr().wrapping_add(16 * v)) },
+        None => _mm512_setzero_ps(),
+    });
     for (i, sum) in sum.iter().enumerate().take(c.rows) {
         let row = c.row_mut(i).as_mut_ptr();
         for (half, &sum) in sum.iter().enumerate() {
@@ -440,7 +448,7 @@ unsafe fn tile_of<T: Arithmetic, const M: usize, const V: usize>(
                 if beta != 0.0 {
                     y = _mm512_fmadd_ps(scale, _mm512_maskz_loadu_ps(bits, to), y);
                 }
-                _mm512_mask_storeu_ps(to, bits, y);
+                _mm512_mask_storeu_ps(to, bits, _mm512_add_ps(y, bias[half]));
             }
         }
     }
