@@ -15,9 +15,8 @@ use super::{
 /// has them.
 ///
 /// Columns are found by their headings where the first line has them; one that has some of them and not all is refused.
-/// Nothing is quoted: a quotation mark is a character
-/// like any other, as the publishers of these files mean it. A byte-order mark and CRLF line ends are accepted, blank
-/// lines are skipped, spaces around a field do not count.
+/// Nothing is quoted: a quotation mark is a character like any other, as the publishers of these files mean it. A
+/// byte-order mark and CRLF line ends are accepted, blank lines are skipped, spaces around a field do not count.
 ///
 /// In JSON lines the keys are the headings; a label may be a string, a number, or a truth value (1 or 0), and of a task
 /// that knows its labels also the number of one.
@@ -73,16 +72,12 @@ fn tsv(path: &Path, body: &str, task: &'static TaskRow) -> Result<Vec<Example>> 
     let fields: Vec<&str> = first.split('\t').map(str::trim).collect();
     let headed = headed(task, &fields);
     let headless = headed.is_none();
-    let columns = match headed {
-        Some(columns) => {
-            lines.next();
-            columns
-        }
-        None => match bare(task, fields.len()).filter(|_| !task.headings().any(|h| position(&fields, h).is_some())) {
-            Some(columns) => columns,
-            None => return Err(no_column(path, at + 1, task, &fields)),
-        },
-    };
+    if !headless {
+        lines.next();
+    }
+    let partly = || task.headings().any(|heading| position(&fields, heading).is_some());
+    let columns = headed.or_else(|| bare(task, fields.len()).filter(|_| !partly()));
+    let columns = columns.ok_or_else(|| no_column(path, at + 1, task, &fields))?;
     let mut examples = Vec::new();
     let mut short = 0;
     for (i, text) in lines {
@@ -103,7 +98,10 @@ fn tsv(path: &Path, body: &str, task: &'static TaskRow) -> Result<Vec<Example>> 
     if short > 0 {
         tracing::warn!("{}: passed over {short} rows that are cut short", path.display());
     }
-    if headless && let Some(label) = lone_label(&examples) {
+    if headless
+        && task.kind == TaskKind::Labels(&[])
+        && let Some(label) = lone_label(&examples)
+    {
         tracing::warn!(
             "{}:{}: no other line has the label \"{}\"; if these are headings, call the columns {}",
             path.display(),

@@ -70,6 +70,11 @@ fn headings_that_nobody_knows_are_warned_of() {
         assert_eq!(stderr.contains(warning) && stderr.contains("text and label"), warns, "{stderr}");
         assert_eq!(stderr.contains("own.tsv:"), warns, "{stderr}");
     }
+    // What a task calls a label is none.
+    lab.write("own.tsv", "dull\t0\nfine\t1\nfun\t1\n");
+    let output = lab.lora(&format!("train --task sst2 --data own.tsv {RUN} --out three"));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && !stderr.contains("own.tsv:"), "{stderr}");
 }
 
 #[test]
