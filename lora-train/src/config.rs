@@ -483,6 +483,27 @@ const PEFT_NAMES: [(&str, &str); 5] = [
     ("target-modules", "targets"),
 ];
 
+/// The name here of a key: spelt with `-`, and of PEFT's other names ours.
+pub(crate) fn our_name(key: &str) -> String {
+    let key = key.replace('_', "-");
+    PEFT_NAMES.iter().find(|(theirs, _)| *theirs == key).map_or(key, |(_, ours)| ours.to_string())
+}
+
+/// A table's keys by [`our_name`].
+///
+/// # Errors
+/// The name of a key that stands there twice.
+pub(crate) fn by_our_names(table: toml::Table) -> std::result::Result<toml::Table, String> {
+    let mut named = toml::Table::new();
+    for (key, value) in table {
+        let name = our_name(&key);
+        if named.insert(name.clone(), value).is_some() {
+            return Err(name);
+        }
+    }
+    Ok(named)
+}
+
 /// [`Modules`] in TOML and JSON: a list of names, or a text.
 mod modules {
     use lora_core::peft::Modules;
@@ -563,11 +584,9 @@ fn read_table(path: &Path) -> Result<toml::Table> {
         Error::Config { path: path.into(), problem }
     };
     toml::from_str::<TrainConfig>(&text).map_err(problem)?;
-    let mut table: toml::Table = text.parse().map_err(problem)?;
-    for (theirs, ours) in PEFT_NAMES {
-        if let Some(value) = table.remove(theirs) {
-            table.insert(ours.into(), value);
-        }
-    }
-    Ok(table)
+    let table: toml::Table = text.parse().map_err(problem)?;
+    by_our_names(table).map_err(|key| Error::Config {
+        path: path.into(),
+        problem: format!("key {key}: stands there under two names; leave one out"),
+    })
 }

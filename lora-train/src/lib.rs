@@ -71,6 +71,7 @@ mod pretrain;
 mod resources;
 mod run;
 pub mod schedule;
+pub mod tables;
 pub mod task;
 mod trainer;
 

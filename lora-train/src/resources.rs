@@ -2,6 +2,8 @@
 
 use std::{fs, path::Path};
 
+use lora_kernels::Device;
+
 use crate::Result;
 
 /// The most resident memory that this process has had, in bytes, mapped files that were touched included; `None` where the
@@ -12,13 +14,18 @@ pub fn peak_memory() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// The processor of this machine and the threads that are computed on.
-pub(crate) fn machine() -> String {
+/// What is computed on: the device where that is another, the processor of this machine and its threads.
+pub(crate) fn machine(device: &Device) -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
     let threads = rayon::current_num_threads();
     let plural = if threads == 1 { "" } else { "s" };
-    format!("{}, {threads} thread{plural}", name.unwrap_or(std::env::consts::ARCH))
+    let processor = format!("{}, {threads} thread{plural}", name.unwrap_or(std::env::consts::ARCH));
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(gpu) => format!("{} ({device}), {processor}", gpu.info().name),
+        _ => processor,
+    }
 }
 
 /// The day, in UTC.
@@ -40,4 +47,20 @@ pub fn weight_bytes(dir: &Path) -> Result<u64> {
         }
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_is_its_processor_and_the_device_that_it_computes_on() {
+        let processor = machine(&Device::Cpu);
+        assert!(processor.contains(" thread"), "{processor}");
+        #[cfg(feature = "emulator")]
+        {
+            let on = machine(&Device::open("emulated").unwrap());
+            assert!(on.ends_with(&format!("), {processor}")) && on.contains("emulated"), "{on}");
+        }
+    }
 }

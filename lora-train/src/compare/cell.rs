@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::inputs::Inputs;
-use crate::{Error, Result, TrainConfig, resources};
+use crate::{Error, Result, TrainConfig, metrics::Metric, resources};
 
 /// A finished run: what it was made from and what came of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,17 +31,17 @@ pub struct Cell {
 pub struct Made {
     /// The day, in UTC.
     pub date: String,
-    /// The processor and the threads.
+    /// The device where that is another, the processor and the threads.
     pub machine: String,
     /// The version of this program.
     pub version: String,
 }
 
 impl Made {
-    /// Now and here.
-    pub(super) fn now() -> Made {
+    /// Now, on this machine.
+    pub(super) fn now(machine: &str) -> Made {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Made { date: resources::today(), machine: resources::machine(), version }
+        Made { date: resources::today(), machine: machine.to_owned(), version }
     }
 }
 
@@ -77,11 +77,7 @@ impl Judged {
 
     /// The metrics, the main one first.
     pub fn scores(&self) -> impl Iterator<Item = (&str, f64)> {
-        const OTHERS: [&str; 4] = ["loss", "perplexity", "targets", "prompts"];
-        self.0
-            .iter()
-            .filter(|(k, _)| !OTHERS.contains(&k.as_str()))
-            .filter_map(|(k, v)| Some((k.as_str(), v.as_f64()?)))
+        self.0.iter().filter_map(|(k, v)| Some((Metric::find(k)?.name(), v.as_f64()?)))
     }
 
     /// What to choose by, the larger the better: the main metric, or without one the negative loss; of equal ones that of
@@ -92,13 +88,16 @@ impl Judged {
     }
 }
 
-/// Settings without what does not make a result: where files lie, and how often checkpoints are written.
+/// Settings without what does not make a result: where files lie (their fingerprints are among the inputs), and how often
+/// checkpoints are written.
 pub(super) fn settings(config: &TrainConfig) -> TrainConfig {
     let TrainConfig { save_every, keep, eval_every, .. } = TrainConfig::default();
     TrainConfig {
         model: "".into(),
         data: "".into(),
         out: "".into(),
+        init_adapter: None,
+        fuse: Vec::new(),
         log: None,
         save_every,
         keep,
@@ -123,7 +122,7 @@ impl Cell {
             Err(e) => return refuse(format!("is no finished cell ({e}); remove it, and it is run again")),
         };
         const ADVICE: &str = "choose another --out, or remove the file, and it is run again";
-        if let Some((key, old, new)) = settings(config).difference(&cell.settings) {
+        if let Some((key, old, new)) = settings(config).difference(&settings(&cell.settings)) {
             return refuse(format!("was made with {key} = {old}, and is now to have {new}; {ADVICE}"));
         }
         // A run may go on elsewhere, but cells of two devices or types are not the same measurement.

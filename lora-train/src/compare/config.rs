@@ -1,11 +1,12 @@
-//! The file of a comparison.
+//! What is compared on what, as a file says it.
 
 use std::path::{Path, PathBuf};
 
 use lora_core::peft::METHODS;
 use toml::{Table, Value};
 
-use crate::{Error, Place, Result, TrainConfig, place};
+use super::source::{Part, Source};
+use crate::{Error, Place, Result, TrainConfig, place, resources};
 
 /// What is compared on what.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +25,10 @@ pub struct Comparison {
     pub keep_models: bool,
     /// The methods.
     pub rows: Vec<Row>,
+    /// The device and the processor that it is run on.
+    pub machine: String,
+    /// What a person should know of them: that `auto` found no CUDA device, and why.
+    pub note: Option<String>,
 }
 
 /// A method with its options.
@@ -45,10 +50,14 @@ const OWN: [&str; 6] = ["test", "seeds", "search", "eval", "keep-models", "run"]
 const DECIDED: [&str; 5] = ["out", "valid", "hold-out", "log", "eval-every"];
 /// Keys that are the same for all rows.
 const SAME: [&str; 6] = ["model", "data", "task", "format", "device", "dtype"];
+/// Flags of `lora eval` that follow from the keys of training.
+const JUDGED_BY: [&str; 10] =
+    ["model", "adapter", "data", "task", "device", "dtype", "max-length", "predictions", "score", "json"];
 
 impl Comparison {
     /// Reads a comparison. `flags` (`model`, `data`, `test`, `device`, `dtype`) lie over the keys of the file. Keys may be
-    /// written with `-` or `_`.
+    /// written with `-` or `_`, and by PEFT's names. A row that starts from an adapter (`init-adapter`) takes the method and
+    /// its options from there, as in [`TrainConfig::from_toml`].
     ///
     /// ```toml
     /// model = "minilm"
@@ -74,11 +83,12 @@ impl Comparison {
     /// # Errors
     /// [`Error::Config`] with file, line and key; [`Error::Option`] for what makes no sense in training.
     pub fn read(path: &Path, flags: Table) -> Result<Comparison> {
-        let source = Source { path, text: &lora_model::files::read_to_string(path)? };
-        let mut shared = dashed(source.parse()?);
+        let text = lora_model::files::read_to_string(path)?;
+        let source = Source::parse(path, &text)?;
+        let mut shared = source.table()?;
         shared.extend(flags);
         let own = Own::take(&source, &mut shared)?;
-        source.check_keys(&shared, None)?;
+        source.check_keys(Part::Shared, &shared)?;
         let mut rows: Vec<Row> = Vec::new();
         for (i, run) in own.runs.iter().enumerate() {
             rows.push(row(&source, &shared, &own, run, i)?);
@@ -87,7 +97,7 @@ impl Comparison {
             if let Some(j) = (0..i).find(|&j| folder(&rows[j].name) == folder(&rows[i].name)) {
                 let name = &rows[i].name;
                 let problem = format!("[[run]] {} and {} are both called {name}: give one a name", j + 1, i + 1);
-                return Err(source.run_problem(i, Some("name"), problem));
+                return Err(source.problem(Part::Run(i), Some("name"), problem));
             }
         }
         // The names of the device and the type that `auto` means here: cells of another are other cells.
@@ -97,6 +107,7 @@ impl Comparison {
         for row in &mut rows {
             (row.config.device, row.config.dtype) = (device.clone(), dtype.clone());
         }
+        let machine = resources::machine(&place.device);
         let comparison = Comparison {
             test: own.test,
             hold_out: own.hold_out,
@@ -105,18 +116,19 @@ impl Comparison {
             eval: own.eval,
             keep_models: own.keep_models,
             rows,
+            machine,
+            note: place.note,
         };
         for (i, row) in comparison.rows.iter().enumerate() {
-            let in_run = |e: Error| match e {
-                Error::Option { option, value, why } => {
-                    source.run_problem(i, Some(option), format!("{option} = {value}: {why}"))
-                }
-                e => e,
+            let in_run = |e| source.placed(Part::Run(i), e);
+            let in_search = |e: Error| match e {
+                Error::Option { option, .. } if comparison.search.contains_key(option) => source.placed(SEARCH, e),
+                e => in_run(e),
             };
             for &lr in &row.lrs {
                 TrainConfig { lr, ..row.config.clone() }.check().map_err(in_run)?;
                 if row.lrs.len() > 1 {
-                    comparison.searching(row, lr)?.check().map_err(in_run)?;
+                    comparison.searching(row, lr)?.check().map_err(in_search)?;
                 }
             }
         }
@@ -142,6 +154,9 @@ impl Comparison {
         Value::Table(table).try_into().map_err(problem)
     }
 }
+
+const SEARCH: Part = Part::Table("search");
+const EVAL: Part = Part::Table("eval");
 
 /// Bytes of a row's name at most: it is also that of a folder.
 const LONGEST: usize = 100;
@@ -174,62 +189,66 @@ impl Own {
     fn take(source: &Source, file: &mut Table) -> Result<Own> {
         let mut own: Table = OWN.iter().filter_map(|key| Some((key.to_string(), file.remove(*key)?))).collect();
         if let Some(key) = DECIDED.iter().find(|key| file.contains_key(**key)) {
-            return Err(source.problem(Some(key), format!("key {key}: a comparison decides this itself; leave it out")));
+            return Err(source.problem(Part::Shared, Some(key), decided(key)));
         }
         if file.contains_key("seed") {
-            return Err(source.problem(Some("seed"), "key seed: write a list, such as seeds = [0, 1, 2]".into()));
+            return Err(source.problem(Part::Shared, Some("seed"), A_LIST.into()));
         }
         let test: PathBuf = match own.remove("test") {
             Some(Value::String(path)) => path.into(),
-            Some(other) => return Err(source.wrong("test", "the path of a file", &other)),
-            None => return Err(source.problem(None, "key test: missing; name the data to judge by".into())),
+            Some(other) => return Err(source.wrong(Part::Shared, "test", "the path of a file", &other)),
+            None => {
+                return Err(source.problem(Part::Shared, None, "key test: missing; name the data to judge by".into()));
+            }
         };
         for (key, what) in [("model", "the base"), ("data", "the data to train on")] {
             if !file.contains_key(key) {
-                return Err(source.problem(None, format!("key {key}: missing; name {what}")));
+                return Err(source.problem(Part::Shared, None, format!("key {key}: missing; name {what}")));
             }
         }
-        let seeds = own.remove("seeds").map(|v| seeds(source, &v)).transpose()?.unwrap_or(vec![0]);
+        let seeds = own.remove("seeds").map(|v| seeds(source, Part::Shared, &v)).transpose()?.unwrap_or(vec![0]);
         let mut table = |key: &str| match own.remove(key) {
             Some(Value::Table(table)) => Ok(table),
-            Some(other) => Err(source.wrong(key, "a table", &other)),
+            Some(other) => Err(source.wrong(Part::Shared, key, "a table", &other)),
             None => Ok(Table::new()),
         };
         let (mut search, eval) = (table("search")?, table("eval")?);
         let hold_out = match search.remove("hold-out") {
             None => 0.1,
             Some(Value::Float(share)) if share > 0.0 && share < 1.0 => share,
-            Some(other) => return Err(source.wrong("hold-out", "a share between 0 and 1", &other)),
+            Some(other) => return Err(source.wrong(SEARCH, "hold-out", "a share between 0 and 1", &other)),
         };
         let search_seed = match search.remove("seed") {
             None => None,
             Some(Value::Integer(n)) if n >= 0 => Some(n as u64),
-            Some(other) => return Err(source.wrong("seed", "a number from 0", &other)),
+            Some(other) => return Err(source.wrong(SEARCH, "seed", "a number from 0", &other)),
         };
         if let Some(key) = DECIDED.iter().chain(&SAME).chain(&["lr", "method"]).find(|key| search.contains_key(**key)) {
-            let problem =
-                format!("key {key}: cannot be another while a learning rate is chosen; leave it out of [search]");
-            return Err(source.problem(Some(key), problem));
+            let problem = format!("key {key}: cannot be another while a learning rate is chosen; leave it out");
+            return Err(source.problem(SEARCH, Some(key), problem));
         }
-        source.check_keys(&search, None)?;
+        source.check_keys(SEARCH, &search)?;
+        if let Some(key) = JUDGED_BY.iter().find(|key| eval.contains_key(**key)) {
+            return Err(source.problem(EVAL, Some(key), decided(key)));
+        }
         if let Some((key, value)) = eval.iter().find(|(_, v)| v.is_table() || v.is_array()) {
-            return Err(source.wrong(key, "the value of a flag of lora eval", value));
+            return Err(source.wrong(EVAL, key, "the value of a flag of lora eval", value));
         }
         let keep_models = match own.remove("keep-models") {
             None => false,
             Some(Value::Boolean(keep)) => keep,
-            Some(other) => return Err(source.wrong("keep-models", "true or false", &other)),
+            Some(other) => return Err(source.wrong(Part::Shared, "keep-models", "true or false", &other)),
         };
         let runs: Vec<Table> = match own.remove("run") {
             None => Vec::new(),
             Some(Value::Array(runs)) if runs.iter().all(Value::is_table) => {
                 runs.into_iter().filter_map(|r| if let Value::Table(t) = r { Some(t) } else { None }).collect()
             }
-            Some(other) => return Err(source.wrong("run", "[[run]] tables", &other)),
+            Some(other) => return Err(source.wrong(Part::Shared, "run", "[[run]] tables", &other)),
         };
         if runs.is_empty() {
             let problem = "no [[run]]: add one for each method, such as [[run]] method = \"lora\"";
-            return Err(source.problem(None, problem.into()));
+            return Err(source.problem(Part::Shared, None, problem.into()));
         }
         Ok(Own { test, seeds, hold_out, search_seed, search, eval, keep_models, runs })
     }
@@ -237,9 +256,16 @@ impl Own {
 
 fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) -> Result<Row> {
     let mut run = run.clone();
-    let problem = |key: &str, problem: String| source.run_problem(index, Some(key), format!("key {key}: {problem}"));
-    if let Some(key) = DECIDED.iter().chain(&SAME).chain(&["seed"]).find(|key| run.contains_key(**key)) {
+    let part = Part::Run(index);
+    let problem = |key: &str, problem: String| source.problem(part, Some(key), format!("key {key}: {problem}"));
+    if let Some(key) = DECIDED.iter().find(|key| run.contains_key(**key)) {
+        return Err(source.problem(part, Some(key), decided(key)));
+    }
+    if let Some(key) = SAME.iter().find(|key| run.contains_key(**key)) {
         return Err(problem(key, "is the same for all rows of a comparison; leave it out".into()));
+    }
+    if run.contains_key("seed") {
+        return Err(source.problem(part, Some("seed"), A_LIST.into()));
     }
     let name = match run.remove("name") {
         None => None,
@@ -250,9 +276,10 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
     };
     let seeds = match run.remove("seeds") {
         None => own.seeds.clone(),
-        Some(value) => seeds(source, &value)?,
+        Some(value) => seeds(source, part, &value)?,
     };
-    let named: Vec<(String, Value)> = run.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    source.check_keys(part, &run)?;
+    let named = run.clone();
     let mut table = shared.clone();
     for (flag, other) in [("steps", "epochs"), ("epochs", "steps")] {
         if run.contains_key(flag) {
@@ -268,21 +295,23 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
         }
         Some(value) => vec![number(&value).ok_or_else(|| problem("lr", format!("{value} is no number")))?],
     };
-    let keys: Table = table.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-    source.check_keys(&keys, Some(index))?;
     let config: TrainConfig =
-        Value::Table(table).try_into().map_err(|e: toml::de::Error| problem("", e.message().into()))?;
-    let config = TrainConfig { lr: lrs[0], ..config };
-    let options = config.row()?.options;
+        Value::Table(table).try_into().map_err(|e: toml::de::Error| source.problem(part, None, e.message().into()))?;
+    let mut config = TrainConfig { lr: lrs[0], ..config };
+    if let Some(dir) = config.init_adapter.clone() {
+        let given = |key: &str| named.contains_key(key) || shared.contains_key(key);
+        config.adopt(&dir, &lora_model::adapter::load(&dir)?, given).map_err(|e| source.placed(part, e))?;
+    }
+    let options = config.row().map_err(|e| problem("method", e.to_string()))?.options;
     // Shared keys may serve several methods; one in the row is meant for this.
     let read_by_others = |key: &str| METHODS.iter().any(|m| m.options.contains(&key)) && !options.contains(&key);
-    if let Some((key, _)) = named.iter().find(|(key, _)| read_by_others(key)) {
+    if let Some(key) = named.keys().find(|key| read_by_others(key)) {
         return Err(problem(key, format!("method {} does not read it; leave it out", config.method)));
     }
     let name = name.unwrap_or_else(|| {
         let mut name = config.method.clone();
         for option in options {
-            if let Some((_, value)) = named.iter().find(|(key, _)| key == option) {
+            if let Some(value) = named.get(*option) {
                 name += &format!(" {option}={}", plain(value));
             }
         }
@@ -299,6 +328,9 @@ fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Array(all) => all.iter().map(plain).collect::<Vec<_>>().join(","),
+        Value::Table(all) => {
+            all.iter().map(|(key, value)| format!("{key}={}", plain(value))).collect::<Vec<_>>().join(",")
+        }
         other => other.to_string(),
     }
 }
@@ -307,86 +339,20 @@ fn number(value: &Value) -> Option<f64> {
     value.as_float().or(value.as_integer().map(|n| n as f64))
 }
 
-fn seeds(source: &Source, value: &Value) -> Result<Vec<u64>> {
+/// What is wrong with a key that no part of the file has.
+fn decided(key: &str) -> String {
+    format!("key {key}: a comparison decides this itself; leave it out")
+}
+
+const A_LIST: &str = "key seed: write a list, such as seeds = [0, 1, 2]";
+
+fn seeds(source: &Source, part: Part, value: &Value) -> Result<Vec<u64>> {
     let all = value.as_array().map(|all| all.iter().map(|v| v.as_integer().and_then(|n| u64::try_from(n).ok())));
     let mut all: Vec<u64> = match all.and_then(|all| all.collect::<Option<Vec<u64>>>()) {
         Some(all) if !all.is_empty() => all,
-        _ => return Err(source.wrong("seeds", "a list of numbers from 0", value)),
+        _ => return Err(source.wrong(part, "seeds", "a list of numbers from 0", value)),
     };
     let mut seen = std::collections::HashSet::new();
     all.retain(|seed| seen.insert(*seed));
     Ok(all)
-}
-
-/// With all keys spelt with `-`.
-fn dashed(table: Table) -> Table {
-    let value = |v| match v {
-        Value::Table(t) => Value::Table(dashed(t)),
-        Value::Array(all) => Value::Array(
-            all.into_iter().map(|v| if let Value::Table(t) = v { Value::Table(dashed(t)) } else { v }).collect(),
-        ),
-        v => v,
-    };
-    table.into_iter().map(|(k, v)| (k.replace('_', "-"), value(v))).collect()
-}
-
-/// The file, for messages about its lines.
-struct Source<'a> {
-    path: &'a Path,
-    text: &'a str,
-}
-
-impl Source<'_> {
-    fn parse(&self) -> Result<Table> {
-        self.text.parse().map_err(|e: toml::de::Error| {
-            let line = e.span().map_or(1, |s| 1 + self.text[..s.start].matches('\n').count());
-            let problem = format!("line {line}: {}", e.message().trim().replace('\n', " "));
-            Error::Config { path: self.path.into(), problem }
-        })
-    }
-
-    /// Tries each key of training alone, so that the one at fault is named.
-    fn check_keys(&self, table: &Table, run: Option<usize>) -> Result<()> {
-        for (key, value) in table.iter().filter(|(key, _)| *key != "lr") {
-            let alone: Table = [(key.clone(), value.clone())].into_iter().collect();
-            if let Err(e) = Value::Table(alone).try_into::<TrainConfig>() {
-                let problem = format!("key {key}: {}", e.message().trim().replace('\n', " "));
-                return Err(match run {
-                    Some(i) => self.run_problem(i, Some(key), problem),
-                    None => self.problem(Some(key), problem),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    fn wrong(&self, key: &str, wanted: &str, found: &Value) -> Error {
-        self.problem(Some(key), format!("key {key}: is {found} in place of {wanted}"))
-    }
-
-    fn problem(&self, key: Option<&str>, problem: String) -> Error {
-        self.at(key.and_then(|key| self.line_of(key, 0)), problem)
-    }
-
-    /// A problem of the `index`-th `[[run]]`.
-    fn run_problem(&self, index: usize, key: Option<&str>, problem: String) -> Error {
-        let header =
-            |(_, line): &(usize, &str)| line.split('#').next().unwrap_or("").trim().replace(' ', "") == "[[run]]";
-        let start = self.text.lines().enumerate().filter(header).nth(index).map(|(i, _)| i);
-        let line = start.map(|start| key.and_then(|key| self.line_of(key, start + 1)).unwrap_or(start + 1));
-        self.at(line, format!("[[run]] {}: {problem}", index + 1))
-    }
-
-    /// The line, from 1, on which a key stands: from the `from`-th line to the next `[[run]]`, or where it is shared.
-    fn line_of(&self, key: &str, from: usize) -> Option<usize> {
-        let is = |line: &str| line.split_once('=').is_some_and(|(k, _)| k.trim().replace('_', "-") == key);
-        let lines = || self.text.lines().enumerate();
-        let own = lines().skip(from).take_while(|(_, line)| from == 0 || !line.trim_start().starts_with("[["));
-        own.chain(lines()).find(|(_, line)| is(line)).map(|(i, _)| i + 1)
-    }
-
-    fn at(&self, line: Option<usize>, problem: String) -> Error {
-        let place = line.map_or(String::new(), |line| format!("line {line}: "));
-        Error::Config { path: self.path.into(), problem: format!("{place}{problem}") }
-    }
 }

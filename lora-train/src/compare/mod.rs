@@ -18,6 +18,7 @@ mod inputs;
 mod plot;
 mod process;
 mod run;
+mod source;
 mod statistics;
 mod table;
 
@@ -25,6 +26,6 @@ pub use cell::{Cell, Judged, Made, Trained};
 pub use config::{Comparison, Row};
 pub use inputs::Inputs;
 pub use process::{DIVERGED, Program, eval_args};
-pub use run::{Finished, Job, Kind, Watcher, finished, run};
+pub use run::{Failure, Finished, Job, Kind, Watcher, finished, run};
 pub use statistics::Spread;
 pub use table::{Line, Table};

@@ -13,7 +13,7 @@ use super::{
     Comparison, Row,
     cell::{Cell, Judged, Trained},
 };
-use crate::{Error, Result, TrainConfig, data::TaskKind, weight_bytes};
+use crate::{Error, RUN_FILE, Result, TrainConfig, data::TaskKind, weight_bytes};
 
 /// How the command ends when training diverged.
 pub const DIVERGED: u8 = 3;
@@ -27,7 +27,7 @@ const SAVE_EVERY: u64 = 500;
 pub struct Program {
     /// The `lora` command.
     pub path: PathBuf,
-    /// Options of every run, such as `--threads` and `--quiet`.
+    /// Options of every run, such as `--threads` and `--no-progress`.
     pub options: Vec<String>,
 }
 
@@ -43,7 +43,10 @@ impl Program {
         files::write_bytes(&file, written.to_toml().as_bytes())?;
 
         let mut train = self.command();
-        train.arg("train").arg("--config").arg(&file).args(["--resume", "--json"]);
+        train.arg("train").arg("--config").arg(&file).arg("--json");
+        if dir.join(RUN_FILE).exists() {
+            train.arg("--resume");
+        }
         let summary = match answer(&mut train)? {
             Answer::Json(json) => json,
             Answer::Ended(status) if status.code() == Some(DIVERGED.into()) => return Ok(Made::Cell(Box::new(cell))),
@@ -134,12 +137,23 @@ pub(super) enum Made {
 
 impl Made {
     fn of(what: &str, status: ExitStatus) -> Made {
-        match status.code() {
-            Some(INTERRUPTED) => Made::Interrupted,
+        match interrupted(status) {
+            true => Made::Interrupted,
             // Its error stands above, on standard error.
-            _ => Made::Failed(format!("{what} ended with {status}")),
+            false => Made::Failed(format!("{what} ended with {status}")),
         }
     }
+}
+
+/// Whether Ctrl-C ended a process: in good order, or at once, where it listened for nothing.
+fn interrupted(status: ExitStatus) -> bool {
+    #[cfg(unix)]
+    const SIGINT: i32 = 2;
+    #[cfg(unix)]
+    if std::os::unix::process::ExitStatusExt::signal(&status) == Some(SIGINT) {
+        return true;
+    }
+    status.code() == Some(INTERRUPTED)
 }
 
 /// What a command printed, or how it ended without.

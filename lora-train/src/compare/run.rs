@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use lora_model::{files, fingerprint};
+use lora_core::peft::parameters;
+use lora_model::{LoadOptions, config::RawConfig, files, fingerprint, outline};
 
 use super::{
     Comparison, Row, Table,
@@ -17,11 +18,11 @@ use super::{
     process::{Made, Program, eval_args},
 };
 use crate::{
-    Result, TrainConfig,
-    data::{self, Format, Labels},
+    Error, Result, TrainConfig,
+    data::{self, Corpus, Format, TaskKind},
     hub,
     output::lock,
-    task,
+    task::{self, Fitted},
 };
 
 /// A cell that is run, or was.
@@ -82,10 +83,38 @@ impl Watcher for () {}
 pub struct Finished {
     /// The table of the cells that are finished.
     pub table: Table,
-    /// Runs that failed, and why.
-    pub failed: Vec<String>,
+    /// What failed.
+    pub failed: Vec<Failure>,
     /// Whether it was interrupted.
     pub interrupted: bool,
+}
+
+/// What a comparison could not do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Failure {
+    /// A run that failed.
+    Run {
+        /// It.
+        job: Job,
+        /// Why.
+        why: String,
+    },
+    /// A row that has no learning rate, because training diverged with each of them.
+    Diverged {
+        /// The row's name.
+        row: String,
+    },
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Run { job, why } => write!(f, "{job}: {why}"),
+            Failure::Diverged { row } => {
+                write!(f, "{row}: training diverged with every learning rate; give lower ones")
+            }
+        }
+    }
 }
 
 /// Runs what is not finished yet of a comparison, keeps it in `out`, and writes the table there after every cell.
@@ -93,25 +122,26 @@ pub struct Finished {
 /// What the runs say goes to standard error. A run that fails does not keep the others from going on.
 ///
 /// # Errors
-/// Inputs that cannot be read, training and test data included; finished cells of other settings; an `out` that another
-/// process is working in, or that cannot be written.
+/// Inputs that cannot be read, training and test data included; a base that the task or a row's method does not fit;
+/// finished cells of other settings; an `out` that another process is working in, or that cannot be written.
 pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut dyn Watcher) -> Result<Finished> {
-    let place = Place::open(comparison, out, program)?;
-    check_data(comparison)?;
+    let store = Store::open(comparison, out, program)?;
+    check(comparison)?;
     files::create_folder(out)?;
     let _lock = lock(out)?;
-    let mut finished = Finished { table: place.table()?, failed: Vec::new(), interrupted: false };
+    comparison.note.iter().for_each(|note| watcher.note(note));
+    let mut finished = Finished { table: store.table()?, failed: Vec::new(), interrupted: false };
     // Every row's first seed before any row's second: a table that is not full says something of every row.
     let rounds = comparison.rows.iter().map(|row| row.seeds.len()).max().unwrap_or(0);
     'all: for round in 0..rounds {
         for row in comparison.rows.iter().filter(|row| round < row.seeds.len()) {
-            if place.row(row, round, &mut finished, watcher)?.is_break() {
+            if store.row(row, round, &mut finished, watcher)?.is_break() {
                 finished.interrupted = true;
                 break 'all;
             }
         }
     }
-    finished.table = place.table()?;
+    finished.table = store.table()?;
     finished.table.write(out)?;
     Ok(finished)
 }
@@ -119,34 +149,51 @@ pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut
 /// The table of the cells that are finished in `out`; nothing is run.
 ///
 /// # Errors
-/// As of [`run`].
+/// As of [`run`]; an `out` that is not there.
 pub fn finished(comparison: &Comparison, out: &Path) -> Result<Table> {
+    if !out.is_dir() {
+        let problem = "there is no such folder, so nothing is finished in it; check --out".into();
+        return Err(Error::Output { dir: out.into(), problem });
+    }
     let nothing = Program { path: PathBuf::new(), options: Vec::new() };
-    Place::open(comparison, out, &nothing)?.table()
+    Store::open(comparison, out, &nothing)?.table()
 }
 
-/// Reads training and test data, so that what is wrong with them is told before anything is trained.
-fn check_data(comparison: &Comparison) -> Result<()> {
+/// Reads the data and looks at the base, so that what is wrong with them, or with a row on them, is told before anything is
+/// trained.
+fn check(comparison: &Comparison) -> Result<()> {
     let config = &comparison.rows[0].config;
-    match config.task_row()? {
-        None => {
-            for path in [&config.data, &comparison.test] {
-                data::read(path, config.format.unwrap_or_else(|| Format::of_path(path)))?;
+    let base = hub::resolve(&config.model)?;
+    let task = config.task_row()?;
+    let read = |path: &Path| match task {
+        None => Ok(data::read(path, config.format.unwrap_or_else(|| Format::of_path(path)))?),
+        Some(task) => task::read(path, task, config.format),
+    };
+    let (training, test) = (read(&config.data)?, read(&comparison.test)?);
+    let raw = RawConfig::from_dir(&base)?;
+    for row in &comparison.rows {
+        let head = match task.filter(|task| task.kind != TaskKind::Completions) {
+            None => {
+                task::check_causal(&base, task)?;
+                None
             }
-        }
-        Some(task) => {
-            let read = |path| task::read(path, task, config.format);
-            let (training, test) = (read(&config.data)?, read(&comparison.test)?);
-            if let Some(labels) = Labels::of(task, &training)? {
-                labels.check(&test)?;
+            Some(task) => {
+                let fitted = Fitted::to_train(task, &base, row.config.init_adapter.as_deref(), &training)?;
+                let check = |corpus: &Corpus| fitted.labels.as_ref().map_or(Ok(()), |labels| labels.check(corpus));
+                check(&training)?;
+                check(&test)?;
+                Some(fitted.head())
             }
-        }
+        };
+        let outline = outline(&raw, &LoadOptions { task: head, ..LoadOptions::default() })?;
+        parameters(&*row.config.method_options()?, &outline)
+            .map_err(|e| Error::Config { path: row.name.clone().into(), problem: e.to_string() })?;
     }
     Ok(())
 }
 
 /// Where a comparison is kept.
-struct Place<'a> {
+struct Store<'a> {
     comparison: &'a Comparison,
     out: &'a Path,
     program: &'a Program,
@@ -155,8 +202,8 @@ struct Place<'a> {
     adapters: Vec<Vec<String>>,
 }
 
-impl Place<'_> {
-    fn open<'a>(comparison: &'a Comparison, out: &'a Path, program: &'a Program) -> Result<Place<'a>> {
+impl Store<'_> {
+    fn open<'a>(comparison: &'a Comparison, out: &'a Path, program: &'a Program) -> Result<Store<'a>> {
         let first = &comparison.rows[0].config;
         let inputs = Inputs {
             base: fingerprint::of_folder(&hub::resolve(&first.model)?)?,
@@ -169,7 +216,7 @@ impl Place<'_> {
             dirs.map(|dir| Ok(fingerprint::of_folder(dir)?)).collect::<Result<Vec<_>>>()
         };
         let adapters = comparison.rows.iter().map(of_row).collect::<Result<_>>()?;
-        Ok(Place { comparison, out, program, inputs, adapters })
+        Ok(Store { comparison, out, program, inputs, adapters })
     }
 
     fn path(&self, row: &Row, kind: Kind) -> PathBuf {
@@ -265,15 +312,15 @@ impl Place<'_> {
                 }
             }
         }
-        match self.chosen(row)? {
-            Some(lr) => self.fill(row, Kind::Seed { seed: row.seeds[round], lr }, finished, watcher),
-            None => {
-                if round == 0 {
-                    finished.failed.push(format!("{}: no learning rate came through", row.name));
-                }
-                Ok(ControlFlow::Continue(()))
+        let Some(lr) = self.chosen(row)? else {
+            let tried = |&lr: &f64| Ok::<_, Error>(self.cell(row, Kind::Search { lr })?.is_some());
+            // Where a try failed, that is told already.
+            if round == 0 && row.lrs.iter().map(tried).collect::<Result<Vec<_>>>()?.iter().all(|tried| *tried) {
+                finished.failed.push(Failure::Diverged { row: row.name.clone() });
             }
-        }
+            return Ok(ControlFlow::Continue(()));
+        };
+        self.fill(row, Kind::Seed { seed: row.seeds[round], lr }, finished, watcher)
     }
 
     /// Makes a cell, where it is not there and has not failed just now.
@@ -285,7 +332,7 @@ impl Place<'_> {
         watcher: &mut dyn Watcher,
     ) -> Result<ControlFlow<()>> {
         let job = Job { row: row.name.clone(), kind };
-        let failed = finished.failed.iter().any(|f| f.starts_with(&format!("{job}: ")));
+        let failed = finished.failed.iter().any(|f| matches!(f, Failure::Run { job: other, .. } if *other == job));
         if failed || self.cell(row, kind)?.is_some() {
             return Ok(ControlFlow::Continue(()));
         }
@@ -313,7 +360,7 @@ impl Place<'_> {
             Err(e) => e.to_string(),
         };
         watcher.failed(&job, &why);
-        finished.failed.push(format!("{job}: {why}"));
+        finished.failed.push(Failure::Run { job, why });
         Ok(ControlFlow::Continue(()))
     }
 
@@ -325,7 +372,7 @@ impl Place<'_> {
             Kind::Search { .. } => None,
             Kind::Seed { .. } => Some(eval_args(self.comparison, row, dir)?),
         };
-        let made = Some(cell::Made::now());
+        let made = Some(cell::Made::now(&self.comparison.machine));
         let cell = Cell { settings: settings(&config), eval, inputs, made, trained: None };
         self.program.make(&config, args, cell)
     }

@@ -1,6 +1,6 @@
 //! The table of a comparison, and the files that it is written to.
 
-use std::{fmt::Write, path::Path};
+use std::path::Path;
 
 use indicatif::HumanCount;
 use lora_model::files;
@@ -11,7 +11,11 @@ use super::{
     cell::{Cell, Made},
     plot,
 };
-use crate::{Result, latency::Quartiles};
+use crate::{
+    Result,
+    latency::Quartiles,
+    tables::{bytes, columns},
+};
 
 /// The table of a comparison.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -129,17 +133,9 @@ impl Table {
 
     /// For a terminal: columns under each other.
     pub fn text(&self) -> String {
-        let (head, rows) = self.shown();
-        let width = |i: usize| rows.iter().chain([&head]).map(|r| r[i].chars().count()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..head.len()).map(width).collect();
-        let mut text = String::new();
-        for row in [&head].into_iter().chain(&rows) {
-            for (i, (field, &width)) in row.iter().zip(&widths).enumerate() {
-                let _ = if i == 0 { write!(text, "{field:width$}") } else { write!(text, "  {field:>width$}") };
-            }
-            text.push('\n');
-        }
-        text
+        let (head, mut rows) = self.shown();
+        rows.insert(0, head);
+        columns(&rows)
     }
 
     /// As a Markdown table.
@@ -223,17 +219,6 @@ fn count(n: usize) -> String {
     HumanCount(n as u64).to_string()
 }
 
-/// Decimal units, as the paper's.
-fn bytes(n: u64) -> String {
-    let (value, unit) = match n {
-        0..1_000 => return format!("{n} B"),
-        1_000..1_000_000 => (n as f64 / 1e3, "kB"),
-        1_000_000..1_000_000_000 => (n as f64 / 1e6, "MB"),
-        _ => (n as f64 / 1e9, "GB"),
-    };
-    if value < 10.0 { format!("{value:.2} {unit}") } else { format!("{value:.0} {unit}") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -298,9 +283,5 @@ mod tests {
     #[test]
     fn units() {
         assert_eq!([count(7), count(1_234), count(1_234_567)], ["7", "1,234", "1,234,567"]);
-        assert_eq!(
-            [bytes(12), bytes(1_500), bytes(35_000_000), bytes(1_200_000_000)],
-            ["12 B", "1.50 kB", "35 MB", "1.20 GB"]
-        );
     }
 }

@@ -248,9 +248,9 @@ pub enum Error {
         task: &'static str,
     },
 
-    /// A line of a JSONL file is a text without a prompt, in a task of completions.
+    /// A line of a JSONL file is no prompt with its completion, in a task of completions.
     #[error(
-        "{}:{line}: there is a text without a prompt; --task {task} needs the strings \"prompt\" and \"completion\"",
+        "{}:{line}: there is {found}; --task {task} needs the strings \"prompt\" and \"completion\"",
         path.display()
     )]
     NoPrompt {
@@ -260,6 +260,8 @@ pub enum Error {
         line: usize,
         /// The task.
         task: &'static str,
+        /// What stands there instead.
+        found: &'static str,
     },
 
     /// There are not as many predictions as prompts.

@@ -14,9 +14,9 @@ use super::{
 /// Reads a file of labelled examples: tab-separated columns, or JSON lines. Of a task of completions, pairs as [`read`]
 /// has them.
 ///
-/// Columns are found by their headings where the first line has them. Nothing is quoted: a quotation mark is a character
-/// like any other, as the publishers of these files mean it. A byte-order mark and CRLF line ends are accepted, blank
-/// lines are skipped, spaces around a field do not count.
+/// Columns are found by their headings where the first line has them; one that has some of them and not all is refused.
+/// Nothing is quoted: a quotation mark is a character like any other, as the publishers of these files mean it. A
+/// byte-order mark and CRLF line ends are accepted, blank lines are skipped, spaces around a field do not count.
 ///
 /// In JSON lines the keys are the headings; a label may be a string, a number, or a truth value (1 or 0), and of a task
 /// that knows its labels also the number of one.
@@ -47,8 +47,13 @@ fn pairs(path: &Path, task: &'static TaskRow, format: Format) -> Result<Corpus> 
         return Err(Error::NoPrompts { path: path.to_owned(), format, task: task.name });
     }
     let corpus = read(path, format)?;
-    match corpus.examples.iter().find(|e| !matches!(e.content, Content::Pair { .. })) {
-        Some(Example { line, .. }) => Err(Error::NoPrompt { path: path.to_owned(), line: *line, task: task.name }),
+    let found = |content: &Content| match content {
+        Content::Pair { .. } => None,
+        Content::Chat(_) => Some("a conversation"),
+        Content::Text(_) | Content::Labelled { .. } => Some("a text without a prompt"),
+    };
+    match corpus.examples.iter().find_map(|e| Some((e.line, found(&e.content)?))) {
+        Some((line, found)) => Err(Error::NoPrompt { path: path.to_owned(), line, task: task.name, found }),
         None => Ok(corpus),
     }
 }
@@ -65,13 +70,14 @@ fn tsv(path: &Path, body: &str, task: &'static TaskRow) -> Result<Vec<Example>> 
     let mut lines = body.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).peekable();
     let Some(&(at, first)) = lines.peek() else { return Ok(Vec::new()) };
     let fields: Vec<&str> = first.split('\t').map(str::trim).collect();
-    let columns = match headed(task, &fields) {
-        Some(columns) => {
-            lines.next();
-            columns
-        }
-        None => bare(task, fields.len()).ok_or_else(|| no_column(path, at + 1, task, &fields))?,
-    };
+    let headed = headed(task, &fields);
+    let headless = headed.is_none();
+    if !headless {
+        lines.next();
+    }
+    let partly = || task.headings().any(|heading| position(&fields, heading).is_some());
+    let columns = headed.or_else(|| bare(task, fields.len()).filter(|_| !partly()));
+    let columns = columns.ok_or_else(|| no_column(path, at + 1, task, &fields))?;
     let mut examples = Vec::new();
     let mut short = 0;
     for (i, text) in lines {
@@ -92,12 +98,39 @@ fn tsv(path: &Path, body: &str, task: &'static TaskRow) -> Result<Vec<Example>> 
     if short > 0 {
         tracing::warn!("{}: passed over {short} rows that are cut short", path.display());
     }
+    if headless
+        && task.kind == TaskKind::Labels(&[])
+        && let Some(label) = lone_label(&examples)
+    {
+        tracing::warn!(
+            "{}:{}: no other line has the label \"{}\"; if these are headings, call the columns {}",
+            path.display(),
+            at + 1,
+            start_of(label),
+            [task.first, task.answer].map(|names| names[0]).join(" and ")
+        );
+    }
     Ok(examples)
+}
+
+/// The label of the first of several examples, where no other has it.
+fn lone_label(examples: &[Example]) -> Option<&str> {
+    let mut labels = examples.iter().filter_map(|e| match &e.content {
+        Content::Labelled { answer: Answer::Label(name), .. } => Some(name.as_str()),
+        _ => None,
+    });
+    let first = labels.next()?;
+    (examples.len() > 2 && labels.all(|other| other != first)).then_some(first)
+}
+
+/// The column of a heading.
+fn position(fields: &[&str], heading: &str) -> Option<usize> {
+    fields.iter().position(|f| f.eq_ignore_ascii_case(heading))
 }
 
 /// The columns by their headings, where all that are needed are there.
 fn headed(task: &TaskRow, fields: &[&str]) -> Option<Columns> {
-    let find = |names: &[&str]| names.iter().find_map(|name| fields.iter().position(|f| f.eq_ignore_ascii_case(name)));
+    let find = |names: &[&str]| names.iter().find_map(|name| position(fields, name));
     let second = find(task.second.headings());
     if matches!(task.second, Second::Yes(_)) && second.is_none() {
         return None;
@@ -112,10 +145,11 @@ fn bare(task: &TaskRow, count: usize) -> Option<Columns> {
 }
 
 fn no_column(path: &Path, line: usize, task: &'static TaskRow, found: &[&str]) -> Error {
-    let missing = [task.first, task.second.headings(), task.answer]
+    let second = if let Second::Yes(names) = task.second { Some(names) } else { None };
+    let missing = [Some(task.first), second, Some(task.answer)]
         .into_iter()
-        .filter(|names| !names.is_empty())
-        .find(|names| !names.iter().any(|n| found.iter().any(|f| f.eq_ignore_ascii_case(n))));
+        .flatten()
+        .find(|names| !names.iter().any(|n| position(found, n).is_some()));
     Error::NoColumn {
         path: path.to_owned(),
         line,

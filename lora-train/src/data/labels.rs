@@ -113,6 +113,9 @@ fn of_corpus(corpus: &Corpus) -> Vec<String> {
 /// # Errors
 /// A label that is none of `labels`, a `max_length` without room for text, a tokenizer that fails or that gives tokens
 /// outside the vocabulary.
+///
+/// # Panics
+/// For examples that are no task's, and for labels without `labels`.
 pub fn encode_task(
     corpus: &Corpus,
     task: &TaskRow,
@@ -147,12 +150,10 @@ fn sequence(
     let Content::Labelled { text, second, answer } = &example.content else {
         panic!("examples of a task, as read_task gives them");
     };
-    let goal = match answer {
-        Answer::Value(value) => Goal::Value(*value),
-        Answer::Label(name) => Goal::Label(match labels {
-            Some(labels) => labels.expect(corpus, line, name)?,
-            None => Labels::new(Vec::new()).expect(corpus, line, name)?,
-        }),
+    let goal = match (answer, labels) {
+        (Answer::Value(value), _) => Goal::Value(*value),
+        (Answer::Label(name), Some(labels)) => Goal::Label(labels.expect(corpus, line, name)?),
+        (Answer::Label(_), None) => panic!("a task of labels has some: Labels::of"),
     };
     let joined = join.join(text, second.as_deref(), max_length);
     let Joined { ids, second_from, cut } = joined.map_err(|source| Error::Tokenizer { path: path(), line, source })?;

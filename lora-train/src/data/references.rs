@@ -1,6 +1,6 @@
 //! Prompts with all that may be said to them, and what a model said.
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
 use serde_json::Value;
 
@@ -20,7 +20,8 @@ pub struct References<'a> {
     pub texts: Vec<&'a str>,
 }
 
-/// The completions of equal prompts that are neighbours, together. Examples without a prompt are passed over.
+/// The completions of equal prompts that are neighbours, together. Examples without a prompt are passed over; of a prompt that
+/// comes again after another one is warned.
 pub fn references(corpus: &Corpus) -> Vec<References<'_>> {
     let mut all: Vec<References> = Vec::new();
     for example in &corpus.examples {
@@ -29,6 +30,15 @@ pub fn references(corpus: &Corpus) -> Vec<References<'_>> {
             Some(last) => last.texts.push(completion),
             None => all.push(References { line: example.line, prompt, texts: vec![completion] }),
         }
+    }
+    let apart = all.len() - all.iter().map(|r| r.prompt).collect::<HashSet<_>>().len();
+    if apart > 0 {
+        let plural = if apart == 1 { "" } else { "s" };
+        tracing::warn!(
+            "{}: {apart} time{plural} a prompt comes again after others, and is judged there by the references there alone; \
+             put the lines of equal prompts together",
+            corpus.path.display()
+        );
     }
     all
 }

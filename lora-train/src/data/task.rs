@@ -66,7 +66,6 @@ impl Second {
 
 const BINARY: TaskKind = TaskKind::Labels(&["0", "1"]);
 const ENTAILMENT: TaskKind = TaskKind::Labels(&["entailment", "not_entailment"]);
-const MNLI: TaskKind = TaskKind::Labels(&["entailment", "neutral", "contradiction"]);
 
 const PAIR: TaskRow = TaskRow {
     name: "",
@@ -78,6 +77,14 @@ const PAIR: TaskRow = TaskRow {
     answer: &["label"],
     bare: &[],
     skips_short_rows: false,
+};
+
+const MNLI: TaskRow = TaskRow {
+    kind: TaskKind::Labels(&["entailment", "neutral", "contradiction"]),
+    first: &["sentence1", "premise"],
+    second: Second::Yes(&["sentence2", "hypothesis"]),
+    answer: &["gold_label", "label"],
+    ..PAIR
 };
 
 const OWN: TaskRow = TaskRow {
@@ -127,16 +134,12 @@ pub const TASKS: &[TaskRow] = &[
     TaskRow {
         name: "mnli",
         about: "MNLI: whether a sentence entails or contradicts another, or neither (dev_matched.tsv)",
-        kind: MNLI,
-        answer: &["gold_label", "label"],
-        ..PAIR
+        ..MNLI
     },
     TaskRow {
         name: "mnli-mm",
         about: "MNLI with other kinds of texts than those of training (dev_mismatched.tsv)",
-        kind: MNLI,
-        answer: &["gold_label", "label"],
-        ..PAIR
+        ..MNLI
     },
     TaskRow {
         name: "qnli",
@@ -191,6 +194,11 @@ impl TaskRow {
             TaskKind::Completions => Format::of_path(path),
             TaskKind::Labels(_) | TaskKind::Values => Format::of_task_path(path),
         }
+    }
+
+    /// All headings of columns that it knows.
+    pub(super) fn headings(&self) -> impl Iterator<Item = &'static str> {
+        [self.first, self.second.headings(), self.answer].into_iter().flatten().copied()
     }
 }
 

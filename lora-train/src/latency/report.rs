@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::{Measured, Shape};
+use crate::tables::aligned;
 
 /// A measurement.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -181,23 +182,19 @@ impl ShapeReport {
                 row.push(r.paper_ratio.map_or(String::new(), |ratio| format!("{ratio:.3}")));
             }
         }
-        let widths: Vec<usize> =
-            (0..rows[0].len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0).max(3)).collect();
-        let mut text = String::new();
-        for (i, row) in rows.iter().enumerate() {
-            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                let _ = if column < 2 { write!(text, "| {cell:<width$} ") } else { write!(text, "| {cell:>width$} ") };
-            }
-            text += "|\n";
-            if i == 0 {
-                for (column, width) in widths.iter().enumerate() {
-                    let dashes = "-".repeat(width + if column < 2 { 2 } else { 1 });
-                    let _ = write!(text, "|{dashes}{}", if column < 2 { "" } else { ":" });
-                }
-                text += "|\n";
+        const WORDS: usize = 2;
+        let rule = |(column, cell): (usize, &String)| {
+            let dashes = "-".repeat(cell.chars().count() + 1);
+            dashes + if column < WORDS { "-" } else { ":" }
+        };
+        let mut lines: Vec<String> = Vec::new();
+        for row in aligned(&rows, WORDS) {
+            lines.push(format!("| {} |\n", row.join(" | ")));
+            if lines.len() == 1 {
+                lines.push(format!("|{}|\n", row.iter().enumerate().map(rule).collect::<Vec<_>>().join("|")));
             }
         }
-        text
+        lines.concat()
     }
 }
 

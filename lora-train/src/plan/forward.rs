@@ -152,7 +152,7 @@ impl Pass<'_> {
         let (q_cols, kv_cols) = (queries * width, keys * width);
         let l = self.adapted.virtual_tokens()[1] as u128;
         if l == 0 {
-            return ops::attention(t, qkv, &[], q_cols, queries);
+            return ops::attention(t, qkv, None, q_cols, queries);
         }
         if self.prefix.is_none() {
             self.prefix = Some(self.adapted.keys_values(t, 2 * layers as u128 * kv_cols));
@@ -178,7 +178,7 @@ impl Pass<'_> {
         let none = Var { value: t.empty(l, q_cols), slot: None };
         let q = ops::concat_rows(t, q, &none);
         let q = ops::gather(t, &q, run);
-        let y = ops::attention(t, Qkv::Separate([&q, &k, &v]), &[], q_cols, queries);
+        let y = ops::attention(t, Qkv::Separate([&q, &k, &v]), None, q_cols, queries);
         ops::gather(t, &y, own)
     }
 
@@ -333,7 +333,7 @@ impl Pass<'_> {
                     let tables: Vec<Var> = kinds
                         .map(|(_, m)| a.project(t, &module(&format!("attention.self.{own}{m}_proj")), &table))
                         .collect();
-                    ops::attention(t, qkv, &tables, d, heads)
+                    ops::attention(t, qkv, Some((&tables, self.rows() / self.sequences)), d, heads)
                 }
             };
             drop((q, k, v));

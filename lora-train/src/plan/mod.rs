@@ -14,7 +14,8 @@
 //! Activations are not estimated: the forward and backward pass is done with matrices that are only sizes (`plan/ops.rs`
 //! follows `lora_core::ops`, `plan/forward.rs` the architectures), whose memory the real pool's own rules hand out
 //! ([`DryPool`](lora_kernels::DryPool)). What counts is the most that the pool holds, with logits for one chunk of rows
-//! (32 MiB in f32, 256 MiB in 16 bits), dropout, and nothing kept below the lowest parameter that trains.
+//! (32 MiB in f32, 256 MiB in 16 bits), dropout, the scores that attention over relative positions takes on one thread, and
+//! nothing kept below the lowest parameter that trains.
 //! `lora-train/tests/plan.rs` holds it against real training.
 
 mod adapted;

@@ -180,8 +180,11 @@ pub(super) enum Qkv<'a> {
     Separate([&'a Var; 3]),
 }
 
-/// Attention of any kind over q, k and v; the result has `cols` columns. `tables` are those of relative positions.
-pub(super) fn attention(t: &mut Tape, qkv: Qkv, tables: &[Var], cols: u128, heads: u128) -> Var {
+/// Attention of any kind over q, k and v; the result has `cols` columns. Over relative positions, with their tables and the
+/// length of a sequence, it takes whole matrices of scores beside: those of one thread, because every thread takes its own.
+pub(super) fn attention(t: &mut Tape, qkv: Qkv, relative: Option<(&[Var], u128)>, cols: u128, heads: u128) -> Var {
+    let tables = relative.map_or(&[][..], |(tables, _)| tables);
+    let of_scores = relative.and_then(|(tables, n)| Some((n, n * tables.first()?.value.rows.min(2 * n))));
     let read: Vec<&Var> = match qkv {
         Qkv::Fused(qkv) => vec![qkv],
         Qkv::Separate(all) => all.into_iter().chain(tables).collect(),
@@ -189,6 +192,7 @@ pub(super) fn attention(t: &mut Tape, qkv: Qkv, tables: &[Var], cols: u128, head
     let n = read[0].value.rows;
     let y = t.empty(n, cols);
     let lse = t.wide(n, heads);
+    drop(of_scores.map(|(n, table)| t.empty(1, n * n + table)));
     let tracked = read.iter().any(|v| v.slot.is_some());
     let kept: Vec<_> = read.iter().map(|v| (v.slot, v.value.clone())).collect();
     let (out, plain) = (y.clone(), tables.is_empty());
@@ -203,6 +207,7 @@ pub(super) fn attention(t: &mut Tape, qkv: Qkv, tables: &[Var], cols: u128, head
                 None => {}
             }
         }
+        scratch.extend(of_scores.map(|(n, table)| g.scratch(1, 2 * n * n + table)));
         wanted.into_iter().for_each(|(s, m)| g.pass(s, m));
         drop((kept, out, lse, scratch));
     })

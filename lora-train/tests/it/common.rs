@@ -37,6 +37,18 @@ pub(crate) fn gpus() -> Vec<std::sync::Arc<lora_kernels::cuda::Gpu>> {
     gpus
 }
 
+/// A file of the folder of test data that `LORA_DATA` names, or else of `shared/data` beside the workspace.
+pub(crate) fn real_data(folder: &str, file: &str) -> Option<PathBuf> {
+    let data = std::env::var_os("LORA_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from);
+    let path = data.join(folder).join(file);
+    if path.is_file() {
+        return Some(path);
+    }
+    eprintln!("skipped: no {}; set LORA_DATA to a folder with {folder}", path.display());
+    None
+}
+
 /// The folders of the models that the golden files were made with.
 pub(crate) fn golden() -> Vec<PathBuf> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-model/tests/golden");

@@ -10,6 +10,7 @@ mod device;
 mod loraplus;
 mod methods;
 mod metrics;
+mod real_data;
 #[cfg(feature = "cuda")]
 mod task_device;
 mod tasks;

@@ -71,6 +71,8 @@ fn files_of_tasks() {
             &[(2, "x", "y", "contradiction")],
         ),
         ("mnli-mm", "sentence1\tsentence2\tgold_label\nx\ty\tneutral\n", &[(2, "x", "y", "neutral")]),
+        // As Hugging Face names the columns.
+        ("mnli", "premise\thypothesis\tlabel\nx\ty\tneutral\n", &[(2, "x", "y", "neutral")]),
         ("qnli", "index\tquestion\tsentence\tlabel\n0\twho?\tme\tentailment\n", &[(2, "who?", "me", "entailment")]),
         (
             "qqp",
@@ -143,6 +145,8 @@ fn files_of_tasks_that_are_refused() {
             &["data:1:", "no column #2 String or sentence2", "\"other\""],
         ),
         ("rte", Tsv, "index\tsentence1\tsentence2\n0\ta\tb\n", &["no column label", "for testing have no labels"]),
+        ("sst2", Tsv, "index\tsentence\n0\tfine\n", &["data:1:", "no column label", "for testing have no labels"]),
+        ("labels", Tsv, "text\tclass\nfine\tred\n", &["data:1:", "no column label", "\"class\""]),
         ("cola", Tsv, "a\tb\n", &["no column sentence", "has 4 columns"]),
         ("sst2", Tsv, "a\t1\nb\t2\n", &["data:2:2:", "label \"2\"", "\"0\", \"1\""]),
         ("mnli", Tsv, "sentence1\tsentence2\tgold_label\na\tb\t-\n", &["data:2:3:", "\"-\"", "\"neutral\""]),
@@ -177,6 +181,12 @@ fn files_of_tasks_that_are_refused() {
             Jsonl,
             "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"text\": \"a\"}",
             &["data:2:", "a text without a prompt", "--task e2e"],
+        ),
+        (
+            "e2e",
+            Jsonl,
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+            &["data:1:", "there is a conversation", "--task e2e"],
         ),
     ];
     for (name, format, file, parts) in table {

@@ -10,10 +10,11 @@ use lora_model::{
 };
 use lora_train::{
     analysis::{Analysis, analyse},
+    tables::columns,
     task,
 };
 
-use crate::{base, columns::columns, ui};
+use crate::{base, ui};
 
 #[derive(Args)]
 pub(crate) struct AnalyzeArgs {
@@ -52,7 +53,7 @@ pub(crate) fn run(args: AnalyzeArgs) -> anyhow::Result<()> {
     }
     match same_base {
         Err(e) if args.strict => return Err(e).context("--strict"),
-        Err(e) => ui::say(format_args!("warning: {e}")),
+        Err(e) => tracing::warn!("{e}"),
         Ok(()) => {}
     }
     let shown = |what: &Option<PathBuf>, word: &str| {
@@ -64,7 +65,7 @@ pub(crate) fn run(args: AnalyzeArgs) -> anyhow::Result<()> {
     })?;
     if !analysis.not_compared.is_empty() {
         let n = analysis.not_compared.len();
-        ui::say(format_args!("note: {n} of {} modules are not in the other adapter", analysis.modules.len()));
+        ui::note(format_args!("{n} of {} modules are not in the other adapter", analysis.modules.len()));
     }
     if let Some(out) = &args.out {
         write(out, &analysis)?;

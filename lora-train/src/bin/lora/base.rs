@@ -104,7 +104,7 @@ impl BaseArgs {
     fn place(&self) -> anyhow::Result<Place> {
         let place = Place::open(&self.place.device, &self.place.dtype)?;
         if let Some(note) = &place.note {
-            ui::say(format_args!("note: {note}"));
+            ui::note(note);
         }
         Ok(place)
     }

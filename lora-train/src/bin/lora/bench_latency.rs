@@ -16,7 +16,10 @@ use crate::{base::PlaceArgs, ui};
 #[command(
     after_help = "A pass gives the hidden states of all tokens and the logits of each sequence's last one. Every round \
                         runs each variant once, in changing order; ratios are medians of the rounds' own. Ctrl-C reports \
-                        the rounds that are whole."
+                        the rounds that are whole.\n\n\
+                        --json prints what was asked for and, for each of shapes, its rows: scalars beyond the base, ms \
+                        (milliseconds of a pass) and ratio (to the base), each as min, q1, median, q3 and max; paper_ratio is \
+                        the LoRA paper's."
 )]
 pub(crate) struct BenchLatencyArgs {
     /// A published model by its name, with random weights: gpt2, gpt2-medium, roberta-base, ... (a wrong name lists all)
@@ -148,7 +151,7 @@ impl LatencyWatcher for Progress {
     }
 
     fn note(&mut self, message: &str) {
-        ui::say(format_args!("note: {message}"));
+        ui::note(message);
     }
 
     fn stop(&mut self) -> bool {

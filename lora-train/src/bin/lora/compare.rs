@@ -16,10 +16,16 @@ use crate::{Cli, Command, Global, ui};
 
 #[derive(Args)]
 #[command(
-    after_help = "The file holds keys of lora train that all rows share, `test`, `seeds`, and a [[run]] for each row with \
-                        its method, its options, and one `lr` or a list to choose from on held-out data; [search] has \
-                        `hold-out`, `seed` and keys that are others while choosing, [eval] flags of lora eval. Finished cells \
-                        are kept below --out and never run again; table.md, .csv, .json and .svg stand there after each."
+    after_help = "The file holds keys of lora train that all rows share, `test`, `seeds`, `keep-models` (true keeps the models \
+                        of method full, as adapters are kept), and a [[run]] for each row with its method, its options, one \
+                        `lr` or a list to choose from on held-out data, and where they are its own `name` and `seeds`; \
+                        [search] has `hold-out`, `seed` and keys that are others while choosing, [eval] flags of lora eval. \
+                        Finished cells are kept below --out and never run again; table.md, .csv, .json and .svg stand there \
+                        after each. --show needs base and data too: it is by them that it knows the cells.\n\n\
+                        --json and table.json have a line for each row: name, method, lr, seeds, finished, diverged, trainable \
+                        (scalars), scores (by the names and in the units of lora eval: values, mean, sd, and interval, the half \
+                        width of the 95% interval), tokens_per_s, peak_memory and checkpoint_bytes (bytes). table.csv has the \
+                        same; the tables for people have shares and correlations times 100."
 )]
 pub(crate) struct CompareArgs {
     /// The comparison
@@ -78,21 +84,23 @@ pub(crate) fn run(args: CompareArgs, global: &Global) -> anyhow::Result<()> {
         return Err(ui::Interrupted.into());
     }
     if !finished.failed.is_empty() {
-        bail!("{} of the runs failed: {}", finished.failed.len(), finished.failed.join("; "));
+        let failed: Vec<String> = finished.failed.iter().map(ToString::to_string).collect();
+        bail!("{} of the runs failed: {}", failed.len(), failed.join("; "));
     }
     ui::say(format_args!("table.md, table.csv, table.json and table.svg are in {}", args.out.display()));
     Ok(())
 }
 
-/// This command's own options, for the runs; where there is no terminal to show their bars on, they only tell of errors.
+/// This command's own options, for the runs, which show no progress where there is no terminal for their bars.
 fn options(global: &Global) -> Vec<String> {
     let mut options: Vec<String> = Vec::new();
     if let Some(n) = global.threads {
         options.extend(["--threads".to_owned(), n.to_string()]);
     }
-    match global.verbose {
-        0 if global.quiet || !io::stderr().is_terminal() => options.push("--quiet".into()),
-        n => options.extend((0..n).map(|_| "--verbose".to_owned())),
+    options.extend((0..global.verbose).map(|_| "--verbose".to_owned()));
+    options.extend(global.quiet.then(|| "--quiet".to_owned()));
+    if global.no_progress || global.verbose == 0 && !io::stderr().is_terminal() {
+        options.push("--no-progress".to_owned());
     }
     options
 }
@@ -136,7 +144,7 @@ impl Watcher for Progress {
     }
 
     fn note(&mut self, message: &str) {
-        ui::say(format_args!("note: {message}"));
+        ui::note(message);
     }
 
     fn stop(&mut self) -> bool {

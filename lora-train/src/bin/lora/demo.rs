@@ -109,7 +109,7 @@ impl Observer for Progress {
     }
 
     fn note(&mut self, message: &str) {
-        ui::say(format_args!("note: {message}"));
+        ui::note(message);
     }
 
     fn stop(&mut self) -> bool {

@@ -22,6 +22,12 @@ use crate::{
 #[derive(Args)]
 #[command(allow_negative_numbers = true)]
 #[command(mut_arg("model", |arg| arg.required(false).required_unless_present("score")))]
+#[command(
+    after_help = "--json prints an object: loss (the mean per target token or label in nats, or squared error), \
+                        perplexity where tokens are predicted, targets (how many), prompts (of e2e), and each metric by its \
+                        name: accuracy, f1, matthews, pearson, spearman, meteor_exact_stem and rouge_l as fractions of 1, \
+                        bleu of 100, nist and cider in their own units."
+)]
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     base: Option<BaseArgs>,

@@ -11,11 +11,10 @@ use lora_model::{
     adapter::{Extraction, extract},
     config::RawConfig,
 };
-use lora_train::hub;
+use lora_train::{hub, tables::columns};
 use serde_json::json;
 
 use crate::{
-    columns::columns,
     new_folder::{NewFolder, size},
     ui,
 };

@@ -3,7 +3,6 @@
 mod analyze;
 mod base;
 mod bench_latency;
-mod columns;
 mod compare;
 mod completions;
 mod convert;
@@ -51,6 +50,9 @@ struct Global {
     /// Say nothing but errors and results, whatever RUST_LOG asks for
     #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global")]
     quiet: bool,
+    /// Show no progress: say nothing but notes, warnings, errors and results
+    #[arg(long, global = true, help_heading = "Global")]
+    no_progress: bool,
 }
 
 #[derive(Subcommand)]
@@ -85,7 +87,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    ui::init(cli.global.verbose, cli.global.quiet);
+    ui::init(&cli.global);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => ui::report(&e),

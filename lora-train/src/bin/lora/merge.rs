@@ -227,7 +227,7 @@ fn same<E: Into<anyhow::Error>>(args: &MergeArgs, checked: Result<(), E>) -> any
     match checked.map_err(Into::into) {
         Err(e) if args.strict => Err(e.context("--strict")),
         Err(e) => {
-            ui::say(format_args!("warning: {e:#}"));
+            tracing::warn!("{e:#}");
             Ok(())
         }
         Ok(()) => Ok(()),

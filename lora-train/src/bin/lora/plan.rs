@@ -9,6 +9,7 @@ use lora_kernels::DType;
 use lora_train::{
     TrainConfig,
     plan::{Costs, Memory, Plan, PlanConfig, plan},
+    tables::{bytes, columns},
 };
 
 use crate::{method::MethodArgs, ui};
@@ -16,6 +17,10 @@ use crate::{method::MethodArgs, ui};
 /// The defaults of numbers are those of [`PlanConfig`].
 #[derive(Args)]
 #[command(allow_negative_numbers = true)]
+#[command(after_help = "--json prints what was asked for, parameters, and for full fine-tuning (full) and the method \
+                        (adapted): trainable (scalars), trainable_share (of 1), and in bytes checkpoint_bytes, tasks_bytes, \
+                        both with _16 for 16 bits, and memory (weights, gradients, optimiser, activations, total); paper \
+                        has the LoRA paper's own figures, where there are some. Tables count in powers of ten.")]
 pub(crate) struct PlanArgs {
     /// A published model by its name: gpt2, gpt2-medium, gpt3-175b, roberta-base, llama-3-8b, ... (a wrong name lists all)
     #[arg(long, value_name = "NAME", conflicts_with = "model", help_heading = "Model")]
@@ -78,21 +83,17 @@ fn text(plan: &Plan, dtype: &str) -> String {
     let sides: Vec<&Costs> = if both { vec![&plan.full, &plan.adapted] } else { vec![&plan.full] };
     // The paper's checkpoints and tasks are those of its own setting; no method changes its base.
     let paper = plan.paper.as_ref();
-    let mut rows: Vec<(String, Vec<String>)> = Vec::new();
-    let mut head = vec!["full".to_owned()];
+    let mut head = vec![String::new(), "full".to_owned()];
     if both {
         head.push(plan.method.clone());
     }
     if paper.is_some() {
         head.extend(["paper: full".into(), "paper: LoRA".into()]);
     }
-    rows.push((String::new(), head));
+    let mut rows = vec![head];
     let mut row = |name: &str, of: &dyn Fn(&Costs) -> String, theirs: Option<[u64; 2]>| {
-        let mut cells: Vec<String> = sides.iter().map(|c| of(c)).collect();
-        if paper.is_some() {
-            cells.extend(theirs.map_or([String::new(), String::new()], |t| t.map(bytes)));
-        }
-        rows.push((name.to_owned(), cells));
+        let sides = sides.iter().map(|c| of(c));
+        rows.push([name.to_owned()].into_iter().chain(sides).chain(theirs.into_iter().flatten().map(bytes)).collect());
     };
     let memory = |of: fn(&Memory) -> u64| move |c: &Costs| bytes(of(&c.memory));
     row("trainable parameters", &|c| HumanCount(c.trainable).to_string(), None);
@@ -109,27 +110,15 @@ fn text(plan: &Plan, dtype: &str) -> String {
     row(&format!("{tasks} in 16 bits"), &|c| bytes(c.tasks_bytes_16), stored);
     row(&format!("{tasks} as written here"), &|c| bytes(c.tasks_bytes), None);
 
-    let columns = rows[0].1.len();
-    let width = |i: usize| rows.iter().map(|(_, cells)| cells[i].chars().count()).max().unwrap_or(0) + 3;
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let name = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    let mut text = format!(
-        "{}: architecture {}, {} layers, {} parameters\n\n",
+    format!(
+        "{}: architecture {}, {} layers, {} parameters\n\n{}\n{}",
         plan.model,
         plan.architecture,
         plan.layers,
-        HumanCount(plan.parameters)
-    );
-    for (label, cells) in &rows {
-        let mut line = format!("{label:<name$}");
-        for (cell, width) in cells.iter().zip(&widths) {
-            line += &format!("{cell:>width$}");
-        }
-        text += line.trim_end();
-        text.push('\n');
-    }
-    text += &format!("\n{}", assumptions(plan, dtype));
-    text
+        HumanCount(plan.parameters),
+        columns(&rows),
+        assumptions(plan, dtype)
+    )
 }
 
 /// What the figures stand on.
@@ -141,7 +130,8 @@ fn assumptions(plan: &Plan, dtype: &str) -> String {
          the base that it began from, in f32.\n\
          Gradients and AdamW's two moments: f32, of what trains alone.\n\
          Activations: {} sequence{plural} of {} positions at a time, what this trainer's pass holds at its peak:\n\
-         inputs that a gradient needs, none below the lowest trainable parameter, logits for a chunk of rows.\n\
+         inputs that a gradient needs, none below the lowest trainable parameter, logits for a chunk of rows, of\n\
+         attention over relative positions the scores of one thread.\n\
          Files: safetensors in f32, LoRA in PEFT's layout, with zeros beside a part of a fused projection.\n",
         plan.batch_size, plan.seq_len
     );
@@ -158,38 +148,4 @@ fn assumptions(plan: &Plan, dtype: &str) -> String {
         );
     }
     text
-}
-
-/// Bytes in the paper's units: powers of ten.
-pub(crate) fn bytes(n: u64) -> String {
-    let n = n as f64;
-    let (unit, size) = match n {
-        _ if n >= 1e15 => ("PB", 1e15),
-        _ if n >= 1e12 => ("TB", 1e12),
-        _ if n >= 1e9 => ("GB", 1e9),
-        _ if n >= 1e6 => ("MB", 1e6),
-        _ if n >= 1e3 => ("kB", 1e3),
-        _ => ("B", 1.0),
-    };
-    let digits = if n / size >= 100.0 { 0 } else { 1 };
-    format!("{:.digits$} {unit}", n / size)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_decimal() {
-        for (n, shown) in [
-            (0, "0.0 B"),
-            (999, "999 B"),
-            (37_748_736, "37.7 MB"),
-            (350_000_000_000, "350 GB"),
-            (1_200_000_000_000, "1.2 TB"),
-            (u64::MAX, "18447 PB"),
-        ] {
-            assert_eq!(bytes(n), shown);
-        }
-    }
 }

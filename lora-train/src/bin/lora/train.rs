@@ -23,7 +23,10 @@ use crate::{method::MethodArgs, ui};
 #[command(allow_negative_numbers = true)]
 #[command(after_help = "Every option but --config, --resume and --json is also a key of the TOML file of --config, \
                         for example: model = \"gpt2\", targets = [\"c_attn.q\", \"c_attn.v\"], lr = 2e-4. \
-                        A switch that the file turns on is turned off by, for example, --no-shuffle=false.")]
+                        A switch that the file turns on is turned off by, for example, --no-shuffle=false.\n\n\
+                        --json prints an object: trainable (scalars), steps, loss (of the last step), evaluation (the last \
+                        one, with the keys of lora eval), seconds and tokens of the steps, peak_memory (bytes), out, \
+                        interrupted.")]
 pub(crate) struct TrainArgs {
     /// Folder of the base model, or its id on the Hugging Face hub
     #[arg(long, value_name = "DIR|HUB_ID", help_heading = "Input and output")]

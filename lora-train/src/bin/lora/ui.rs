@@ -21,10 +21,13 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
+use crate::Global;
+
 /// All progress bars: whatever else is written to the terminal goes through here, so that it tears none of them. Nothing
 /// is drawn where standard error is no terminal.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 static QUIET: AtomicBool = AtomicBool::new(false);
+static NO_PROGRESS: AtomicBool = AtomicBool::new(false);
 
 /// Exit code after Ctrl-C, as shells have it: 128 + SIGINT.
 pub(crate) const INTERRUPTED: u8 = 130;
@@ -45,9 +48,11 @@ impl std::error::Error for Interrupted {}
 
 /// Sets up messages of the libraries: warnings and worse, unless more (or less) is asked for. RUST_LOG wins over
 /// `verbose`, `quiet` over both.
-pub(crate) fn init(verbose: u8, quiet: bool) {
+pub(crate) fn init(global: &Global) {
+    let quiet = global.quiet;
     QUIET.store(quiet, Ordering::Relaxed);
-    let level = match (quiet, verbose) {
+    NO_PROGRESS.store(quiet || global.no_progress, Ordering::Relaxed);
+    let level = match (quiet, global.verbose) {
         (true, _) => "error",
         (_, 0) => "warn",
         (_, 1) => "warn,lora=info,lora_train=info,lora_model=info",
@@ -100,11 +105,22 @@ impl Write for ToBars {
     }
 }
 
-/// A line for a person, on standard error.
+/// A line of what goes on, for a person, on standard error.
 pub(crate) fn say(line: impl fmt::Display) {
-    if !QUIET.load(Ordering::Relaxed) {
+    if shows_progress() {
         say_always(line);
     }
+}
+
+/// Something that a person should know, with or without progress.
+pub(crate) fn note(message: impl fmt::Display) {
+    if !QUIET.load(Ordering::Relaxed) {
+        say_always(format_args!("note: {message}"));
+    }
+}
+
+fn shows_progress() -> bool {
+    !NO_PROGRESS.load(Ordering::Relaxed)
 }
 
 fn say_always(line: impl fmt::Display) {
@@ -178,7 +194,7 @@ pub(crate) fn interrupted() -> bool {
 
 /// A bar that counts up to `total`, gone when it is dropped.
 pub(crate) fn counter(total: u64, what: &str) -> ProgressBar {
-    if QUIET.load(Ordering::Relaxed) {
+    if !shows_progress() {
         return ProgressBar::hidden();
     }
     let bar = BARS.add(ProgressBar::new(total));
@@ -228,7 +244,7 @@ impl Observer for Progress {
             HumanCount(sequences as u64),
         ));
         (self.steps, self.done, self.began) = (steps, done, Instant::now());
-        if io::stderr().is_terminal() && !QUIET.load(Ordering::Relaxed) {
+        if io::stderr().is_terminal() && shows_progress() {
             let bar = BARS.add(ProgressBar::new(steps).with_position(done));
             bar.set_style(style("{bar:30} {pos}/{len}  {msg}"));
             self.bar = Some(bar);
@@ -269,7 +285,7 @@ impl Observer for Progress {
     }
 
     fn note(&mut self, message: &str) {
-        say(format_args!("note: {message}"));
+        note(message);
     }
 
     fn stop(&mut self) -> bool {

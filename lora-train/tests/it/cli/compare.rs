@@ -2,7 +2,13 @@
 
 use std::{fs, time::SystemTime};
 
-use crate::cli::lab::{Lab, lines};
+use lora_train::compare::{Comparison, Program, run};
+use serde_json::Value;
+
+use crate::cli::{
+    lab::{Lab, lines},
+    tasks,
+};
 
 const SHARED: &str = r#"
 model = "base"
@@ -192,17 +198,24 @@ fn cells_of_other_settings_are_refused() {
 fn a_run_that_fails_or_diverges_does_not_stop_the_others() {
     let lab = lab();
     let shared = SHARED.replace("[0, 1]", "[0]");
-    let runs = "[[run]]\nmethod = \"lora\"\ntargets = [\"nothing\"]\n[[run]]\nmethod = \"full\"\nlr = [1e-3, 9e2]\nclip = 0\n\
-                [[run]]\nname = \"lost\"\nmethod = \"full\"\nlr = 9e2\nsteps = 60\n";
+    let runs = "[[run]]\nmethod = \"lora\"\nmax-length = 8\nlr = [1e-3, 2e-3]\n\
+                [[run]]\nmethod = \"full\"\nlr = [1e-3, 9e2]\nclip = 0\n\
+                [[run]]\nname = \"lost\"\nmethod = \"full\"\nlr = 9e2\nsteps = 60\n\
+                [[run]]\nname = \"wild\"\nmethod = \"full\"\nlr = [8e2, 9e2]\n";
     lab.write("f.toml", &format!("{}{runs}", shared.replace("steps = 2", "steps = 60")));
     let output = lab.lora("compare f.toml --out out --json");
     assert_eq!(output.status.code(), Some(1));
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(stderr.contains("no module") || stderr.contains("nothing"), "{stderr}");
+    assert!(stderr.contains("raise --max-length"), "{stderr}");
     let table: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&table["lines"][0]["finished"], &table["lines"][1]["finished"]), (&0.into(), &1.into()), "{stderr}");
     assert_eq!(table["lines"][1]["lr"], 1e-3, "{stderr}");
     assert_eq!(table["lines"][2]["diverged"], 1, "{stderr}");
+    // Tries that failed tell nothing of rates.
+    let (_, last) = stderr.rsplit_once("error: ").unwrap();
+    assert!(last.starts_with("3 of the runs failed: lora, trying lr 0.001: lora train ended with"), "{last}");
+    assert!(last.contains("lora, trying lr 0.002: ") && !last.contains("lora: "), "{last}");
+    assert!(last.contains("wild: training diverged with every learning rate"), "{last}");
 }
 
 #[test]
@@ -222,16 +235,45 @@ fn a_broken_file_says_what_and_where() {
         (&format!("{SHARED}[[run]]\nlr = [1e-3, \"x\"]\n"), &["c.toml: line 16: [[run]] 1: key lr:", "no number"]),
         (&format!("{SHARED}[[run]]\nlr = -1\n"), &["[[run]] 1: lr = -1", "positive"]),
         (&format!("{SHARED}[[run]]\n[[run]]\n"), &["[[run]] 1 and 2 are both called lora"]),
-        (&format!("{SHARED}[[run]]\nout = \"x\"\n"), &["[[run]] 1: key out", "leave it out"]),
+        (&format!("{SHARED}[[run]]\nout = \"x\"\n"), &["line 16: [[run]] 1: key out", "decides this itself"]),
+        (&format!("{SHARED}[[run]]\nmodel = \"x\"\n"), &["[[run]] 1: key model: is the same for all rows"]),
+        (&format!("{SHARED}[[run]]\nseed = 3\n"), &["line 16: [[run]] 1: key seed", "seeds = "]),
+        // The key's own place, not the first of its name.
+        (
+            &format!("{SHARED}[[run]]\n").replace("hold_out", "batch_size = \"x\"\nhold_out"),
+            &["c.toml: line 10: [search]: key batch-size:"],
+        ),
+        (
+            &format!("{SHARED}[[run]]\nlr = [1e-3, 1e-2]\n").replace("hold_out", "batch_size = 0\nhold_out"),
+            &["c.toml: line 10: [search]: batch-size = 0"],
+        ),
+        (
+            &format!("{SHARED}[[run]]\n").replace("batch-size = 4", "batch-size = [4]"),
+            &["c.toml: line 14: [eval]: key batch-size"],
+        ),
+        (
+            &format!("{SHARED}[[run]]\nseeds = [1]\n\n[[run]] # another\nname = \"b\"\nseeds = [-1]\n"),
+            &["c.toml: line 20: [[run]] 2: key seeds"],
+        ),
+        (
+            &format!("{SHARED}[[run]]\nrank = 4\n[[run]]\nmethod = \"bitfit\"\nr = 4\n"),
+            &["c.toml: line 19: [[run]] 2: key rank: method bitfit does not read it"],
+        ),
+        (&format!("{SHARED}[[run]]\nr = 4\nrank = 8\n"), &["[[run]] 1: key rank: stands there under two names"]),
+        (&format!("{SHARED}[[run]]\n[run.rank_pattern]\nc_attn = \"x\"\n"), &["[[run]] 1: key rank-pattern:"]),
         (&format!("{SHARED}[[run]]\n").replace("seeds = [0, 1]", "seeds = [-1]"), &["c.toml: line 5: key seeds"]),
         (&format!("{SHARED}[[run]]\n").replace("hold_out = 0.2", "hold_out = 2"), &["key hold-out", "between 0 and 1"]),
         (&format!("{SHARED}[[run]]\n").replace("valid.txt", "none.txt"), &["none.txt"]),
         (&format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\nbeams = 3"), &["c.toml: [eval]: ", "--beams"]),
         (
             &format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\ndevice = \"cpu\""),
-            &["c.toml: [eval]: ", "--device"],
+            &["c.toml: line 14: [eval]: key device: a comparison decides this itself"],
         ),
-        (&format!("{SHARED}[[run]]\n").replace("hold_out", "lr = 1\nhold_out"), &["line 10: key lr", "[search]"]),
+        (
+            &format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\nmax_length = 9"),
+            &["c.toml: line 14: [eval]: key max-length: a comparison decides this itself"],
+        ),
+        (&format!("{SHARED}[[run]]\n").replace("hold_out", "lr = 1\nhold_out"), &["line 10: [search]: key lr"]),
         (&format!("run = [1]\n{SHARED}"), &["line 1: key run"]),
         (&format!("seed = 7\n{SHARED}[[run]]\n"), &["line 1: key seed", "seeds = "]),
         (&format!("{SHARED}[[run]]\nlr = [1e-3, -1]\n"), &["[[run]] 1: lr = -1"]),
@@ -260,4 +302,228 @@ fn a_broken_file_says_what_and_where() {
     lab.fails("compare c.toml --out out", &["bad.txt:1:"]);
     assert!(!lab.path("out/cells").exists());
     lab.fails("compare nowhere.toml --out out", &["nowhere.toml"]);
+}
+
+/// Of one `[[run]]` for each of `runs`, judged with one seed after two steps.
+fn quick(runs: &[&str]) -> String {
+    let runs: String = runs.iter().map(|run| format!("[[run]]\n{run}\n")).collect();
+    format!("model = \"base\"\ndata = \"train.txt\"\ntest = \"valid.txt\"\nsteps = 2\nbatch_size = 4\n{runs}")
+}
+
+fn cell(lab: &Lab, name: &str) -> Value {
+    serde_json::from_str(&lab.read(&format!("out/cells/{name}.json"))).unwrap()
+}
+
+#[test]
+fn options_have_pefts_names_and_patterns_those_of_modules() {
+    let lab = lab();
+    let pattern = "r = 4\nlora_alpha = 3\n[run.rank_pattern]\nc_attn = 3";
+    lab.write("p.toml", &quick(&["r = 4", "r = 8", pattern]));
+    let table = lab.json("compare p.toml --out out --json");
+    let names = ["lora rank=4", "lora rank=8", "lora rank=4 alpha=3 rank-pattern=c_attn=3"];
+    assert_eq!([0, 1, 2].map(|i| table["lines"][i]["name"].as_str().unwrap()), names, "{table}");
+    let of = |name: &str| {
+        let file = format!("out/runs/{}/seed-0/adapter_config.json", name.replace(' ', "-"));
+        serde_json::from_str::<Value>(&lab.read(&file)).unwrap()
+    };
+    assert_eq!((&of(names[1])["r"], &of(names[2])["r"]), (&8.into(), &4.into()));
+    assert_eq!(of(names[2])["rank_pattern"], serde_json::json!({"c_attn": 3}));
+}
+
+#[test]
+fn a_row_that_starts_from_an_adapter() {
+    let lab = lab();
+    lab.train("first", "--rank 3 --alpha 5 --targets c_fc --steps 2");
+    lab.copy("first", "second");
+    let file = |dir: &str, more: &str| {
+        lab.write("i.toml", &quick(&["rank = 2", &format!("name = \"on\"\ninit_adapter = \"{dir}\"\n{more}")]))
+    };
+    file("first", "");
+    let table = lab.json("compare i.toml --out out --json");
+    let line = &table["lines"][1];
+    assert_eq!((&line["finished"], &line["method"]), (&1.into(), &"lora".into()), "{table}");
+    let made = cell(&lab, "on/seed-0");
+    assert_eq!((&made["settings"]["rank"], &made["settings"]["targets"]), (&3.into(), &serde_json::json!(["c_fc"])));
+    assert!(lab.read("out/runs/on/seed-0/adapter_config.json").contains("c_fc"));
+    // Wherever the adapter lies, the cell is the same; but not of another adapter.
+    let before = lab.bytes("out/cells/on/seed-0.json");
+    file("second", "");
+    assert_eq!(lab.json("compare i.toml --out out --json"), table);
+    assert_eq!(lab.bytes("out/cells/on/seed-0.json"), before);
+    // As older programs wrote it.
+    lab.write(
+        "out/cells/on/seed-0.json",
+        &lab.read("out/cells/on/seed-0.json").replacen("\"init-adapter\": null", "\"init-adapter\": \"first\"", 1),
+    );
+    assert_eq!(lab.json("compare i.toml --out out --json"), table);
+    lab.train("third", "--rank 3 --alpha 5 --targets c_fc --steps 3");
+    file("third", "");
+    lab.fails("compare i.toml --out out", &["on/seed-0.json", "another adapter to begin with"]);
+    file("first", "rank = 4\n");
+    lab.fails("compare i.toml --out out", &["i.toml: line 11: [[run]] 2: rank = 4", "first has 3"]);
+}
+
+#[test]
+fn falling_back_to_the_cpu_is_said() {
+    if lora_train::Place::open("auto", "auto").unwrap().note.is_none() {
+        return eprintln!("skipped: there is a CUDA device");
+    }
+    let lab = lab();
+    lab.write("a.toml", &format!("device = \"auto\"\n{}", quick(&["method = \"bitfit\""])));
+    let output = lab.lora("compare a.toml --out out");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.contains("note: computing on the CPU: "), "{stderr}");
+}
+
+#[test]
+fn runs_in_the_background_warn_and_show_no_progress() {
+    let lab = lab();
+    lab.write("w.toml", &quick(&["max_length = 24"]));
+    let said = |options: &str| {
+        let output = lab.lora(&format!("compare w.toml --out out{} {options}", options.len()));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        stderr
+    };
+    let stderr = said("");
+    // Once in training, once in judging.
+    assert_eq!(stderr.matches("are longer than 24 tokens").count(), 2, "{stderr}");
+    assert!(stderr.contains("left: ") && !stderr.contains("step ") && !stderr.contains("training "), "{stderr}");
+    let stderr = said("--no-progress");
+    assert!(stderr.contains("are longer than 24 tokens") && !stderr.contains("left: "), "{stderr}");
+    assert_eq!(said("--quiet"), "");
+}
+
+#[test]
+fn what_does_not_fit_the_base_is_told_before_anything_is_run() {
+    let lab = tasks::lab();
+    lab.write("other.tsv", "a\tb\tyes\na\tb\tperhaps\n");
+    let labelled = quick(&["method = \"bitfit\""]).replace(".txt", ".tsv");
+    let encoder = labelled.replace("base", "encoder");
+    let task = |name: &str, file: &str| format!("task = \"{name}\"\n{file}");
+    for (file, parts) in [
+        (task("labels", &labelled), &["task = labels", "continues text"][..]),
+        (quick(&[""]).replace("base", "encoder"), &["task = not given", "is an encoder"]),
+        (task("e2e", &quick(&[""]).replace("base", "encoder")), &["task = e2e", "is an encoder"]),
+        (quick(&["rank = 2", "name = \"none\"\ntargets = [\"nothing\"]"]), &["none: ", "nothing"]),
+        (quick(&["method = \"pre-embed\"\nprefix = 64"]), &["pre-embed prefix=64: ", "64"]),
+        (task("labels", &encoder.replace("valid.tsv", "other.tsv")), &["other.tsv:2:", "\"perhaps\"", "train on data"]),
+    ] {
+        lab.write("m.toml", &file);
+        lab.fails("compare m.toml --out out", parts);
+        assert!(!lab.path("out").exists(), "{file}");
+    }
+}
+
+#[test]
+fn nothing_is_shown_of_a_folder_that_is_not_there() {
+    let lab = lab();
+    lab.fails("compare c.toml --out mistyped --show", &["mistyped", "no such folder"]);
+    assert!(!lab.path("mistyped").exists());
+}
+
+/// An encoder's task: two metrics, of which the first chooses the learning rate, and of equal ones the lower loss.
+#[test]
+fn a_task_is_compared_by_its_first_metric() {
+    let lab = tasks::lab();
+    let shared = quick(&[]).replace("base", "encoder").replace(".txt", ".tsv").replace("steps = 2", "steps = 6");
+    let search = "[search]\nhold_out = 0.3\n";
+    let runs = "[[run]]\nrank = 2\nlr = [1e-5, 3e-2]\n[[run]]\nmethod = \"full\"\nlr = 1e-3\n";
+    let file = format!("task = \"labels\"\nmax_length = 20\nkeep-models = true\n{shared}{search}{runs}");
+    lab.write("t.toml", &file);
+    let table = lab.json("compare t.toml --out out --json");
+    let line = &table["lines"][0];
+    let names: Vec<&str> = line["scores"].as_array().unwrap().iter().map(|s| s[0].as_str().unwrap()).collect();
+    assert_eq!(names, ["accuracy", "matthews"], "{table}");
+    let tried = [1e-5, 3e-2].map(|lr| (lr, cell(&lab, &format!("lora-rank=2/lr-{lr}"))["trained"]["judged"].clone()));
+    let key = |judged: &Value| (judged["accuracy"].as_f64().unwrap(), -judged["loss"].as_f64().unwrap());
+    let best = if key(&tried[1].1) > key(&tried[0].1) { tried[1].0 } else { tried[0].0 };
+    assert_eq!(line["lr"], best, "{tried:?}");
+    let markdown = lab.read("out/table.md");
+    assert!(
+        markdown.starts_with("| method | trainable | lr | seeds | accuracy | 95% interval | matthews |"),
+        "{markdown}"
+    );
+    // The adapter and, where it is asked for, the whole model are what was judged.
+    let eval = "--task labels --data valid.tsv --max-length 20 --json";
+    for (row, model) in
+        [("lora-rank=2", "encoder --adapter out/runs/lora-rank=2/seed-0"), ("full", "out/runs/full/seed-0")]
+    {
+        let judged = lab.json(&format!("eval --model {model} {eval}"));
+        assert_eq!(judged, cell(&lab, &format!("{row}/seed-0"))["trained"]["judged"], "{row}");
+    }
+
+    // Ties of the metric are broken by the loss, for which the cells that chose are changed by hand.
+    for (cell, loss) in [("lr-0.00001", 0.5), ("lr-0.03", 0.4)] {
+        for (key, value) in [("accuracy", 0.5), ("loss", loss)] {
+            let file = format!("out/cells/lora-rank=2/{cell}.json");
+            let mut json: Value = serde_json::from_str(&lab.read(&file)).unwrap();
+            json["trained"]["judged"][key] = value.into();
+            lab.write(&file, &json.to_string());
+        }
+    }
+    fs::remove_file(lab.path("out/cells/lora-rank=2/seed-0.json")).unwrap();
+    assert_eq!(lab.json("compare t.toml --out out --show --json")["lines"][0]["lr"], 3e-2);
+}
+
+#[test]
+fn completions_are_compared_by_what_is_said() {
+    let lab = lab();
+    let eval = "[eval]\nnum-beams = 2\nmax-new-tokens = 6\n";
+    lab.write("e.toml", &format!("task = \"e2e\"\n{}{eval}[[run]]\nrank = 2\n", quick(&[])));
+    let table = lab.json("compare e.toml --out out --json");
+    let scores = table["lines"][0]["scores"].as_array().unwrap();
+    let names: Vec<&str> = scores.iter().map(|s| s[0].as_str().unwrap()).collect();
+    assert_eq!(names, ["bleu", "nist", "meteor_exact_stem", "rouge_l", "cider"], "{table}");
+    let judged = &cell(&lab, "lora-rank=2/seed-0")["trained"]["judged"];
+    assert_eq!(judged["prompts"], 12, "{judged}");
+    assert_eq!(lab.read("out/runs/lora-rank=2/seed-0.txt").lines().count(), 12);
+}
+
+#[cfg(unix)]
+mod interrupted {
+    use std::{os::unix::process::CommandExt, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn ctrl_c_keeps_the_cells_and_the_folder_is_its_own_until_then() {
+        let lab = lab();
+        lab.write("c.toml", &format!("{SHARED}{RUNS}").replace("steps = 4", "steps = 400"));
+        // As from a terminal, all its processes get the signal.
+        let mut child = lab.spawn_with("compare c.toml --out out", |c| {
+            c.process_group(0);
+        });
+        let first = lab.path("out/cells/lora-rank=2/lr-0.001.json");
+        while !first.exists() {
+            assert!(child.try_wait().unwrap().is_none(), "over before its first cell");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        lab.fails("compare c.toml --out out", &["out", "another process is working in it"]);
+        let sent = Command::new("kill").args(["-INT", "--", &format!("-{}", child.id())]).status().unwrap();
+        assert!(sent.success());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(130), "{stderr}");
+        assert!(stderr.contains("the same command goes on from here") && !stderr.contains("failed"), "{stderr}");
+        assert!(first.exists() && !lab.path("out/cells/everything/seed-1.json").exists());
+    }
+
+    /// Judging an encoder listens to no signal: its end by one is no failure.
+    #[test]
+    fn a_run_that_the_signal_ends_at_once_was_interrupted() {
+        let lab = tasks::lab();
+        let shared = quick(&["rank = 2", "method = \"bitfit\""]).replace("base", "encoder").replace(".txt", ".tsv");
+        lab.write("t.toml", &format!("task = \"labels\"\nmax_length = 20\n{shared}"));
+        let lora = env!("CARGO_BIN_EXE_lora");
+        let script = format!("case \"$*\" in *\"eval \"*) kill -INT $$ ;; *) exec {lora} \"$@\" ;; esac\n");
+        lab.write("lora.sh", &script);
+        let keys = [("model", "encoder"), ("data", "train.tsv"), ("test", "valid.tsv")];
+        let keys = keys.map(|(key, file)| (key.to_owned(), lab.path(file).to_str().unwrap().into()));
+        let comparison = Comparison::read(&lab.path("t.toml"), keys.into_iter().collect()).unwrap();
+        let options = vec![lab.path("lora.sh").to_str().unwrap().to_owned(), "--quiet".to_owned()];
+        let program = Program { path: "sh".into(), options };
+        let finished = run(&comparison, &lab.path("out"), &program, &mut ()).unwrap();
+        assert!(finished.interrupted && finished.failed.is_empty(), "{finished:?}");
+    }
 }

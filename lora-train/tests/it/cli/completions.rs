@@ -87,6 +87,25 @@ fn from_training_to_scores() {
 }
 
 #[test]
+fn prompts_that_come_again_after_others_are_warned_of() {
+    let lab = lab();
+    let scored = |file: &str| {
+        let output = lab.lora(&format!("eval --task e2e --data {file} --score said.txt"));
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    lab.write("said.txt", &"a\n".repeat(6));
+    assert_eq!(scored("test.txt"), "");
+    let twice = told_twice(40, 6);
+    lab.write(
+        "apart.txt",
+        &format!("{}{}", told_twice(40, 4), twice.lines().take(3).map(|l| format!("{l}\n")).collect::<String>()),
+    );
+    let warned = scored("apart.txt");
+    assert!(warned.starts_with("warning: apart.txt: 2 times a prompt comes again"), "{warned}");
+}
+
+#[test]
 fn completions_that_cannot_be_judged() {
     let lab = lab();
     let golden = common::golden().into_iter().find(|g| g.parent().unwrap().ends_with("bert_classification")).unwrap();

@@ -1,32 +1,18 @@
 //! `lora convert`, and what its folder is good for.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
+use std::fs;
+
+use crate::{
+    cli::lab::{Lab, lines, names},
+    common::real_data,
 };
-
-use crate::cli::lab::{Lab, lines, names};
-
-/// The folder `stories260k` in the folder of test data that `LORA_DATA` names, or else in `shared/data` beside the
-/// workspace.
-fn stories() -> Option<PathBuf> {
-    let data = std::env::var_os("LORA_DATA")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from);
-    let folder = data.join("stories260k");
-    if folder.join("stories260K.bin").is_file() {
-        return Some(folder);
-    }
-    eprintln!("skipped: no {}; set LORA_DATA to a folder with stories260k", folder.display());
-    None
-}
 
 #[test]
 fn a_converted_model_is_a_base_like_any_other() {
-    let Some(folder) = stories() else { return };
+    let Some(model) = real_data("stories260k", "stories260K.bin") else { return };
     let lab = Lab::new();
-    for (from, to) in [("stories260K.bin", "model.bin"), ("tok512.bin", "vocab.bin")] {
-        fs::copy(folder.join(from), lab.path(to)).unwrap();
-    }
+    fs::copy(model.with_file_name("tok512.bin"), lab.path("vocab.bin")).unwrap();
+    fs::copy(model, lab.path("model.bin")).unwrap();
     let convert = "convert --from llama2.c model.bin --tokenizer vocab.bin --out stories";
     let summary = lab.json(&format!("{convert} --json"));
     assert_eq!(summary["architecture"], "llama");

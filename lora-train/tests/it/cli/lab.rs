@@ -112,7 +112,14 @@ impl Lab {
     }
 
     pub(crate) fn spawn(&self, args: &str) -> Child {
-        self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        self.spawn_with(args, |_| ())
+    }
+
+    /// As [`Lab::spawn`], with a change to how the process is started.
+    pub(crate) fn spawn_with(&self, args: &str, change: impl FnOnce(&mut Command)) -> Child {
+        let mut command = self.command(args);
+        change(&mut command);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// Runs `lora` and gives what it put on standard output.

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// `encoder` without a head, `train.tsv` and `valid.tsv` with labels.
-fn lab() -> Lab {
+pub(crate) fn lab() -> Lab {
     let lab = Lab::new();
     let golden = common::golden().into_iter().find(|g| g.parent().unwrap().ends_with("bert_classification")).unwrap();
     common::base(&golden, &lab.path("encoder"), |raw| raw.set("architectures", vec!["BertModel"]));
@@ -54,6 +54,27 @@ fn a_task_from_training_to_its_metrics() {
 
     let numbers = lab.json(&format!("train --task values --data numbers.tsv --valid numbers.tsv {RUN} --out n --json"));
     assert!(numbers["evaluation"]["pearson"].is_f64() && numbers["evaluation"]["spearman"].is_f64(), "{numbers}");
+}
+
+#[test]
+fn headings_that_nobody_knows_are_warned_of() {
+    let lab = lab();
+    let rows: String = (0..9).map(|i| format!("N{i} serves .\t{}\n", if i % 2 == 0 { "yes" } else { "no" })).collect();
+    for (first, warns) in [("review\tclass\n", true), ("", false)] {
+        lab.write("own.tsv", &format!("{first}{rows}"));
+        let out = if warns { "one" } else { "two" };
+        let output = lab.lora(&format!("train --task labels --data own.tsv {RUN} --out {out}"));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        let warning = "warning: own.tsv:1: no other line has the label \"class\"";
+        assert_eq!(stderr.contains(warning) && stderr.contains("text and label"), warns, "{stderr}");
+        assert_eq!(stderr.contains("own.tsv:"), warns, "{stderr}");
+    }
+    // What a task calls a label is none.
+    lab.write("own.tsv", "dull\t0\nfine\t1\nfun\t1\n");
+    let output = lab.lora(&format!("train --task sst2 --data own.tsv {RUN} --out three"));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && !stderr.contains("own.tsv:"), "{stderr}");
 }
 
 #[test]
