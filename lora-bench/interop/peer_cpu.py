@@ -26,7 +26,7 @@ IGNORED = -100  # the label that the loss of Transformers leaves out
 
 def main():
     work = json.loads(sys.argv[1])
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     result = {"train": train, "generate": generate, "forward": forward}[work["kind"]](work)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"

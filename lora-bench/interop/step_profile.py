@@ -16,8 +16,8 @@ import sys
 
 # The first pattern that a symbol's name matches decides: what is called stands before what calls it.
 GROUPS = [
+    ("attention", r"attention|softmax|gemm::blocked::direct"),
     ("GEMM", r"gemm|dpbf16|nano_gemm|matmul|lora_kernels::lora"),
-    ("attention", r"attention|softmax"),
     ("norm", r"::norm|layer_norm|rms_norm"),
     ("activation", r"activation|gelu|silu|erf|tanh"),
     ("loss head", r"::loss|cross_entropy|nll"),

@@ -113,13 +113,16 @@ impl Bench {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         let facts = [
             ("machine", format!("{model}, {cores} cores, {}", std::env::consts::OS)),
+            ("memory", memory()),
             ("date", date()),
             (
                 "this",
                 format!(
-                    "lora {}, {}",
+                    "lora {}, {}, {}, commit {}",
                     env!("CARGO_PKG_VERSION"),
-                    if cfg!(debug_assertions) { "debug" } else { "release" }
+                    if cfg!(debug_assertions) { "debug" } else { "release" },
+                    said("rustc", &["--version"]),
+                    said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "--short", "HEAD"])
                 ),
             ),
             ("rounds", self.config.rounds.to_string()),
@@ -178,6 +181,12 @@ impl Bench {
         let comparable = ours.tokens > 0 || ours.lines.is_some();
         let rounds = self.rounds(c.name, &ours, comparable.then_some(&theirs), c.tuned.is_some());
         let speed = |what: String, peer, goal| rounds.row(Row::new(what, "tokens/s", goal), "tokens_per_s", peer);
+        let tokens = ["ours", "peer"].map(|side| rounds.median(side, "tokens_per_step"));
+        if let [Some(ours), Some(theirs)] = tokens
+            && ours != theirs
+        {
+            bail!("the sides count other tokens: {ours} and {theirs} a step");
+        }
         let mut rows = vec![speed(c.what.to_owned(), "peer", Some(c.speed))];
         if !comparable {
             rows[0].note = "lengths like E2E's; give --data and --tokenizer to compare".into();
@@ -208,8 +217,13 @@ impl Bench {
         if let Some(why) = rounds.failure("ours") {
             return Err(why);
         }
+        // Merged LoRA is off by what it is slower or faster than the base.
+        let distance = |ratio: &f64| ratio.max(1.0 / ratio);
         let row = |name: &str, what: &str, goal: Goal| {
-            let ratios = rounds.all("ours", &["ratio", name]);
+            let mut ratios = rounds.all("ours", &["ratio", name]);
+            if goal.aim == 1.0 {
+                ratios = ratios.iter().map(distance).collect();
+            }
             let theirs = crate::median(&rounds.all("peer", &["ratio", name]));
             let note = if theirs.is_nan() { "no peer".into() } else { format!("PEFT's ratio: {theirs:.3}") };
             Row {
@@ -276,8 +290,20 @@ impl Bench {
 
 /// The day, where the system tells it.
 fn date() -> String {
-    let output = Command::new("date").args(["-u", "+%Y-%m-%d"]).output();
-    output.map_or_else(|_| "?".into(), |o| String::from_utf8_lossy(&o.stdout).trim().to_owned())
+    said("date", &["-u", "+%Y-%m-%d"])
+}
+
+/// The first line that a program prints; a question mark where there is no such program.
+fn said(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().ok().filter(|o| o.status.success());
+    output.map_or_else(|| "?".into(), |o| String::from_utf8_lossy(&o.stdout).lines().next().unwrap_or("?").to_owned())
+}
+
+/// The machine's memory, where the system tells it.
+fn memory() -> String {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<f64>().ok());
+    kib.map_or_else(|| "?".into(), |kib| format!("{:.0} GiB", kib / f64::from(1 << 20)))
 }
 
 /// Reads a description and measures it.
