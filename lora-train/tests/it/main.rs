@@ -13,3 +13,4 @@ mod metrics;
 #[cfg(feature = "cuda")]
 mod task_device;
 mod tasks;
+mod trainer;
