@@ -117,9 +117,9 @@ pub fn is_adapter(dir: &Path) -> bool {
 ///
 /// # Errors
 /// [`Error::Config`] names the key of an option that is senseless or not supported; [`Error::Io`] the file that is
-/// missing; [`Error::Weights`] and [`Error::DType`] the tensor that does not
-/// belong to the method, has another rank than the configuration says, or holds a NaN or an infinity;
-/// [`Error::TensorNames`] those that lack their partner.
+/// missing; [`Error::Weights`] and [`Error::DType`] the tensor that does not belong to the method, has another rank than the
+/// configuration says, means the same as another, or holds a NaN or an infinity; [`Error::TensorNames`] those that lack
+/// their partner.
 pub fn load(dir: &Path) -> Result<AdapterFile> {
     let raw = RawConfig::from_file(&dir.join(CONFIG_FILE))?;
     let own = raw.value(own::METHOD_KEY).is_some();
@@ -172,12 +172,14 @@ fn twice(file: &AdapterTensors, first: &str, second: &str) -> Error {
 
 /// An error about an option, by its key in the configuration.
 fn refused(raw: &RawConfig, e: lora_core::Error) -> Error {
+    let is_own = raw.value(own::METHOD_KEY).is_some();
     match &e {
         lora_core::Error::Option { option, value, why } => {
             // PEFT's names for what has another here.
             let theirs: &[&str] = match *option {
+                _ if is_own => &[],
                 "rank" => &["r"],
-                "alpha" => &["lora_alpha"],
+                "alpha" => &["lora_alpha", "alpha"],
                 "dropout" => &["lora_dropout", "vera_dropout"],
                 "rslora" => &["use_rslora"],
                 "targets" => &["target_modules"],
@@ -188,12 +190,12 @@ fn refused(raw: &RawConfig, e: lora_core::Error) -> Error {
                 _ => &[],
             };
             let own = option.replace('-', "_");
-            let key = theirs.iter().find(|key| raw.value(key).is_some()).copied().unwrap_or(&own);
+            let there = theirs.iter().find(|key| raw.value(key).is_some());
+            let key = there.or(theirs.first()).copied().unwrap_or(&own);
             raw.error(key, format_args!("{value}: {why}"))
         }
         lora_core::Error::NoSuchTarget { .. } | lora_core::Error::OverlappingTargets { .. } => {
-            let key = if raw.value("target_modules").is_some() { "target_modules" } else { "targets" };
-            raw.error(key, e)
+            raw.error(if is_own { "targets" } else { "target_modules" }, e)
         }
         lora_core::Error::DoesNotFit { .. } | lora_core::Error::NothingTrainable { .. } => raw.error(kind_key(raw), e),
         _ => Error::Core(e),

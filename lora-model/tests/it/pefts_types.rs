@@ -191,6 +191,18 @@ fn whole_names_are_adapted_in_any_layer() {
     }
 }
 
+/// What a type cannot be, or does not fit, is told by the key that says the type.
+#[test]
+fn a_type_that_does_not_fit_is_told_by_its_key() {
+    let key = "adapter_config.json: key \"peft_type\"";
+    let (dir, _) = case("gpt2", "ia3");
+    let e = adapter::load(dir.path()).unwrap().updates().unwrap_err().to_string();
+    assert!(e.contains(key) && e.contains("method ia3"), "{e}");
+    let (dir, _) = case("gpt2", "prefix");
+    let deberta = load(&goldens().join("deberta_v2_masked_lm/model"), &CPU).unwrap();
+    refused(dir.path(), &*deberta, &[key, "deberta-v2"]);
+}
+
 /// What only PEFT's format holds, in a configuration of our own.
 #[test]
 fn methods_of_pefts_format_are_refused_in_ours() {

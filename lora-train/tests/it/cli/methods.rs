@@ -154,6 +154,9 @@ fn info_tells_of_every_architecture_and_every_method() {
         for option in row.options.iter().filter(|o| !filled_in.contains(*o)) {
             assert_eq!(adapter[*option], run["config"][*option], "{}: {option}", row.name);
         }
+        // α/r where there is an α.
+        let scaled = ["rank", "alpha"].iter().all(|option| row.options.contains(option));
+        assert_eq!(adapter.get("scaling").is_some(), scaled, "{}", row.name);
         let trainable = adapter["trainable"].as_u64();
         assert!(trainable.is_some_and(|n| n > 0), "{adapter}");
         let checkpoint = lab.json("info run/checkpoints/step-00000001 --json");
