@@ -4,8 +4,8 @@ methods in lora-model/tests/golden/peft.
     LORA_INTEROP=DIR cargo test -p lora-model --test it -- --ignored adapters_for_peft_to_read
     python lora-bench/interop/check_adapters.py DIR    # torch, transformers and peft as golden/make.py says
 
-Fails where logits differ by more than 1e-5 of their norm, where PEFT warns of anything, and where it reports keys that it
-misses or does not know. PEFT is quiet about a key of another prefix, which it leaves out: the logits tell.
+Fails where logits differ by more than 1e-5 of their norm, where PEFT warns of anything, and where names and shapes in the
+file are not those that PEFT would save of what it loaded (`peft_names.py`).
 """
 
 import json
@@ -22,6 +22,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft_matrix import MODELS, forward  # noqa: E402
 from common import check_versions, relative  # noqa: E402
+from peft_names import differences  # noqa: E402
 
 
 def main(folder):
@@ -41,7 +42,7 @@ def main(folder):
             # matrices, and of every AdaLoRA whose budget was cut, with its own files too.
             usual = ("Unsupported layer type", "Specified to not ", "Model has `tie_word_embeddings", "Model with `tie_word_embeddings")
             usual += ("The following rank_pattern keys did not match any",) * variant.startswith("adalora")
-            problems = [p for p in problems if not p.startswith(usual)]
+            problems = [p for p in problems if not p.startswith(usual)] + differences(model, adapter)
             with torch.no_grad():
                 theirs = [forward(model, data, i)[0] for i in range(len(data["sequences"]))]
             ours = torch.tensor(json.loads((adapter / "logits.json").read_text()))

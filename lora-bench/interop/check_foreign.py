@@ -5,7 +5,7 @@
 
 Golden adapters of each program go through this project's format and back; the program loads the result and has to compute
 the logits that it computed with the original. With --peft every merged adapter of golden/merging.py is loaded by PEFT, which
-has to find every key, and computes what its own merged adapter computes.
+has to know every tensor of it and to miss none, and computes what its own merged adapter computes.
 """
 
 import json
@@ -38,6 +38,13 @@ def compare(name, found, wanted):
     off = ((found - wanted.double()).norm() / wanted.double().norm()).item()
     print(f"{name:40} {off:.1e}")
     assert off < MOST, f"{name} is off by {off}"
+
+
+def filled(m, like):
+    """`m` in the upper left of zeros."""
+    whole = torch.zeros(like.shape, dtype=m.dtype)
+    whole[:m.shape[0], :m.shape[1]] = m
+    return whole
 
 
 def loralib(work, about, golden):
@@ -84,7 +91,8 @@ def adapterhub(work, about, golden):
 
 def peft(work):
     from peft import PeftModel
-    from peft.utils import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft_names import differences
 
     merging = GOLDEN / "merging"
     tensors = load_file(merging / "merged.safetensors")
@@ -99,11 +107,14 @@ def peft(work):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), work / str(i))
-        said = [str(w.message) for w in said if "key" in str(w.message)]
-        assert not said, said  # PEFT warns of keys that are missing or unexpected
+        said = [str(w.message) for w in said if "key" in str(w.message)] + differences(ours, work / str(i))
+        assert not said, said
         found = logits(ours, ids)
         theirs = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}.")}
+        held = get_peft_model_state_dict(ours)
+        # What has a lower rank by `rank_pattern` keeps it when PEFT merges, which its own file of the result could not say.
         state = {f"base_model.model.{k}.weight": v for k, v in theirs.items()}
+        state = {k: filled(v, held[k]) for k, v in state.items()}
         # In double after loading, as ours was.
         result = set_peft_model_state_dict(ours, state)
         assert not result.unexpected_keys

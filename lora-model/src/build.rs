@@ -1,7 +1,7 @@
 //! How a model comes into being: an architecture describes itself once, and the description gives the outline, the
 //! weights it expects in a file, fresh weights, or the model.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use lora_core::{
     Tensor,
@@ -14,6 +14,7 @@ use crate::{
     LoadOptions, Result,
     checkpoint::{Checkpoint, Layout, TensorSpec},
     config::RawConfig,
+    fingerprint,
     layers::{LayerNorm, Projection, RmsNorm, Sublayer, Weight},
 };
 
@@ -22,7 +23,7 @@ use crate::{
 pub struct Parts {
     pub(crate) raw: RawConfig,
     pub(crate) layout: Layout,
-    outline: Outline,
+    pub(crate) outline: Outline,
     weights: Vec<Weight>,
 }
 
@@ -223,21 +224,31 @@ pub(crate) fn load<M>(
     let weights = Checkpoint::open(dir)?.rename(rename)?;
     weights.expect(&specs(&outline(&describe)))?;
     let layout = weights.layout().clone();
-    let mut tensor = |name: &str, shape: &[usize]| kept(&weights, name, shape, device, options);
-    make(raw, layout, &mut tensor, describe)
+    let mut before = BTreeMap::new();
+    let mut tensor = |name: &str, shape: &[usize]| kept(&weights, name, shape, (device, options), &mut before);
+    let (model, mut parts) = make(raw, layout, &mut tensor, describe)?;
+    parts.outline.before_rounding = before;
+    Ok((model, parts))
 }
 
-/// A weight of a file as a model keeps it: on the device, in [its type](LoadOptions::kept).
+/// A weight of a file as a model keeps it: on the device, in [its type](LoadOptions::kept). Of one that f16 rounds some
+/// elements go to `before` ([`Outline::before_rounding`]).
 pub(crate) fn kept(
     weights: &Checkpoint,
     name: &str,
     shape: &[usize],
-    device: &Device,
-    options: &LoadOptions,
+    (device, options): (&Device, &LoadOptions),
+    before: &mut BTreeMap<String, Vec<f32>>,
 ) -> Result<Tensor> {
     match options.kept(device, shape) {
         DType::Bf16 if device.is_cpu() => weights.tensor_bf16(name, shape),
-        dtype => Ok(weights.tensor(name, shape, &Device::Cpu)?.to(device, dtype)?),
+        dtype => {
+            let t = weights.tensor(name, shape, &Device::Cpu)?;
+            if dtype == DType::F16 {
+                before.insert(name.to_owned(), fingerprint::elements(&t)?);
+            }
+            Ok(t.to(device, dtype)?)
+        }
     }
 }
 

@@ -54,18 +54,6 @@ pub enum Error {
         /// The file that was found instead of safetensors.
         file: PathBuf,
     },
-    /// An adapter's tensors in a format that runs code when it is read.
-    #[error(
-        "{} is not a safetensors file, and the .bin format is not read because loading it can run code; convert it once \
-         in Python: import torch; from safetensors.torch import save_file; \
-         t = torch.load(\"adapter_model.bin\", map_location=\"cpu\", weights_only=True); \
-         save_file({{k: v.contiguous() for k, v in t.items()}}, \"adapter_model.safetensors\", metadata={{\"format\": \"pt\"}})",
-        file.display()
-    )]
-    PickledAdapter {
-        /// The file that was found instead of safetensors.
-        file: PathBuf,
-    },
     /// Adapters that do not belong together, or to a base.
     #[error("{problem}")]
     Adapters {

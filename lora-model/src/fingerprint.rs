@@ -17,23 +17,39 @@ use crate::{Error, Result};
 const SAMPLE: usize = 61;
 
 /// The fingerprint of a base for the adapters that are trained on it: names, shapes and a sample of the elements of all
-/// tensors but those of modules that adapters bring themselves (a classifier's head). The sample is rounded to bf16, so that a
-/// copy of the base in another type is the same base, on every device.
+/// tensors but those of modules that adapters bring themselves (a classifier's head). The sample is rounded to bf16 from the
+/// values of the file ([`Outline::before_rounding`](lora_core::peft::Outline::before_rounding)), so that a base is the same
+/// base in whatever type it is loaded, on every device, and so is a copy of it in bf16. A copy in f16 is another base: it was
+/// rounded in a way of its own.
 ///
 /// # Errors
 /// What reading from a device can cause.
 pub fn of_base(base: &dyn Base) -> Result<String> {
     let outline = base.outline();
     let own = || base.tensors().filter(|(name, _)| !outline.is_saved_module(name));
-    let sample = sample(&own().map(|(_, t)| t).collect::<Vec<_>>(), base)?;
+    let kept: Vec<&Tensor> =
+        own().filter(|(name, _)| !outline.before_rounding.contains_key(*name)).map(|(_, t)| t).collect();
+    let sample = sample(&kept, base)?;
     let (mut bytes, mut rest) = (Vec::new(), sample.as_slice());
+    let rounded = |v: f32| bf16::from_f32(v).to_le_bytes();
     for (name, t) in own() {
         bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| (*n as u64).to_le_bytes())));
+        if let Some(values) = outline.before_rounding.get(name) {
+            bytes.extend(values.iter().flat_map(|v| rounded(*v)));
+            continue;
+        }
         let (part, after) = rest.split_at(places(t).len());
-        bytes.extend(part.iter().flat_map(|v| bf16::from_f32(*v as f32).to_le_bytes()));
+        bytes.extend(part.iter().flat_map(|v| rounded(*v as f32)));
         rest = after;
     }
     Ok(format!("{:016x}", fnv1a(bytes)))
+}
+
+/// The elements of a tensor of the host at its [`places`].
+pub(crate) fn elements(t: &Tensor) -> Result<Vec<f32>> {
+    let column = t.clone().reshape(&[t.len(), 1]);
+    let one = |i: u32| Ok(column.rows_in(i as usize..i as usize + 1).to_vec::<f32>()?[0]);
+    places(t).map(one).collect()
 }
 
 /// Places of the elements that are looked at.
@@ -111,7 +127,26 @@ fn contents(path: &Path) -> std::io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use lora_kernels::{DType, Device};
+
     use super::*;
+    use crate::{LoadOptions, load_with};
+
+    /// f16 rounds once before bf16 does, which is another value now and then: the file's values count, whatever they became.
+    #[test]
+    fn a_base_is_the_same_in_every_type() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        for name in ["gpt2", "bert_classification"] {
+            let of = |dtype: DType| {
+                let options = LoadOptions { dtype, ..LoadOptions::default() };
+                let model = load_with(&golden.join(name).join("model"), &Device::Cpu, &options).unwrap();
+                assert!(model.tensors().any(|(_, t)| t.dtype() == dtype), "{name}: {dtype:?}");
+                of_base(&*model).unwrap()
+            };
+            let exact = of(DType::F32);
+            assert_eq!([of(DType::Bf16), of(DType::F16)], [exact.clone(), exact], "{name}");
+        }
+    }
 
     #[test]
     fn a_folder_is_known_by_its_files_not_by_its_place() {

@@ -1,7 +1,10 @@
 //! The heads of encoders: which one a folder has or is to get, and what stands between the hidden states and its
 //! matrix.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use lora_core::{Tape, Tensor, Var, ops, peft::Adapted};
 use lora_kernels::{Activation, Device};
@@ -239,11 +242,11 @@ pub(crate) fn load<M>(
         );
     }
     set_asked(&mut raw, files.family, options);
-    let mut stream = 0;
+    let (mut stream, mut before) = (0, BTreeMap::new());
     let mut tensor = |name: &str, shape: &[usize]| {
         stream += 1;
         if !fresh.iter().any(|f| f == name) {
-            return build::kept(&weights, name, shape, device, options);
+            return build::kept(&weights, name, shape, (device, options), &mut before);
         }
         let t = begin(name, shape, files.initializer_range, options.seed, stream)?;
         Ok(t.to(device, options.kept(device, shape))?)
@@ -253,7 +256,9 @@ pub(crate) fn load<M>(
         fresh.iter().for_each(|name| b.save_module_of(name));
         Ok(model)
     };
-    build::make(raw, weights.layout().clone(), &mut tensor, describe)
+    let (model, mut parts) = build::make(raw, weights.layout().clone(), &mut tensor, describe)?;
+    parts.outline.before_rounding = before;
+    Ok((model, parts))
 }
 
 /// A tensor that begins at random, or as its kind begins.

@@ -1,10 +1,7 @@
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use lora_core::peft::{self, InitLoraWeights, METHODS, Modules};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{
     Error, Place, Result,
@@ -40,8 +37,8 @@ pub struct TrainConfig {
     /// α of the scale α/r; PEFT's `lora_alpha`.
     #[serde(alias = "lora-alpha")]
     pub alpha: f64,
-    /// Dropout on an adapter's input; PEFT's `lora_dropout`.
-    #[serde(alias = "lora-dropout")]
+    /// Dropout on an adapter's input; PEFT's `lora_dropout`, and of VeRA `vera_dropout`.
+    #[serde(alias = "lora-dropout", alias = "vera-dropout")]
     pub dropout: f64,
     /// Scale by α/√r; PEFT's `use_rslora`.
     #[serde(alias = "use-rslora")]
@@ -53,14 +50,18 @@ pub struct TrainConfig {
     /// Modules not to adapt, although a target says so: names, or a regular expression.
     #[serde(with = "modules")]
     pub exclude_modules: Modules,
-    /// The layers that are adapted, from 0; none: all of them.
+    /// The layers that are adapted, from 0; none: all of them. One may stand without a list.
+    #[serde(deserialize_with = "one_or_more")]
     pub layers_to_transform: Vec<usize>,
-    /// What stands before the number of a layer in the names of modules; none: anything.
+    /// What stands before the number of a layer in the names of modules; none: anything. One may stand without a list.
+    #[serde(deserialize_with = "one_or_more")]
     pub layers_pattern: Vec<String>,
-    /// Ranks of modules that differ from `rank`, by [`peft::Pattern`] in the order of the alphabet.
-    pub rank_pattern: BTreeMap<String, usize>,
-    /// α's of modules that differ from `alpha`, by [`peft::Pattern`] in the order of the alphabet.
-    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Ranks of modules that differ from `rank`, by [`peft::Pattern`]: of several keys that match, the first holds.
+    #[serde(with = "pattern")]
+    pub rank_pattern: Vec<(String, usize)>,
+    /// α's of modules that differ from `alpha`, likewise.
+    #[serde(with = "pattern")]
+    pub alpha_pattern: Vec<(String, f64)>,
     /// Modules of the base that train whole beside LoRA, by the ends of their names.
     pub modules_to_save: Vec<String>,
     /// Biases of the base that train beside LoRA: none, all, or lora_only.
@@ -85,7 +86,8 @@ pub struct TrainConfig {
     pub layers: String,
     /// The layers that `adapter-d` leaves without an adapter; the lowest ⌊5·L/12⌋ when absent.
     pub drop_layers: Option<String>,
-    /// Virtual tokens before the text.
+    /// Virtual tokens before the text; PEFT's `num_virtual_tokens`.
+    #[serde(alias = "num-virtual-tokens")]
     pub prefix: usize,
     /// Virtual tokens after the prompt.
     pub infix: usize,
@@ -114,6 +116,7 @@ pub struct TrainConfig {
     /// Its steps after the last were.
     pub tfinal: u64,
     /// Steps from one time that ranks are taken away to the next; PEFT's `deltaT`.
+    #[serde(alias = "deltaT")]
     pub delta_t: u64,
     /// Steps of AdaLoRA's schedule; when absent those of the run.
     pub total_step: Option<u64>,
@@ -184,6 +187,9 @@ pub struct TrainConfig {
     pub log: Option<PathBuf>,
 }
 
+/// PEFT's default.
+const LORAPLUS_LR_EMBEDDING: f64 = 1e-6;
+
 impl Default for TrainConfig {
     fn default() -> Self {
         let options = peft::Options::default();
@@ -204,8 +210,8 @@ impl Default for TrainConfig {
             exclude_modules: options.exclude_modules,
             layers_to_transform: options.layers_to_transform,
             layers_pattern: options.layers_pattern,
-            rank_pattern: options.rank_pattern.into_iter().collect(),
-            alpha_pattern: options.alpha_pattern.into_iter().collect(),
+            rank_pattern: options.rank_pattern,
+            alpha_pattern: options.alpha_pattern,
             modules_to_save: options.modules_to_save,
             bias: options.bias.word().into(),
             use_dora: options.use_dora,
@@ -246,7 +252,7 @@ impl Default for TrainConfig {
             weight_decay: 0.01,
             no_decay_vectors: false,
             loraplus_lr_ratio: None,
-            loraplus_lr_embedding: 1e-6,
+            loraplus_lr_embedding: LORAPLUS_LR_EMBEDDING,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
@@ -306,13 +312,19 @@ impl TrainConfig {
                 1e6,
                 "a ratio of learning rates is a positive number, usually 2 to 32",
             )?;
-            if !self.row()?.options.contains(&"rank") {
+            // LoRA's own options and AdaLoRA's, alone or in a combination.
+            if !self.row()?.options.iter().any(|option| ["use-dora", "init-r"].contains(option)) {
                 let why = format!("it is for methods with LoRA's B, and method {} has none; leave it out", self.method);
                 return Err(Error::option(OPTION, ratio, why));
             }
         }
+        const EMBEDDING: &str = "loraplus-lr-embedding";
         let why = "a learning rate is a number ≥ 0, usually far below that of other parameters";
-        within("loraplus-lr-embedding", self.loraplus_lr_embedding, 0.0, 1e3, why)?;
+        within(EMBEDDING, self.loraplus_lr_embedding, 0.0, 1e3, why)?;
+        if self.loraplus_lr_ratio.is_none() && self.loraplus_lr_embedding != LORAPLUS_LR_EMBEDDING {
+            let why = "it is a rate of LoRA+, and without loraplus-lr-ratio there is none; give both";
+            return Err(Error::option(EMBEDDING, self.loraplus_lr_embedding, why));
+        }
         within("beta1", self.beta1, 0.0, 1.0, "β₁ is in [0, 1)")?;
         within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
         within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
@@ -409,7 +421,8 @@ impl TrainConfig {
     /// another.
     ///
     /// # Errors
-    /// [`Error::Config`] with file, line and key; [`Error::Option`] for a value that contradicts the adapter's;
+    /// [`Error::Config`] with file, line and key; [`Error::Option`] for a value that contradicts the adapter's, and for a β of
+    /// the file that could be AdamW's or AdaLoRA's;
     /// [`Error::Model`] when the file or the adapter cannot be read.
     pub fn from_toml(file: Option<&Path>, flags: toml::Table) -> Result<TrainConfig> {
         let mut table = match file {
@@ -423,6 +436,9 @@ impl TrainConfig {
             }
         }
         let flagged: Vec<String> = flags.keys().cloned().collect();
+        // PEFT's keys for what is adalora-beta1 and -beta2 here, or AdamW's.
+        let betas = ["beta1", "beta2"].into_iter().filter(|key| table.contains_key(*key) && !flags.contains_key(*key));
+        let betas: Vec<&str> = betas.collect();
         table.extend(flags);
         let given: Vec<String> = table.keys().cloned().collect();
         let path = file.unwrap_or(Path::new("command line"));
@@ -433,8 +449,19 @@ impl TrainConfig {
             let adapter = lora_model::adapter::load(&dir)?;
             config.adopt(&dir, &adapter, |key| given.iter().any(|g| g == key))?;
         }
-        // A file may serve several methods; a flag is meant for this one.
         let row = config.row()?;
+        for (key, value) in [("beta1", config.beta1), ("beta2", config.beta2)] {
+            let own = format!("adalora-{key}");
+            if row.options.contains(&own.as_str()) && betas.contains(&key) && !given.contains(&own) {
+                let why = format!(
+                    "with method {} it could be AdamW's, or what PEFT calls so, which is {own} here; give {own} too, and {key} \
+                     is AdamW's",
+                    row.name
+                );
+                return Err(Error::option(key, value, why));
+            }
+        }
+        // A file may serve several methods; a flag is meant for this one.
         for method in METHODS {
             if let Some(option) =
                 method.options.iter().find(|o| !row.options.contains(o) && flagged.iter().any(|f| f == *o))
@@ -469,18 +496,22 @@ impl TrainConfig {
         let (new, old) = (result(self), result(old));
         let keys: std::collections::BTreeSet<&String> = new.keys().chain(old.keys()).collect();
         let shown = |t: &toml::Table, k: &str| t.get(k).map_or("not set".into(), |v| v.to_string());
-        let key = keys.into_iter().find(|k| new.get(*k) != old.get(*k))?;
+        // By their texts, in which the order of patterns counts.
+        let key = keys.into_iter().find(|k| shown(&new, k) != shown(&old, k))?;
         Some((key.clone(), shown(&old, key), shown(&new, key)))
     }
 }
 
 /// Names of PEFT for keys that have shorter ones here.
-const PEFT_NAMES: [(&str, &str); 5] = [
+const PEFT_NAMES: [(&str, &str); 8] = [
     ("r", "rank"),
     ("lora-alpha", "alpha"),
     ("lora-dropout", "dropout"),
     ("use-rslora", "rslora"),
     ("target-modules", "targets"),
+    ("vera-dropout", "dropout"),
+    ("num-virtual-tokens", "prefix"),
+    ("deltaT", "delta-t"),
 ];
 
 /// The name here of a key: spelt with `-`, and of PEFT's other names ours.
@@ -502,6 +533,58 @@ pub(crate) fn by_our_names(table: toml::Table) -> std::result::Result<toml::Tabl
         }
     }
     Ok(named)
+}
+
+/// A list, or what would be the only one in it.
+fn one_or_more<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<T>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a value or a list of such")]
+    enum Read<T> {
+        One(T),
+        More(Vec<T>),
+    }
+    Ok(match Read::deserialize(from)? {
+        Read::One(one) => vec![one],
+        Read::More(list) => list,
+    })
+}
+
+/// Keys and values in TOML and JSON, in their order.
+mod pattern {
+    use std::{fmt, marker::PhantomData};
+
+    use serde::{
+        Deserialize, Deserializer, Serialize, Serializer,
+        de::{MapAccess, Visitor},
+    };
+
+    struct Entries<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+        type Value = Vec<(String, T)>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("names of modules and numbers")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut entries = Vec::new();
+            while let Some(entry) = map.next_entry()? {
+                entries.push(entry);
+            }
+            Ok(entries)
+        }
+    }
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(entries: &[(String, T)], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_map(entries.iter().map(|(key, value)| (key, value)))
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Vec<(String, T)>, D::Error> {
+        from.deserialize_map(Entries(PhantomData))
+    }
 }
 
 /// [`Modules`] in TOML and JSON: a list of names, or a text.

@@ -24,7 +24,7 @@ pub(crate) struct Group {
 /// | both factors of embeddings | `loraplus_lr_embedding` | yes |
 /// | other B's, and DoRA's lengths | `lr`·ratio | yes |
 /// | other vectors: biases, gains of normalisations | `lr`·ratio | of gains without a bias (RMSNorm) |
-/// | other matrices: A's, weights that train whole | `lr` | yes |
+/// | other matrices: A's, AdaLoRA's E's, weights that train whole | `lr` | yes |
 pub(crate) fn groups(params: &Params, config: &TrainConfig) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for id in params.ids() {
@@ -33,7 +33,9 @@ pub(crate) fn groups(params: &Params, config: &TrainConfig) -> Vec<Group> {
         let (lr, spared) = match config.loraplus_lr_ratio {
             None => (config.lr, spared),
             Some(_) if EMBEDDING.iter().any(|end| name.ends_with(end)) => (config.loraplus_lr_embedding, spared),
-            Some(ratio) if vector || name.ends_with(B) => (config.lr * ratio, spared || is_spared(params, name)),
+            Some(ratio) if vector || B.iter().any(|end| name.ends_with(end)) => {
+                (config.lr * ratio, spared || is_spared(params, name))
+            }
             Some(_) => (config.lr, spared),
         };
         let group = Group { range: params.range(id), lr, weight_decay: if spared { 0.0 } else { config.weight_decay } };
@@ -47,7 +49,8 @@ pub(crate) fn groups(params: &Params, config: &TrainConfig) -> Vec<Group> {
     groups
 }
 
-const B: &str = ".lora_B.weight";
+/// LoRA's, and AdaLoRA's.
+const B: [&str; 2] = [".lora_B.weight", ".lora_B"];
 const EMBEDDING: [&str; 2] = [".lora_embedding_A", ".lora_embedding_B"];
 
 /// Whether PEFT's LoRA+ spares it: a bias, or a parameter of a LayerNorm, which is the normalisation with a bias.

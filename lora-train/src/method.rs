@@ -32,8 +32,8 @@ impl TrainConfig {
             exclude_modules: self.exclude_modules.clone(),
             layers_to_transform: self.layers_to_transform.clone(),
             layers_pattern: self.layers_pattern.clone(),
-            rank_pattern: self.rank_pattern.clone().into_iter().collect(),
-            alpha_pattern: self.alpha_pattern.clone().into_iter().collect(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
             modules_to_save: self.modules_to_save.clone(),
             bias: Bias::parse(&self.bias)?,
             use_dora: self.use_dora,
@@ -154,8 +154,8 @@ impl TrainConfig {
             exclude_modules: o.exclude_modules.clone(),
             layers_to_transform: o.layers_to_transform.clone(),
             layers_pattern: o.layers_pattern.clone(),
-            rank_pattern: o.rank_pattern.iter().cloned().collect(),
-            alpha_pattern: o.alpha_pattern.iter().cloned().collect(),
+            rank_pattern: o.rank_pattern.clone(),
+            alpha_pattern: o.alpha_pattern.clone(),
             modules_to_save: o.modules_to_save.clone(),
             bias: o.bias.word().into(),
             use_dora: o.use_dora,
@@ -307,6 +307,6 @@ const OF_TRAINING: [&str; 9] = [
     "orth-reg-weight",
 ];
 
-fn pattern<T: ToString>(pattern: &BTreeMap<String, T>) -> String {
+fn pattern<T: ToString>(pattern: &[(String, T)]) -> String {
     pattern.iter().map(|(key, value)| format!("{key}={}", value.to_string())).collect::<Vec<_>>().join(",")
 }

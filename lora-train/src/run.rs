@@ -7,7 +7,12 @@ use std::{
 
 use lora_core::peft::{AdaLoraSchedule, Adapted};
 use lora_kernels::{DType, Device};
-use lora_model::{Model, files, tokenizer::Tokenizer};
+use lora_model::{
+    Model,
+    adapter::{self, AdapterFile},
+    files,
+    tokenizer::Tokenizer,
+};
 
 use crate::{
     Encoder, Evaluation, Log, Place, Result, Step, TextJoiner, TrainConfig, Trainer,
@@ -114,12 +119,12 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let model = &*model;
     if config.row()?.options.contains(&"fuse") {
         for dir in &config.fuse {
-            let fused = lora_model::adapter::load(dir)?;
+            let fused = adapter::load(dir)?;
             fused.check_base(model.outline())?;
             match fused.check_same_base(model) {
                 Err(e) if config.strict => return Err(e.into()),
                 Err(e) => output.notes.push(format!("{}: {e}", dir.display())),
-                Ok(()) => {}
+                Ok(()) => note_unchecked(config, dir, &fused, &mut output),
             }
         }
     }
@@ -138,10 +143,11 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             adapted
         }
         Some(dir) => {
-            let mut file = lora_model::adapter::load(dir)?;
+            let mut file = adapter::load(dir)?;
             if config.strict {
                 file.check_same_base(model)?;
             }
+            note_unchecked(config, dir, &file, &mut output);
             config.clone().adopt(dir, &file, |_| true)?;
             file.options.dropout = config.dropout;
             let kept = std::mem::take(&mut file.options.adalora.kept);
@@ -179,6 +185,13 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
     let save = |dir: &Path, adapted: &Adapted| save_result(dir, model, &base_dir, adapted, config, task.as_ref());
     let run = Run { model, adapted, data: &data, valid: valid.as_ref(), output, save: &save };
     run.run(config, resume, observer)
+}
+
+/// Notes that `strict` could not check an adapter that remembers no base.
+fn note_unchecked(config: &TrainConfig, dir: &Path, file: &AdapterFile, output: &mut Output) {
+    if config.strict && file.base_fingerprint.is_none() {
+        output.notes.push(format!("strict: {}: {}", dir.display(), adapter::UNCHECKED));
+    }
 }
 
 /// A run whose inputs have been read.
@@ -320,9 +333,52 @@ pub fn save_result(
         let options = config.options()?;
         // Before the adapter, so that no adapter is there without it.
         task.map_or(Ok(()), |task| task.save(dir))?;
-        return Ok(lora_model::adapter::save(dir, &config.method, &options, adapted, model, Some(&base))?);
+        return Ok(adapter::save(dir, &config.method, &options, adapted, model, Some(&base))?);
     }
     model.save(dir, &adapted.merged(model)?)?;
     task.map_or(Ok(()), |task| task.name_labels(dir))?;
     Ok(Tokenizer::copy_files(base_dir, dir)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_core::peft::Layers;
+
+    use super::*;
+    use crate::data::{Goal, Sequence};
+
+    #[derive(Default)]
+    struct Notes(Vec<String>);
+
+    impl Observer for Notes {
+        fn note(&mut self, message: &str) {
+            self.0.push(message.to_owned());
+        }
+    }
+
+    /// A run whose adapters of the lowest layer nothing uses says so, once.
+    #[test]
+    fn a_run_names_what_no_gradient_reaches() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-model/tests/golden/gpt2/model");
+        let (model, dir) = (lora_model::load(&golden, &Device::Cpu).unwrap(), tempfile::tempdir().unwrap());
+        let sequence = Sequence { tokens: vec![5, 17, 9, 3, 42], second_from: 5, goal: Goal::After(1) };
+        let data = Dataset::new(vec![sequence; 2]);
+        let config =
+            TrainConfig { steps: Some(3), batch_size: 2, out: dir.path().join("out"), ..TrainConfig::default() };
+        let notes = |dropped: Layers| {
+            let config = TrainConfig { out: dir.path().join(dropped.to_string()), ..config.clone() };
+            let method = config.method_options().unwrap();
+            let mut adapted = Adapted::new(&*method, &*model, &Device::Cpu, DType::F32, 0).unwrap();
+            adapted.drop_layers(&dropped, model.outline()).unwrap();
+            let output = Output::open(&config, false).unwrap();
+            let run = Run { model: &*model, adapted, data: &data, valid: None, output, save: &|_, _| Ok(()) };
+            let mut notes = Notes::default();
+            run.run(&config, false, &mut notes).unwrap();
+            notes.0.retain(|note| note.contains("gradient"));
+            notes.0
+        };
+        assert!(notes(Layers::NONE).is_empty());
+        const NAMES: &str = "transformer.h.0.attn.c_attn.lora_A.weight, transformer.h.0.attn.c_attn.lora_B.weight";
+        assert_eq!(notes(Layers::First(1)), [format!("no gradient reaches {NAMES}: nothing trains them")]);
+    }
 }

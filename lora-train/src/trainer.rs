@@ -115,7 +115,8 @@ impl<'a> Trainer<'a> {
         self.done
     }
 
-    /// Parameters that the backward pass of the first step (of this life) did not reach; empty from the second on.
+    /// Parameters that the backward pass of the first step (of this life) did not reach; empty from the second on. AdaLoRA's
+    /// penalty reaches every A and B, so of a map that the loss does not reach its E alone is among them.
     pub fn unreached(&self) -> &[String] {
         &self.unreached
     }

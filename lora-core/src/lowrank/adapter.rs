@@ -37,7 +37,8 @@ impl Scaling {
 
 /// A low-rank update ΔW = s·B·A of a weight W₀ [out, in] (equation 3): A is [r, in], B is [out, r].
 ///
-/// Holds only what the mathematics can use: shapes that fit, 1 ≤ r ≤ min(out, in), finite numbers.
+/// Holds only what the mathematics can use: shapes that fit, r ≥ 1, finite numbers. r may be above min(out, in), the rank that
+/// ΔW itself can have.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank<T> {
     a: Array2<T>,
@@ -49,8 +50,7 @@ impl<T: Real> LowRank<T> {
     /// The update `scale`·`b`·`a` of A [r, in] and B [out, r].
     ///
     /// # Errors
-    /// [`Error::Shape`] if A and B disagree on r, [`Error::Rank`] if r is 0 or above min(out, in),
-    /// [`Error::NonFinite`] or [`Error::Scale`] for a NaN or an infinity in A, B or the scale.
+    /// [`Error::Shape`] if A and B disagree on r, [`Error::Rank`] if r is 0 or ΔW holds nothing, [`Error::NonFinite`] or [`Error::Scale`] for a NaN or an infinity in A, B or the scale.
     pub fn new(a: Array2<T>, b: Array2<T>, scale: f64) -> Result<Self> {
         let (rank, cols) = a.dim();
         let rows = b.nrows();
@@ -63,7 +63,7 @@ impl<T: Real> LowRank<T> {
                 rule: "A is [r, in] and B is [out, r], with one rank r",
             });
         }
-        check_rank(rank, rows.min(cols), (rows, cols))?;
+        check_rank(rank, (rows.min(cols) == 0).then_some(0), (rows, cols))?;
         if !scale.is_finite() {
             return Err(Error::Scale { scale });
         }
@@ -155,9 +155,9 @@ impl<T: Real> LowRank<T> {
     }
 }
 
-/// Refuses rank 0 and those above `most` for a ΔW of shape `dim`.
-pub(super) fn check_rank(rank: usize, most: usize, dim: (usize, usize)) -> Result<()> {
-    if rank == 0 || rank > most {
+/// Refuses rank 0 and those above `most`, where there is a highest one, for a ΔW of shape `dim`.
+pub(super) fn check_rank(rank: usize, most: Option<usize>, dim: (usize, usize)) -> Result<()> {
+    if rank == 0 || most.is_some_and(|most| rank > most) {
         return Err(Error::Rank { rank, most, shape: dim.into() });
     }
     Ok(())

@@ -69,7 +69,8 @@ pub enum Combination {
     /// To the factors, which need one rank: A from all Aₖ with weights ±√|wₖ·sₖ|, B from all Bₖ with weights √|wₖ·sₖ|.
     /// Cheap, and no more than near Σ wₖ·ΔWₖ: products of Bₖ with another's A come in.
     Factors(Rule),
-    /// To ΔWₖ = sₖ·Bₖ·Aₖ with weights wₖ; the result is cut to a rank by its SVD.
+    /// To ΔWₖ = sₖ·Bₖ·Aₖ with weights wₖ; the result is cut to a rank by its SVD. Of a rank above min(out, in) the further
+    /// directions are zero.
     Delta(Rule, usize),
 }
 
@@ -81,8 +82,8 @@ pub enum Combination {
 ///
 /// # Errors
 /// [`Error::Nothing`] for no updates; [`Error::Shape`] when they are of different shapes, or of different ranks where
-/// factors are summed; [`Error::Density`], [`Error::Scale`] for weights that are no numbers; [`Error::Rank`] for a rank
-/// that a ΔW of this shape cannot have; [`Error::NonFinite`] when a result overflows `T`.
+/// factors are summed; [`Error::Density`], [`Error::Scale`] for weights that are no numbers; [`Error::Rank`] for rank 0;
+/// [`Error::NonFinite`] when a result overflows `T`.
 pub fn combine<T: Real>(updates: &[(f64, &LowRank<T>)], how: Combination) -> Result<Truncated<T>> {
     let Some((_, first)) = updates.first() else { return Err(Error::Nothing) };
     for (weight, update) in updates {
@@ -120,15 +121,16 @@ pub fn combine<T: Real>(updates: &[(f64, &LowRank<T>)], how: Combination) -> Res
         Combination::Delta(rule, rank) => {
             check(rule)?;
             let (out, cols) = first.dim();
-            check_rank(rank, out.min(cols), (out, cols))?;
-            if rule == Rule::Linear {
+            check_rank(rank, None, (out, cols))?;
+            let svd = if rule == Rule::Linear {
                 let (a, b) = cat(updates);
-                let svd = svd_of_factors(b.view(), a.view(), 1.0)?;
-                return svd.truncate(rank.min(svd.sigma.len())).and_then(|cut| padded(cut, rank));
-            }
-            let deltas = updates.iter().map(|(_, u)| product(u.scale(), widen(u.b()).view(), widen(u.a()).view()));
-            let weights: Vec<f64> = updates.iter().map(|(w, _)| *w).collect();
-            svd(apply(rule, deltas.collect(), &weights, 2).view())?.truncate(rank)
+                svd_of_factors(b.view(), a.view(), 1.0)?
+            } else {
+                let deltas = updates.iter().map(|(_, u)| product(u.scale(), widen(u.b()).view(), widen(u.a()).view()));
+                let weights: Vec<f64> = updates.iter().map(|(w, _)| *w).collect();
+                svd(apply(rule, deltas.collect(), &weights, 2).view())?
+            };
+            padded(svd.truncate(rank.min(svd.sigma.len()))?, rank)
         }
     }
 }

@@ -22,13 +22,14 @@ pub enum Error {
         rule: &'static str,
     },
 
-    /// The rank is 0, or larger than a matrix of this shape can have.
+    /// The rank is 0, or larger than what is cut to it can have.
     #[error("rank {rank} is impossible for a ΔW of shape {shape:?}: {}", choice(*most))]
     Rank {
         /// The rank that was asked for.
         rank: usize,
-        /// The highest rank there is: min(out, in), or the number of singular values of an [`Svd`](super::Svd).
-        most: usize,
+        /// The highest rank there is, where there is one: min(out, in), or the number of singular values of an
+        /// [`Svd`](super::Svd).
+        most: Option<usize>,
         /// The shape of ΔW, [out, in].
         shape: [usize; 2],
     },
@@ -92,10 +93,11 @@ pub enum Error {
     },
 }
 
-fn choice(most: usize) -> String {
+fn choice(most: Option<usize>) -> String {
     match most {
-        0 => "it holds nothing".to_owned(),
-        1 => "only rank 1 is possible".to_owned(),
-        _ => format!("choose one from 1 to {most}"),
+        None => "a rank is at least 1".to_owned(),
+        Some(0) => "it holds nothing".to_owned(),
+        Some(1) => "only rank 1 is possible".to_owned(),
+        Some(most) => format!("choose one from 1 to {most}"),
     }
 }

@@ -29,7 +29,7 @@ pub fn pissa_by_iterations<T: Real>(
     scale: f64,
 ) -> Result<LowRank<T>> {
     let (out, cols) = w.dim();
-    check_rank(omega.ncols(), out.min(cols), (out, cols))?;
+    check_rank(omega.ncols(), Some(out.min(cols)), (out, cols))?;
     check_finite("W", w)?;
     let w = widen(w);
     let wt = widen(w.t());
@@ -62,7 +62,7 @@ fn principal<T: Real>(mut svd: Svd, rank: usize, scale: f64) -> Result<LowRank<T
 /// [`Error::Scale`](super::Error::Scale) for a scale that is not finite.
 pub fn olora<T: Real>(w: ArrayView2<'_, T>, rank: usize, scale: f64) -> Result<LowRank<T>> {
     let (out, cols) = w.dim();
-    check_rank(rank, out.min(cols), (out, cols))?;
+    check_rank(rank, Some(out.min(cols)), (out, cols))?;
     check_finite("W", w)?;
     let (mut q, mut r) = thin_qr(widen(w).view());
     for i in 0..rank {

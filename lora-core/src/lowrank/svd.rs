@@ -42,7 +42,7 @@ pub fn svd<T: Real>(m: ArrayView2<'_, T>) -> Result<Svd> {
     Ok(Svd { u, sigma, v }.with_signs())
 }
 
-/// The SVD of ΔW = s·B·A through its factors, with k = r: O((out + in)·r²) and never an [out, in] array.
+/// The SVD of ΔW = s·B·A through its factors, with k = min(out, r, in): O((out + in)·r²) and never an [out, in] array.
 ///
 /// B = Q_B·R_B and Aᵀ = Q_A·R_A; the small s·R_B·R_Aᵀ [r, r] = U'·diag(σ)·V'ᵀ gives U = Q_B·U' and V = Q_A·V'.
 ///
@@ -71,7 +71,7 @@ pub(super) fn svd_of_factors(b: ArrayView2<'_, f64>, a: ArrayView2<'_, f64>, sca
 /// [`Error::Rank`](super::Error::Rank) if `rank` is 0 or above min(out, in), and those of [`svd`].
 pub fn truncate<T: Real>(delta: ArrayView2<'_, T>, rank: usize) -> Result<Truncated<T>> {
     let (rows, cols) = delta.dim();
-    check_rank(rank, rows.min(cols), (rows, cols))?;
+    check_rank(rank, Some(rows.min(cols)), (rows, cols))?;
     svd(delta)?.truncate(rank)
 }
 
@@ -82,7 +82,7 @@ impl Svd {
     /// [`Error::Rank`](super::Error::Rank) if `rank` is 0 or above k, [`Error::NonFinite`](super::Error::NonFinite) if a
     /// factor overflows `T`.
     pub fn truncate<T: Real>(&self, rank: usize) -> Result<Truncated<T>> {
-        check_rank(rank, self.sigma.len(), (self.u.nrows(), self.v.nrows()))?;
+        check_rank(rank, Some(self.sigma.len()), (self.u.nrows(), self.v.nrows()))?;
         // √σ on both sides keeps A and B equally large, as the factors of training are not.
         let (kept, dropped) = self.sigma.view().split_at(Axis(0), rank);
         let root = kept.mapv(f64::sqrt);

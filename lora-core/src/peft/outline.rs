@@ -1,4 +1,4 @@
-use std::{fmt, ops::Range};
+use std::{collections::BTreeMap, fmt, ops::Range};
 
 use lora_kernels::DType;
 
@@ -25,6 +25,9 @@ pub struct Outline {
     /// Modules that train with every method, and are saved whole beside the adapter (PEFT's `modules_to_save`): the head
     /// of a classifier, which begins at random.
     pub modules_to_save: Vec<String>,
+    /// By name some elements of weights that were rounded to f16 when they were loaded, as they were before: those that tell
+    /// the base from others, whatever the type of its weights.
+    pub before_rounding: BTreeMap<String, Vec<f32>>,
 }
 
 /// A weight of a model.

@@ -243,7 +243,12 @@ impl Selection {
         {
             return Ok(true);
         }
-        if self.layers.is_empty() {
+        // As in PEFT, a module that a target names from its beginning is adapted in any layer.
+        let whole = |target: &String| {
+            let rest = target.strip_prefix(module);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        if self.layers.is_empty() || matches!(&self.targets, Matcher::Names(targets) if targets.iter().any(whole)) {
             return Ok(false);
         }
         Ok(self.layer(module)?.is_none_or(|layer| !self.layers.contains(&layer)))

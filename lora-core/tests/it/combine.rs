@@ -119,6 +119,25 @@ fn dropping_keeps_the_expectation_and_follows_its_seed() {
     assert_eq!(both.a().iter().map(|x| *x as u8).collect::<std::collections::BTreeSet<_>>(), [0, 2, 4].into());
 }
 
+/// Above the smaller side nothing is cut, and nothing is refused.
+#[test]
+fn ranks_above_the_smaller_side_hold_the_whole_sum() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let (u, v) = (random(&mut rng, (4, 5, 6), 0.5), random(&mut rng, (4, 5, 3), 2.0));
+    let sum = u.delta() * 0.7 + v.delta() * -0.2;
+    let density = 1.0;
+    for (how, rank) in [
+        (Combination::Cat, 9),
+        (Combination::Delta(Rule::Linear, 9), 9),
+        (Combination::Delta(Rule::MagnitudePrune { density }, 7), 7),
+    ] {
+        let merged = lowrank::combine(&[(0.7, &u), (-0.2, &v)], how).unwrap();
+        assert_eq!(merged.adapter.rank(), rank, "{how:?}");
+        let off = norm(&(merged.adapter.delta() - &sum)) / norm(&sum);
+        assert!(off < 1e-13 && merged.error < 1e-13, "{how:?}: {off:e}, {:e}", merged.error);
+    }
+}
+
 #[test]
 fn what_cannot_be_combined_says_why() {
     let mut rng = ChaCha8Rng::seed_from_u64(4);
@@ -131,9 +150,7 @@ fn what_cannot_be_combined_says_why() {
         (refused(&[(1.0, &u), (1.0, &other)], Combination::Cat), "one shape"),
         (refused(&[(1.0, &u), (1.0, &wide)], linear), "one rank"),
         (refused(&[(f64::NAN, &u)], linear), "NaN"),
-        (refused(&[(1.0, &u)], Combination::Delta(Rule::Linear, 5)), "rank 5"),
         (refused(&[(1.0, &u)], Combination::Delta(Rule::Linear, 0)), "rank 0"),
-        (refused(&[(1.0, &u), (1.0, &wide)], Combination::Cat), "rank 5"),
         (refused(&[(1.0, &u)], Combination::Factors(Rule::MagnitudePrune { density: 0.0 })), "density 0"),
         (refused(&[(1.0, &u)], Combination::Factors(Rule::MagnitudePrune { density: 1.5 })), "density 1.5"),
         (refused(&[(1.0, &u)], Combination::Delta(Rule::DareLinear { density: f64::NAN, seed: 0 }, 1)), "density NaN"),

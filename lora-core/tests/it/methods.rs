@@ -148,6 +148,9 @@ const VARIANTS: &[(&str, Change)] = &[
     ("embeddings alone, of a rank above their width", |o| {
         (o.targets, o.rank_pattern) = (targets(&["wte"]), vec![("wte".into(), D + 1)]);
     }),
+    ("ranks above the smaller side of a module, and above both", |o| {
+        (o.rank, o.rank_pattern) = (D + 1, vec![("c_attn".into(), 4 * D)]);
+    }),
     ("embeddings beside PiSSA", |o| (o.targets, o.init_lora_weights) = (targets(&["wte", "c_proj"]), PISSA)),
     ("all linear maps", |o| o.targets = Modules::AllLinear),
     ("a regular expression", |o| o.targets = Modules::Regex(r".*\.c_(?!attn)\w+".into())),
@@ -193,7 +196,6 @@ const VARIANTS: &[(&str, Change)] = &[
 /// Options that are senseless to whoever reads them.
 const BAD: &[(&str, Change)] = &[
     ("rank", |o| o.rank = 0),
-    ("rank", |o| o.rank = D + 1),
     ("rank", |o| o.rank = usize::MAX),
     ("alpha", |o| o.alpha = f64::NAN),
     ("alpha", |o| o.alpha = f64::INFINITY),
@@ -205,7 +207,6 @@ const BAD: &[(&str, Change)] = &[
     ("targets", |o| o.targets = targets(&[" "])),
     ("target", |o| o.targets = targets(&["c_attn", "query"])),
     ("target", |o| o.targets = targets(&["c_attn.x"])),
-    ("rank or target", |o| (o.targets, o.rank) = (targets(&["wte", "c_attn", "c_proj"]), D + 1)),
     ("use-dora or target", |o| (o.targets, o.use_dora) = (targets(&["wte", "c_attn", "c_proj"]), true)),
     ("target", |o| o.targets = targets(&["c_attn", "c_attn.q"])),
     ("targets", |o| o.targets = Modules::Regex("(c_attn".into())),
@@ -221,12 +222,12 @@ const BAD: &[(&str, Change)] = &[
     ("rank-pattern", |o| o.rank_pattern = vec![("c_attn".into(), 0)]),
     ("rank-pattern", |o| o.rank_pattern = vec![("query".into(), 2)]),
     ("rank-pattern", |o| o.rank_pattern = vec![("*".into(), 2)]),
-    ("rank", |o| o.rank_pattern = vec![("c_attn".into(), D + 1)]),
+    ("rank-pattern", |o| o.rank_pattern = vec![("c_attn".into(), usize::MAX)]),
     ("alpha-pattern", |o| o.alpha_pattern = vec![("c_attn".into(), f64::NAN)]),
     ("alpha-pattern", |o| o.alpha_pattern = vec![("wte".into(), 2.0)]),
     ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Orthogonal, 3)),
-    ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Olora, 3)),
-    ("init-lora-weights", |o| (o.init_lora_weights, o.rank_pattern) = (PISSA, vec![("c_proj".into(), 3)])),
+    ("init-lora-weights", |o| (o.init_lora_weights, o.rank) = (InitLoraWeights::Olora, D + 1)),
+    ("init-lora-weights", |o| (o.init_lora_weights, o.rank_pattern) = (PISSA, vec![("c_proj".into(), D + 1)])),
     ("fan-in-fan-out", |o| o.fan_in_fan_out = Some(false)),
     ("fan-in-fan-out", |o| o.fan_in_fan_out = Some(true)),
     ("feedforward-modules", |o| o.feedforward_modules = targets(&["c_fc"])),
@@ -491,9 +492,9 @@ fn bad_options_are_refused_by_whoever_reads_them() {
             if *option == "init-lora-weights" && !row.options.contains(option) {
                 continue;
             }
-            // In LoKr what no rank cuts is one whole factor, and VeRA's matrices may be wider than a map.
-            let above = o.rank == D + 1 || o.rank_pattern.iter().any(|(_, r)| *r > D);
-            if above && ["lokr", "vera"].contains(&row.name) || o.rank == usize::MAX && row.name == "lokr" {
+            // In LoKr what no rank cuts is one whole factor.
+            let largest = o.rank == usize::MAX || o.rank_pattern.iter().any(|(_, r)| *r == usize::MAX);
+            if largest && row.name == "lokr" {
                 continue;
             }
             match output(&o) {

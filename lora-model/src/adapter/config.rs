@@ -174,7 +174,6 @@ impl PeftConfig {
         if !(0.0..1.0).contains(&dropout) {
             return Err(raw.error("lora_dropout", format_args!("a dropout rate is in [0, 1), found {dropout}")));
         }
-        check_rank(raw, "r", rank)?;
         check_alpha(raw, "lora_alpha", alpha)?;
         let task_type = raw.str("task_type")?.map(str::to_owned);
         let modules_to_save = strings(raw, "modules_to_save")?.unwrap_or_default();
@@ -186,7 +185,7 @@ impl PeftConfig {
             dropout,
             rslora: raw.bool("use_rslora")?.unwrap_or(false),
             targets: read_modules(raw, "target_modules")?.unwrap_or_default(),
-            exclude_modules: read_modules(raw, "exclude_modules")?.unwrap_or_default(),
+            exclude_modules: some_modules(raw, "exclude_modules")?,
             layers_to_transform: one_or_more(raw, "layers_to_transform", "a layer's number", |v| {
                 v.as_u64()?.try_into().ok()
             })?,
@@ -206,7 +205,6 @@ impl PeftConfig {
             // The base knows better; PEFT too sets a wrong one right.
             fan_in_fan_out: None,
         };
-        lora.rank_pattern.iter().try_for_each(|(_, r)| check_rank(raw, "rank_pattern", *r))?;
         lora.alpha_pattern.iter().try_for_each(|(_, a)| check_alpha(raw, "alpha_pattern", *a))?;
         let base_model = raw.str("base_model_name_or_path")?.map(str::to_owned);
         Ok(PeftConfig { lora, base_model, modules_to_save, task_type })
@@ -289,14 +287,6 @@ pub(super) fn number(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
 }
 
-fn check_rank(raw: &RawConfig, key: &str, r: usize) -> Result<()> {
-    const LARGEST: usize = 1 << 20;
-    if r == 0 || r > LARGEST {
-        return Err(raw.error(key, format_args!("a rank is from 1 to the smaller side of the matrix, found {r}")));
-    }
-    Ok(())
-}
-
 fn check_alpha(raw: &RawConfig, key: &str, alpha: f64) -> Result<()> {
     const LARGEST: f64 = 1e9;
     if !(alpha > 0.0 && alpha <= LARGEST) {
@@ -319,6 +309,15 @@ pub(super) fn read_modules(raw: &RawConfig, key: &str) -> Result<Option<Modules>
             key,
             format_args!("expected a list of names, a regular expression, or \"all-linear\", found {other}"),
         )),
+    }
+}
+
+/// The same where an empty list, or text, is none.
+pub(super) fn some_modules(raw: &RawConfig, key: &str) -> Result<Modules> {
+    match raw.value(key) {
+        Some(Value::Array(list)) if list.is_empty() => Ok(Modules::default()),
+        Some(Value::String(text)) if text.is_empty() => Ok(Modules::default()),
+        _ => Ok(read_modules(raw, key)?.unwrap_or_default()),
     }
 }
 

@@ -1,10 +1,11 @@
 //! Adapters on disk, as PEFT reads and writes them: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 //!
 //! PEFT skips what it does not understand. Here every tensor is used, or refused by name; so is every option that would
-//! compute something else than plain LoRA.
+//! compute something that is not done here. `adapter_model.bin`, PEFT's older format, is read in place of a missing
+//! `adapter_model.safetensors`, without running anything ([`read_state_dict`](crate::convert::read_state_dict)).
 //!
 //! # Other methods
-//! PEFT has no name for most methods of the table ([`METHODS`](lora_core::peft::METHODS)). They are saved in the same two
+//! PEFT has no name for some methods of the table ([`METHODS`](lora_core::peft::METHODS)). They are saved in the same two
 //! files, where the configuration has `method` and the options of that method instead of `peft_type`: PEFT refuses such a
 //! folder rather than ignoring it.
 //!
@@ -18,6 +19,7 @@
 mod combine;
 mod config;
 mod extract;
+mod file;
 mod options;
 mod own;
 mod peft;
@@ -35,20 +37,16 @@ use std::{
 use lora_core::{
     Tensor,
     lowrank::{self, Layout, LowRank, Scaling},
-    peft::{Adapted, Base, InitLoraWeights, Lora, LoraConfig, Method, MethodRow, Options, Outline, find},
+    peft::{Adapted, Base, InitLoraWeights, Lora, LoraConfig, Method, MethodRow, Options, Outline, find, trainable},
 };
 use lora_kernels::{Device, all_finite};
 use ndarray::s;
 
-use crate::{
-    Error, Result,
-    checkpoint::{TensorFile, TensorInfo},
-    config::RawConfig,
-    fingerprint,
-};
+use crate::{Error, Result, checkpoint::TensorInfo, config::RawConfig, fingerprint};
 
 pub use combine::{COMBINATIONS, Combined, Recipe, Weighted, check_one_base, combine};
 pub use extract::{Extracted, Extraction, extract};
+use file::AdapterTensors;
 pub use rounding::{Rounding, rounding};
 pub use save::{metadata, save, stored_name};
 pub use several::Adapters;
@@ -71,10 +69,21 @@ pub const ARCHITECTURE_KEY: &str = "architecture";
 /// [fingerprint](crate::fingerprint::of_base).
 pub const FINGERPRINT_KEY: &str = "base_fingerprint";
 
+/// What there is to say of an adapter without a [`FINGERPRINT_KEY`], as PEFT's are, where a check was asked for.
+pub const UNCHECKED: &str =
+    "it holds no fingerprint of the base that it was trained on, so nothing tells whether this is that base";
+
 /// What PEFT puts before the name of every module.
 pub const PREFIX: &str = "base_model.model.";
-/// The same tensors in a format that is not read.
-const PICKLED_FILE: &str = "adapter_model.bin";
+
+/// Name, type and shape of all tensors of the adapter in a folder, as they are stored.
+///
+/// # Errors
+/// Those of [`load`] about the file of the tensors.
+pub fn stored_tensors(dir: &Path) -> Result<Vec<TensorInfo>> {
+    let file = AdapterTensors::open(dir)?;
+    Ok(file.names().filter_map(|name| file.info(name)).collect())
+}
 
 /// An adapter as it was read, before it meets a base.
 #[derive(Debug)]
@@ -108,9 +117,9 @@ pub fn is_adapter(dir: &Path) -> bool {
 ///
 /// # Errors
 /// [`Error::Config`] names the key of an option that is senseless or not supported; [`Error::Io`] the file that is
-/// missing; [`Error::PickledAdapter`] a `.bin` file; [`Error::Weights`] and [`Error::DType`] the tensor that does not
-/// belong to the method, has another rank than the configuration says, or holds a NaN or an infinity;
-/// [`Error::TensorNames`] those that lack their partner.
+/// missing; [`Error::Weights`] and [`Error::DType`] the tensor that does not belong to the method, has another rank than the
+/// configuration says, means the same as another, or holds a NaN or an infinity; [`Error::TensorNames`] those that lack
+/// their partner.
 pub fn load(dir: &Path) -> Result<AdapterFile> {
     let raw = RawConfig::from_file(&dir.join(CONFIG_FILE))?;
     let own = raw.value(own::METHOD_KEY).is_some();
@@ -118,11 +127,7 @@ pub fn load(dir: &Path) -> Result<AdapterFile> {
     if !own && kind.is_none() {
         options::check(&raw)?;
     }
-    let path = dir.join(WEIGHTS_FILE);
-    if !path.exists() && dir.join(PICKLED_FILE).exists() {
-        return Err(Error::PickledAdapter { file: dir.join(PICKLED_FILE) });
-    }
-    let file = TensorFile::open(&path)?;
+    let file = AdapterTensors::open(dir)?;
     let mut adapter = match kind {
         _ if own => own::load(raw, &file),
         Some(kind) => kind.load(raw, &file),
@@ -133,8 +138,8 @@ pub fn load(dir: &Path) -> Result<AdapterFile> {
 }
 
 /// A tensor of an adapter, which has to be all numbers.
-fn finite(file: &TensorFile, info: &TensorInfo) -> Result<Tensor> {
-    let t = file.tensor(&info.stored_name, &info.shape, &Device::Cpu)?;
+fn finite(file: &AdapterTensors, info: &TensorInfo) -> Result<Tensor> {
+    let t = file.tensor(info)?;
     if all_finite(t.mat())? {
         return Ok(t);
     }
@@ -142,30 +147,64 @@ fn finite(file: &TensorFile, info: &TensorInfo) -> Result<Tensor> {
     Err(Error::Weights { file: file.path().to_owned(), problem })
 }
 
+/// Refuses a tensor whose rank, the length of a dimension, is not what the configuration says: before anything is made as
+/// large as that says.
+fn check_rank(file: &AdapterTensors, raw: &RawConfig, info: &TensorInfo, dimension: usize, r: usize) -> Result<()> {
+    let found = info.shape.get(dimension).copied().unwrap_or_default();
+    if found == r {
+        return Ok(());
+    }
+    let problem = format!(
+        "tensor {} has shape {:?}, so its rank is {found}, but {} says that it is {r}; the two files belong to different \
+         adapters",
+        info.stored_name,
+        info.shape,
+        raw.path().display()
+    );
+    Err(Error::Weights { file: file.path().to_owned(), problem })
+}
+
+/// An error about two tensors of a file that mean the same parameter.
+fn twice(file: &AdapterTensors, first: &str, second: &str) -> Error {
+    let problem = format!("tensors {first} and {second} are the same parameter; a file holds one adapter");
+    Error::Weights { file: file.path().to_owned(), problem }
+}
+
 /// An error about an option, by its key in the configuration.
 fn refused(raw: &RawConfig, e: lora_core::Error) -> Error {
+    let is_own = raw.value(own::METHOD_KEY).is_some();
     match &e {
         lora_core::Error::Option { option, value, why } => {
-            let own = option.replace('-', "_");
-            let key = match *option {
-                "rank" if raw.value("r").is_some() => "r",
-                "alpha" if raw.value("lora_alpha").is_some() => "lora_alpha",
-                "dropout" if raw.value("lora_dropout").is_some() => "lora_dropout",
-                "targets" if raw.value("target_modules").is_some() => "target_modules",
-                "prefix" if raw.value("num_virtual_tokens").is_some() => "num_virtual_tokens",
-                _ => own.as_str(),
+            // PEFT's names for what has another here.
+            let theirs: &[&str] = match *option {
+                _ if is_own => &[],
+                "rank" => &["r"],
+                "alpha" => &["lora_alpha", "alpha"],
+                "dropout" => &["lora_dropout", "vera_dropout"],
+                "rslora" => &["use_rslora"],
+                "targets" => &["target_modules"],
+                "prefix" => &["num_virtual_tokens"],
+                "delta-t" => &["deltaT"],
+                "adalora-beta1" => &["beta1"],
+                "adalora-beta2" => &["beta2"],
+                _ => &[],
             };
+            let own = option.replace('-', "_");
+            let there = theirs.iter().find(|key| raw.value(key).is_some());
+            let key = there.or(theirs.first()).copied().unwrap_or(&own);
             raw.error(key, format_args!("{value}: {why}"))
         }
         lora_core::Error::NoSuchTarget { .. } | lora_core::Error::OverlappingTargets { .. } => {
-            let key = if raw.value("target_modules").is_some() { "target_modules" } else { "targets" };
-            raw.error(key, e)
+            raw.error(if is_own { "targets" } else { "target_modules" }, e)
         }
-        lora_core::Error::DoesNotFit { .. } | lora_core::Error::NothingTrainable { .. } => {
-            raw.error(own::METHOD_KEY, e)
-        }
+        lora_core::Error::DoesNotFit { .. } | lora_core::Error::NothingTrainable { .. } => raw.error(kind_key(raw), e),
         _ => Error::Core(e),
     }
+}
+
+/// The key that says what kind of adapter it is.
+fn kind_key(raw: &RawConfig) -> &'static str {
+    if raw.value(own::METHOD_KEY).is_some() { own::METHOD_KEY } else { "peft_type" }
 }
 
 /// [`load`] and [`AdapterFile::attach`].
@@ -216,7 +255,8 @@ impl AdapterFile {
         Ok(())
     }
 
-    /// Refuses a base that is not the one that it was trained on, by its fingerprint, as far as its files tell.
+    /// Refuses a base that is not the one that it was trained on, by its fingerprint, as far as its files tell: PEFT's hold none
+    /// ([`UNCHECKED`]).
     ///
     /// # Errors
     /// [`Error::Adapters`].
@@ -236,7 +276,9 @@ impl AdapterFile {
         if let Err(e) = self.check_same_base(base) {
             tracing::warn!("{}: {e}", self.weights.display());
         }
-        let adapted = Adapted::new(&*self.build()?, base, device, base.dtype(), 0);
+        let method = self.build()?;
+        self.check_size(&*method, base.outline())?;
+        let adapted = Adapted::new(&*method, base, device, base.dtype(), 0);
         let mut adapted = adapted.map_err(|e| self.refused(e))?;
         let wanted: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
         self.check_repeated(base, &wanted)?;
@@ -253,6 +295,22 @@ impl AdapterFile {
             e => Error::Core(e),
         })?;
         Ok(adapted)
+    }
+
+    /// Refuses options that ask for far more than the file holds, before any memory is taken for it. What it lacks of less,
+    /// [`check`](AdapterFile::check) says by name.
+    fn check_size(&self, method: &dyn Method, outline: &Outline) -> Result<()> {
+        const NAMED: usize = 1 << 26;
+        let asked = trainable(method, outline).map_err(|e| self.refused(e))?;
+        let held: usize = self.tensors.values().map(Tensor::len).sum();
+        if asked <= held.saturating_add(NAMED) {
+            return Ok(());
+        }
+        let problem = format!(
+            "it holds {held} numbers, and by {} an adapter of this base has {asked}; the two files belong to different adapters",
+            self.raw.path().display()
+        );
+        Err(Error::Weights { file: self.weights.clone(), problem })
     }
 
     /// Refuses a base that has not the tensors that the file repeats: PEFT would put the file's over them. Of a weight that

@@ -1,4 +1,4 @@
-//! The keys of `adapter_config.json` that ask for something else than plain LoRA.
+//! What `adapter_config.json` of a LoRA may ask for, and what of it is not done here.
 
 use serde_json::Value;
 
@@ -76,7 +76,7 @@ pub(super) fn kind(raw: &RawConfig) -> Result<Option<Kind>> {
     Ok(kind)
 }
 
-/// Refuses an adapter that is not plain LoRA, naming the key.
+/// Refuses what is not done here, naming the key.
 pub(super) fn check(raw: &RawConfig) -> Result<()> {
     super::config::read_init(raw)?;
     const CHECKED: [&str; 3] = ["peft_type", "task_type", "init_lora_weights"];

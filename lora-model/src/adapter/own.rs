@@ -9,17 +9,18 @@ use std::collections::BTreeMap;
 
 use lora_core::{
     Tensor,
-    peft::{Bias, Frozen, Layers, MethodRow, Modules, Options, Outline, find, non_linearity},
+    peft::{Bias, Frozen, Layers, MethodRow, Options, Outline, find, non_linearity},
 };
 use lora_kernels::Activation;
 use serde_json::{Map, Value, json};
 
 use super::{
-    AdapterFile, PREFIX,
-    config::{alphas_of, init_value, modules, one_or_more, pattern, ranks, read_init, read_modules},
+    AdapterFile, AdapterTensors, PREFIX,
+    config::{alphas_of, init_value, modules, one_or_more, pattern, ranks, read_init, some_modules},
     finite, refused,
+    types::Kind,
 };
-use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig};
+use crate::{Error, Result, config::RawConfig};
 
 /// Options that methods have come to read later: a configuration without them means their defaults.
 const LATER: &[&str] = &[
@@ -90,11 +91,15 @@ fn value(o: &Options, option: &str) -> Value {
 }
 
 /// The adapter of a configuration that was read, and of the tensors beside it.
-pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
+pub(super) fn load(raw: RawConfig, file: &AdapterTensors) -> Result<AdapterFile> {
     let name = raw.str(METHOD_KEY)?.unwrap_or_default();
     let row = find(name).map_err(|e| raw.error(METHOD_KEY, e))?;
     if row.whole_model {
         return Err(raw.error(METHOD_KEY, format_args!("{name} has no adapter: its result is a whole model")));
+    }
+    if let Some(word) = Kind::alone(row.name) {
+        let problem = format!("adapters of {name} are always in PEFT's format, with peft_type = {word:?}");
+        return Err(raw.error(METHOD_KEY, problem));
     }
     let mut tensors: BTreeMap<String, Tensor> = BTreeMap::new();
     for key in file.names() {
@@ -187,14 +192,6 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         other => panic!("an option of a method that its files do not know: {other}"),
     }
     Ok(())
-}
-
-/// Names, which may be none, or a text.
-fn some_modules(raw: &RawConfig, key: &str) -> Result<Modules> {
-    match raw.value(key) {
-        Some(Value::Array(list)) if list.is_empty() => Ok(Modules::default()),
-        _ => Ok(read_modules(raw, key)?.unwrap_or_default()),
-    }
 }
 
 /// A whole number, perhaps a negative one.

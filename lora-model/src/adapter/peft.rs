@@ -10,13 +10,11 @@ use lora_kernels::Device;
 use ndarray::{Axis, concatenate};
 use serde::{Deserialize, Serialize};
 
-use super::{ARCHITECTURE_KEY, AdapterFile, PARTS_KEY, PREFIX, config::PeftConfig, finite, refused};
-use crate::{
-    Error, Result,
-    checkpoint::{TensorFile, TensorInfo},
-    config::RawConfig,
-    error::List,
+use super::{
+    ARCHITECTURE_KEY, AdapterFile, AdapterTensors, PARTS_KEY, PREFIX, check_rank, config::PeftConfig, finite, refused,
+    twice,
 };
+use crate::{Error, Result, checkpoint::TensorInfo, config::RawConfig, error::List};
 
 /// The value of [`PARTS_KEY`].
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,7 +53,7 @@ pub(super) fn stored_name(name: &str, is_adapted: impl Fn(&str) -> bool) -> Stri
 }
 
 /// The adapter of a configuration that was read, and of the tensors beside it.
-pub(super) fn load(raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
+pub(super) fn load(raw: RawConfig, file: &AdapterTensors) -> Result<AdapterFile> {
     let config = PeftConfig::of_raw(&raw)?;
     let lora = Lora::new(config.lora.clone()).map_err(|e| refused(&raw, e))?;
     let Tensors { pairs: modules, others, repeated } = modules(file, &config)?;
@@ -161,14 +159,18 @@ struct Tensors {
 }
 
 /// All tensors of a file, by what they are.
-fn modules(file: &TensorFile, config: &PeftConfig) -> Result<Tensors> {
+fn modules(file: &AdapterTensors, config: &PeftConfig) -> Result<Tensors> {
     let bad = |problem| Err(Error::Weights { file: file.path().to_owned(), problem });
     let mut found: BTreeMap<String, ([&'static str; 2], [Option<TensorInfo>; 2])> = BTreeMap::new();
-    let (mut whole, mut repeated, mut strange) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+    let (mut whole, mut repeated, mut strange) = (BTreeMap::<String, String>::new(), BTreeMap::new(), Vec::new());
     for key in file.names() {
         let Some((module, kind, factor)) = parse(key) else {
             match own_name(key, config) {
-                Other::Of(own) => drop(whole.insert(own, key.to_owned())),
+                Other::Of(own) => {
+                    if let Some(first) = whole.insert(own, key.to_owned()) {
+                        return Err(twice(file, &first, key));
+                    }
+                }
                 Other::Copy => {}
                 Other::OfBase(own) => drop(repeated.insert(own, key.to_owned())),
                 Other::Strange => strange.push(key.to_owned()),
@@ -181,10 +183,7 @@ fn modules(file: &TensorFile, config: &PeftConfig) -> Result<Tensors> {
         }
         let place = &mut factors[factor];
         if let Some(first) = place {
-            return bad(format!(
-                "tensors {} and {key} are the same factor of one module; a file holds one adapter",
-                first.stored_name
-            ));
+            return Err(twice(file, &first.stored_name, key));
         }
         *place = file.info(key);
     }
@@ -217,6 +216,14 @@ fn modules(file: &TensorFile, config: &PeftConfig) -> Result<Tensors> {
 /// The end of the names of DoRA's lengths.
 const MAGNITUDE: &str = ".lora_magnitude_vector";
 
+/// The module of DoRA's lengths, which may have the adapter's name and `.weight` behind them.
+fn magnitude(name: &str) -> Option<&str> {
+    let (module, rest) = name.rsplit_once(MAGNITUDE)?;
+    let rest = rest.strip_suffix(".weight").unwrap_or(rest);
+    (rest.is_empty() || rest.strip_prefix('.').is_some_and(|name| !name.is_empty() && !name.contains('.')))
+        .then_some(module)
+}
+
 /// What a tensor is that is no factor.
 enum Other {
     /// This tensor of the base.
@@ -239,10 +246,12 @@ fn own_name(key: &str, config: &PeftConfig) -> Other {
     if let Some(module) = name.strip_suffix(".base_layer.weight").filter(|_| !is_saved) {
         return Other::OfBase(format!("{module}.weight"));
     }
+    if let Some(module) = magnitude(name).filter(|_| config.lora.use_dora && !is_saved) {
+        return Other::Of(format!("{module}{MAGNITUDE}"));
+    }
     match name.strip_suffix(".bias") {
         Some(_) if is_saved && wrapped && config.lora.bias == Bias::All => Other::Copy,
         _ if is_saved => Other::Of(name.to_owned()),
-        None if config.lora.use_dora && name.ends_with(MAGNITUDE) => Other::Of(name.to_owned()),
         Some(module) if config.lora.bias != Bias::None => {
             Other::Of(format!("{}.bias", module.strip_suffix(".base_layer").unwrap_or(module)))
         }
@@ -263,21 +272,14 @@ fn hint(key: &str) -> &'static str {
 }
 
 /// Checks that A [r, in] and B [out, r] have the rank that the configuration says.
-fn check_pair(file: &TensorFile, lora: &Lora, raw: &RawConfig, site: &str, pair: &[TensorInfo; 2]) -> Result<()> {
+fn check_pair(file: &AdapterTensors, lora: &Lora, raw: &RawConfig, site: &str, pair: &[TensorInfo; 2]) -> Result<()> {
     let (r, _) = lora.rank_and_alpha(site).map_err(|e| refused(raw, e))?;
-    for (i, info) in pair.iter().enumerate() {
-        let problem = match info.shape[..] {
-            [rows, cols] if [rows, cols][i] == r => continue,
-            [rows, cols] => format!(
-                "has shape {:?}, so its rank is {}, but {} says that it is {r}",
-                info.shape,
-                [rows, cols][i],
-                raw.path().display()
-            ),
-            _ => format!("has shape {:?}, but a factor is a matrix", info.shape),
-        };
-        let problem = format!("tensor {} {problem}; the two files belong to different adapters", info.stored_name);
-        return Err(Error::Weights { file: file.path().to_owned(), problem });
+    for (dimension, info) in pair.iter().enumerate() {
+        if info.shape.len() != 2 {
+            let problem = format!("tensor {} has shape {:?}, but a factor is a matrix", info.stored_name, info.shape);
+            return Err(Error::Weights { file: file.path().to_owned(), problem });
+        }
+        check_rank(file, raw, info, dimension, r)?;
     }
     Ok(())
 }

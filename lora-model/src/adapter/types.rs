@@ -15,13 +15,14 @@ use lora_core::{
 use serde_json::{Value, json};
 
 use super::{
-    ARCHITECTURE_KEY, AdapterFile, PREFIX,
-    config::{HEADS, modules, one_or_more, read_modules, some},
+    ARCHITECTURE_KEY, AdapterFile, AdapterTensors, PREFIX, check_rank,
+    config::{HEADS, modules, one_or_more, read_modules, some, some_modules},
     finite,
     options::HARMLESS,
     own::strings,
+    twice,
 };
-use crate::{Error, Result, checkpoint::TensorFile, config::RawConfig, error::List};
+use crate::{Error, Result, config::RawConfig, error::List};
 
 /// A type of PEFT's that is read and written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,13 @@ impl Kind {
     /// The words of all.
     pub(super) fn words() -> impl Iterator<Item = &'static str> {
         KINDS.iter().map(|(_, word, _)| *word)
+    }
+
+    /// PEFT's word for a method all of whose adapters it has.
+    pub(super) fn alone(method: &str) -> Option<&'static str> {
+        let row = KINDS.iter().find(|(.., own)| *own == method);
+        let always = |kind: &Kind| matches!(kind, Kind::Ia3 | Kind::LnTuning | Kind::Vera | Kind::AdaLora);
+        row.filter(|(kind, ..)| always(kind)).map(|(_, word, _)| *word).or((method == "lora").then_some("LORA"))
     }
 
     /// How PEFT has what a method trained, if it has it. Its LoKr has no layer for weights stored [in, out]. It puts virtual
@@ -162,7 +170,7 @@ impl Kind {
     }
 
     /// The adapter of a configuration that was read, and of the tensors beside it.
-    pub(super) fn load(self, raw: RawConfig, file: &TensorFile) -> Result<AdapterFile> {
+    pub(super) fn load(self, raw: RawConfig, file: &AdapterTensors) -> Result<AdapterFile> {
         check(self, &raw)?;
         let (_, _, method) = KINDS.iter().find(|(kind, ..)| *kind == self).expect("each kind has a row");
         let row = find(method)?;
@@ -182,14 +190,10 @@ impl Kind {
                     read_selected(&raw, &mut options)?;
                 }
                 if self == Kind::Ia3 {
-                    // It may be an empty list: no module has its input multiplied.
-                    options.feedforward_modules = match raw.value("feedforward_modules") {
-                        Some(Value::Array(list)) if list.is_empty() => Modules::default(),
-                        _ => read_modules(&raw, "feedforward_modules")?.unwrap_or_default(),
-                    };
+                    options.feedforward_modules = some_modules(&raw, "feedforward_modules")?;
                 }
                 options.targets = read_modules(&raw, "target_modules")?.unwrap_or_default();
-                options.exclude_modules = read_modules(&raw, "exclude_modules")?.unwrap_or_default();
+                options.exclude_modules = some_modules(&raw, "exclude_modules")?;
                 let is_head = |m: &String| task_type.as_deref() == Some("SEQ_CLS") && HEADS.contains(&m.as_str());
                 options.modules_to_save = saved.iter().filter(|m| !is_head(m)).cloned().collect();
             }
@@ -200,11 +204,24 @@ impl Kind {
             }
         }
         let (mut tensors, mut strange) = (BTreeMap::new(), Vec::new());
+        let mut keys: BTreeMap<String, &str> = BTreeMap::new();
         for key in file.names() {
-            match (self.own_name(key, &saved), file.info(key)) {
-                (Some(own), Some(info)) => drop(tensors.insert(own, finite(file, &info)?)),
-                _ => strange.push(key.to_owned()),
+            let (Some(own), Some(info)) = (self.own_name(key, &saved), file.info(key)) else {
+                strange.push(key.to_owned());
+                continue;
+            };
+            if let Some(first) = keys.insert(own.clone(), key) {
+                return Err(twice(file, first, key));
             }
+            let wanted = match self {
+                Kind::Vera => vera::rank(&own, &options),
+                Kind::AdaLora => adalora::rank(&own, &options),
+                _ => None,
+            };
+            if let Some((dimension, r)) = wanted {
+                check_rank(file, &raw, &info, dimension, r)?;
+            }
+            tensors.insert(own, finite(file, &info)?);
         }
         if !strange.is_empty() {
             let problem = format!("not a tensor of this kind of adapter: {}", List(&strange));
@@ -368,10 +385,12 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
             continue;
         }
         if kind == Kind::LoKr && ["rank_dropout", "module_dropout"].contains(&key.as_str()) {
+            // It changes nothing about what a trained adapter computes.
             if value.as_f64().is_some_and(|p| p != 0.0) {
-                let problem = "drops parts of the adapter while it trains, which is not done here; set it to 0, which \
-                               changes nothing about what it computes";
-                return Err(raw.error(key, format_args!("{value} {problem}")));
+                tracing::warn!(
+                    "{}: {key} = {value} is not done here: training goes on without it",
+                    raw.path().display()
+                );
             }
             continue;
         }

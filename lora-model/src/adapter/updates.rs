@@ -63,14 +63,16 @@ impl AdapterFile {
     /// The adapter as updates of modules.
     ///
     /// # Errors
-    /// [`Error::Config`] for an adapter that is no LoRA, or a kind of LoRA that is no sum with the base's weights;
+    /// [`Error::Config`] for an adapter that is no LoRA alone, or a kind of LoRA that is no sum with the base's weights;
     /// [`Error::Weights`] for a tensor that belongs to neither.
     pub fn updates(&self) -> Result<Updates> {
         let raw = &self.raw;
         if self.method != "lora" || raw.value("peft_type").is_none() {
-            let problem =
-                format!("method {} adds nothing to weights; only LoRA's adapters are updates of them", self.method);
-            return Err(raw.error(super::own::METHOD_KEY, problem));
+            let problem = format!(
+                "it is an adapter of method {}, and only those of LoRA are taken as updates ΔW = s·B·A of single weights",
+                self.method
+            );
+            return Err(raw.error(super::kind_key(raw), problem));
         }
         if raw.bool("use_dora")? == Some(true) {
             let problem = "DoRA scales the base's own weights, so it is no update that could be added to them";

@@ -76,7 +76,7 @@ pub fn file_bytes(metadata: &[(&str, &str)], tensors: &[TensorSpec]) -> u64 {
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Shape`] when `fetch` gives another shape than announced, [`Error::Weights`] for a name that
-/// comes twice and for a number that is too large for its type, and what `fetch` gives. No file is left then, and one that was there is as it was.
+/// comes twice, for a NaN or an infinity, and for a number that is too large for its type, and what `fetch` gives. No file is left then, and one that was there is as it was.
 ///
 /// # Panics
 /// When `fetch` gives a tensor that is not f32, or a spec has a type that weights are not written in.
@@ -106,9 +106,8 @@ pub fn write_tensors(
                     found: t.shape().to_vec(),
                 })?;
             }
-            if !write_floats(w, &t, spec.dtype)? {
-                let problem =
-                    format!("tensor {} has numbers beyond 65504, the largest of f16; write it in bf16", spec.name);
+            if let Some(problem) = write_floats(w, &t, spec.dtype)? {
+                let problem = format!("tensor {} {problem}", spec.name);
                 Err(Error::Weights { file: path.to_owned(), problem })?;
             }
         }
@@ -116,19 +115,22 @@ pub fn write_tensors(
     })
 }
 
-/// `false` where a finite number would become infinite.
-fn write_floats(w: &mut dyn Write, t: &Tensor, dtype: DType) -> std::io::Result<bool> {
+/// Gives what is wrong with numbers that are none, or would be infinite in their type.
+fn write_floats(w: &mut dyn Write, t: &Tensor, dtype: DType) -> std::io::Result<Option<String>> {
     let mut bytes = Vec::with_capacity(4 * CHUNK);
     let n = t.len();
     let column = t.clone().reshape(&[n, 1]);
     for start in (0..n).step_by(CHUNK) {
         let floats = column.rows_in(start..n.min(start + CHUNK)).to_vec::<f32>().map_err(Error::from)?;
+        if let Some((i, x)) = floats.iter().enumerate().find(|(_, x)| !x.is_finite()) {
+            return Ok(Some(format!("is {x} at element {}; what holds no numbers is not written", start + i)));
+        }
         bytes.clear();
         match dtype {
             DType::Bf16 => bytes.extend(floats.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes())),
             DType::F16 => {
-                if floats.iter().any(|&x| x.is_finite() && f16::from_f32(x).is_infinite()) {
-                    return Ok(false);
+                if floats.iter().any(|&x| f16::from_f32(x).is_infinite()) {
+                    return Ok(Some("has numbers beyond 65504, the largest of f16; write it in bf16".into()));
                 }
                 bytes.extend(floats.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
             }
@@ -136,7 +138,7 @@ fn write_floats(w: &mut dyn Write, t: &Tensor, dtype: DType) -> std::io::Result<
         }
         w.write_all(&bytes)?;
     }
-    Ok(true)
+    Ok(None)
 }
 
 /// The JSON of a header, filled up with spaces so that the tensors' bytes begin at a multiple of 8.

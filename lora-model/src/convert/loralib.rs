@@ -13,6 +13,7 @@ use std::{
 
 use lora_core::{
     Tensor,
+    lowrank::Scaling,
     peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Modules, Outline, Site, names},
 };
 use lora_kernels::{DType, Device};
@@ -193,8 +194,8 @@ fn named(outline: &Outline, targets: &BTreeMap<String, Vec<&str>>) -> Vec<String
 /// A LoRA adapter in loralib's form, for the base that it belongs to.
 ///
 /// # Errors
-/// Those of [`AdapterFile::attach`]; [`Error::Adapters`] for an adapter that is no LoRA, or has a trained head beside it, which
-/// loralib's file has no place for.
+/// Those of [`AdapterFile::attach`]; [`Error::Adapters`] for an adapter that is no LoRA, has a trained head beside it, or
+/// ranks or parts that differ by module, which loralib's file has no place for.
 pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
     let refused = |problem: String| Err(Error::Adapters { problem });
     if file.method != "lora" {
@@ -226,13 +227,19 @@ pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
     }
     let values: BTreeMap<&str, Tensor> =
         adapted.params.ids().map(|id| (adapted.params.name(id), adapted.params.tensor(id))).collect();
-    let (mut tensors, mut enable_lora) = (BTreeMap::new(), BTreeMap::new());
+    let lora = Lora::new(LoraConfig::from(&file.options))?;
+    let scaling = if file.options.rslora { Scaling::RsLora } else { Scaling::Lora };
+    let mut tensors = BTreeMap::new();
+    // The first site's name, rank, α and scale; and by name within a layer the first site's parts.
+    let mut common: Option<(&str, usize, f64, f64)> = None;
+    let mut parts_of: BTreeMap<&str, (&str, Option<Vec<bool>>)> = BTreeMap::new();
     for (site, linear) in base.outline().linear_sites() {
         let factors = |place: &str| {
             let of = |factor| values.get(format!("{place}.{factor}.weight").as_str()).cloned();
             Some([of("lora_A")?, of("lora_B")?])
         };
-        let pair = match factors(&site.name) {
+        let mut enabled = None;
+        let [a, b] = match factors(&site.name) {
             Some(pair) => pair,
             None => {
                 let parts: Vec<_> = linear.parts.iter().map(|(p, _)| factors(&format!("{}.{p}", site.name))).collect();
@@ -246,7 +253,7 @@ pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
                         site.name
                     ));
                 }
-                enable_lora.insert(short_name(&site.name).to_owned(), parts.iter().map(Option::is_some).collect());
+                enabled = Some(parts.iter().map(Option::is_some).collect());
                 let below = |i: usize| -> Result<Tensor> {
                     let all: Vec<&Tensor> = parts.iter().flatten().map(|pair| &pair[i]).collect();
                     let rows: usize = all.iter().map(|t| t.rows()).sum();
@@ -259,12 +266,33 @@ pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
                 [below(0)?, below(1)?]
             }
         };
-        for (factor, tensor) in FACTORS.into_iter().zip(pair) {
+        let (rank, alpha) = lora.rank_and_alpha(&site.name)?;
+        let scale = scaling.scale(alpha, rank).map_err(lora_core::Error::from)?;
+        let (first, r, _, first_scale) = *common.get_or_insert((&site.name, rank, alpha, scale));
+        if rank != r {
+            return refused(format!(
+                "by rank_pattern {} has rank {rank} and {first} has {r}; a file of loralib is read with one r",
+                site.name
+            ));
+        }
+        let (other, others) = parts_of.entry(short_name(&site.name)).or_insert((&site.name, enabled.clone()));
+        if *others != enabled {
+            return refused(format!(
+                "of {other} and {} other parts are adapted, and loralib's models have one enable_lora for all layers",
+                site.name
+            ));
+        }
+        // One scale holds for all modules.
+        let share = scale / first_scale;
+        let values: Vec<f32> = a.to_vec::<f32>()?.iter().map(|v| (f64::from(*v) * share) as f32).collect();
+        let a = Tensor::from_slice(&Device::Cpu, a.shape(), &values)?;
+        for (factor, tensor) in FACTORS.into_iter().zip([a, b]) {
             tensors.insert(format!("{}{factor}", site.name), tensor);
         }
     }
-    let (r, alpha) = (file.options.rank, file.options.alpha);
+    let Some((_, r, alpha, _)) = common else { return refused("it adapts no linear map".into()) };
     // loralib's scale is always α/r.
     let alpha = if file.options.rslora { alpha * (r as f64).sqrt() } else { alpha };
-    Ok(Loralib { tensors, r, alpha, enable_lora })
+    let enable_lora = parts_of.into_iter().filter_map(|(module, (_, enabled))| Some((module.to_owned(), enabled?)));
+    Ok(Loralib { tensors, r, alpha, enable_lora: enable_lora.collect() })
 }

@@ -35,6 +35,9 @@ GPT2 = {
     "a": dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"]),
     "b": dict(r=4, lora_alpha=6, use_rslora=True, target_modules=["c_attn", "attn.c_proj"]),
     "c": dict(r=2, lora_alpha=5, target_modules=["c_attn"]),
+    "d": dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], rank_pattern={"c_fc": 2, "0.attn.c_attn": 1},
+              alpha_pattern={"c_fc": 3}),
+    "e": dict(r=2, lora_alpha=6, target_modules=["c_attn", "c_fc"], rank_pattern={"0.attn.c_attn": 1, "c_attn": 4}),
 }
 LLAMA2 = {
     "a": dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"]),
@@ -66,6 +69,11 @@ CASES = [
       for how in ("ties_svd", "dare_ties_svd") for sign in ({}, {"majority_sign_method": "frequency"})],
     ("gpt2", ABC, "dare_linear_svd", {"density": 0.5, "svd_rank": 6}),
     ("gpt2", ABC, "magnitude_prune_svd", {"density": 0.2}),
+    # Ranks by module; where they are not those of all adapters, PEFT adds up no factors.
+    ("gpt2", {"d": 0.7, "e": 0.3}, "linear", {}),
+    ("gpt2", {"d": 0.7, "e": -0.3}, "ties", {"density": 0.5}),
+    ("gpt2", {"a": 0.5, "d": -0.8, "c": 1.2}, "cat", {}),
+    ("gpt2", {"a": 0.5, "d": -0.8, "c": 1.2}, "svd", {"svd_rank": 6}),
     ("llama2", AB, "linear", {}),
     ("llama2", AB, "ties", {"density": 0.5}),
     ("llama2", ABC, "cat", {}),

@@ -49,7 +49,7 @@ BEGUN = ("pissa", "olora")
 # Saved a second time as PEFT converts it for the base as it is.
 CONVERTED = {"pissa_moved": "pissa_converted"}
 # Trained once more by PEFT's LoRA+: `loraplus_losses`.
-LORAPLUS = ("default", "modules_to_save", "bias_all", "dora_patterns", "embedding")
+LORAPLUS = ("default", "modules_to_save", "bias_all", "dora_patterns", "embedding", "adalora")
 LORAPLUS_RATES = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 5e-3, "loraplus_weight_decay": 0.1}
 
 # The class, and the names of some of its modules: one attention projection and another, a map of the MLP, a norm, the
@@ -97,6 +97,8 @@ def variants(first, second, mlp, norm, embedding, layers):
         "patterns": lora(
             target_modules=[first, second, mlp], rank_pattern={first: 1, rf".*\.1\..*{mlp}": 4},
             alpha_pattern={second: 7, rf".*\.0\..*": 5.5}),
+        # Above the smaller side of a matrix.
+        "rank_above": lora(target_modules=[first, mlp], r=40, lora_alpha=10, rank_pattern={mlp: 3}),
         "layers_to_transform": lora(target_modules=[first, mlp], layers_to_transform=1),
         "layers_pattern": lora(target_modules=[first, mlp], layers_to_transform=[0], layers_pattern=layers),
         "modules_to_save": lora(target_modules=[first], modules_to_save=[norm, f"1.{'intermediate' if layers == 'layer' else 'mlp'}"]),

@@ -11,6 +11,8 @@ use lora_kernels::{DType, Device};
 use lora_model::{Batch, Error, Gpt2, Model, Texts, adapter, checkpoint::TensorFile, config::Gpt2Config, load};
 use serde_json::{Value, json};
 
+use crate::common::{copied, edit, goldens, refused, rename, saved_config, set};
+
 const CPU: Device = Device::Cpu;
 const A: &str = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight";
 const B: &str = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight";
@@ -70,10 +72,6 @@ fn relative(x: &Tensor, reference: &Tensor) -> f64 {
     let (x, r) = (x.to_f64().unwrap(), reference.to_f64().unwrap());
     let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
     norm(&mut x.iter().zip(&r).map(|(x, r)| x - r)) / norm(&mut r.iter().copied())
-}
-
-fn saved_config(dir: &Path) -> Value {
-    serde_json::from_slice(&fs::read(dir.join(adapter::CONFIG_FILE)).unwrap()).unwrap()
 }
 
 /// Targets, whether rsLoRA, and what the saved configuration says: r, lora_alpha, target_modules, rank_pattern.
@@ -325,48 +323,7 @@ fn full_fine_tuning_is_no_adapter() {
 
 /// A copy of one of PEFT's adapters.
 fn copy(name: &str) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    for file in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE] {
-        fs::copy(golden(name).join(file), dir.path().join(file)).unwrap();
-    }
-    dir
-}
-
-/// Changes the header and the bytes of the tensors' file.
-fn edit(dir: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>)) {
-    let path = dir.join(adapter::WEIGHTS_FILE);
-    let bytes = fs::read(&path).unwrap();
-    let n = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
-    let mut header: Value = serde_json::from_slice(&bytes[8..8 + n]).unwrap();
-    let mut data = bytes[8 + n..].to_vec();
-    change(&mut header, &mut data);
-    let header = header.to_string();
-    fs::write(path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()).unwrap();
-}
-
-fn rename(from: &'static str, to: &'static str) -> impl Fn(&mut Value, &mut Vec<u8>) {
-    move |header, _| {
-        let header = header.as_object_mut().unwrap();
-        let t = header.remove(from).unwrap();
-        header.insert(to.to_owned(), t);
-    }
-}
-
-fn set(dir: &Path, key: &str, value: Value) {
-    let mut c = saved_config(dir);
-    c[key] = value;
-    fs::write(dir.join(adapter::CONFIG_FILE), c.to_string()).unwrap();
-}
-
-/// Checks that loading or attaching fails and that the message says all of this.
-#[track_caller]
-fn refused(dir: &Path, model: &dyn Model, wanted: &[&str]) {
-    let Err(e) = adapter::attach(dir, model, &CPU) else { panic!("accepted, instead of an error about {wanted:?}") };
-    let text = e.to_string();
-    for part in wanted {
-        assert!(text.contains(part), "{text:?} does not say {part:?}");
-    }
-    assert!(!text.contains('\n'), "{text:?} is more than one paragraph");
+    copied(&golden(name))
 }
 
 #[test]
@@ -409,10 +366,11 @@ fn bad_configurations_are_refused_by_key() {
             json!(["c_fc"]),
             &["adapter_model.safetensors", "h.0.mlp.c_fc.lora_A", "h.0.attn.c_attn.lora_A"],
         ),
-        ("r", json!(0), &["from 1", "found 0"]),
+        ("r", json!(0), &["0", "from 1"]),
         ("r", json!(-4), &["whole number", "found -4"]),
         ("r", json!(1e300), &["whole number", "found 1e+300"]),
-        ("r", json!(1u64 << 40), &["smaller side of the matrix"]),
+        ("r", json!(1u64 << 40), &["1099511627776", "from 1 to 1048576"]),
+        ("rank_pattern", json!({"c_attn": 0}), &["c_attn=0", "from 1"]),
         ("r", Value::Null, &["missing"]),
         ("r", json!(8), &["adapter_model.safetensors", A, "its rank is 4", "adapter_config.json says that it is 8"]),
         ("lora_alpha", json!(-1), &["positive", "found -1"]),
@@ -507,7 +465,7 @@ fn bad_tensors_are_refused_by_name() {
         ),
         (
             Box::new(rename(B, "base_model.model.transformer.h.0.attn.c_attn.lora_A.default.weight")),
-            &[A, "lora_A.default.weight", "same factor"],
+            &[A, "lora_A.default.weight", "are the same"],
         ),
         (Box::new(|_, data| data.truncate(9)), &["damaged"]),
         (Box::new(|h, data| (*h, *data) = (json!({}), vec![])), &["no tensors"]),
@@ -530,20 +488,20 @@ fn an_adapter_of_another_base_is_refused_with_both_shapes() {
     let raw = lora_model::config::RawConfig::from_dir(dir.path()).unwrap();
     let other = Gpt2::init(Gpt2Config::from_raw(&raw).unwrap(), dir.path(), 0, &CPU).unwrap();
     refused(&golden("adapter"), &other, &["adapter_model.safetensors", A, "[4, 32]", "[4, 16]"]);
-    // Rank 4 of a matrix with one side of 2.
-    let file = copy("adapter");
-    set(file.path(), "r", json!(17));
-    edit(file.path(), |h, data| {
-        let mut start = 0;
-        for (name, t) in h.as_object_mut().unwrap().iter_mut().filter(|(n, _)| *n != "__metadata__") {
-            let shape = if name.contains("lora_A") { [17, 16] } else { [48, 17] };
-            let end = start + 4 * shape[0] * shape[1];
-            *t = json!({"dtype": "F32", "shape": shape, "data_offsets": [start, end]});
-            start = end;
-        }
-        *data = vec![0; start];
-    });
-    refused(file.path(), &other, &["adapter_config.json", "\"r\"", "17", "48×16"]);
+}
+
+/// What the file does not hold is refused before there is memory for it.
+#[test]
+fn options_that_ask_for_far_more_than_the_file_holds_are_refused() {
+    let model = model();
+    for (rank, wanted) in
+        [(8, &["missing", "h.0.mlp.c_fc.lora_A"][..]), (1 << 20, &["holds 1024 numbers", "335545344"])]
+    {
+        let dir = copy("adapter");
+        set(dir.path(), "target_modules", json!(["c_attn", "c_fc"]));
+        set(dir.path(), "rank_pattern", json!({"c_fc": rank}));
+        refused(dir.path(), &*model, &[&["adapter_model.safetensors"], wanted].concat());
+    }
 }
 
 #[test]
@@ -577,7 +535,9 @@ fn missing_and_foreign_files_are_named() {
     let model = model();
     let dir = copy("adapter");
     fs::rename(dir.path().join(adapter::WEIGHTS_FILE), dir.path().join("adapter_model.bin")).unwrap();
-    refused(dir.path(), &*model, &["adapter_model.bin", "can run code", "save_file({k: v.contiguous()"]);
+    refused(dir.path(), &*model, &["adapter_model.bin", "no file of torch.save"]);
+    fs::copy(goldens().join("foreign/torch/state.pt"), dir.path().join("adapter_model.bin")).unwrap();
+    refused(dir.path(), &*model, &["adapter_model.bin", "no tensor of an adapter: ids"]);
     fs::remove_file(dir.path().join("adapter_model.bin")).unwrap();
     refused(dir.path(), &*model, &["could not read", "adapter_model.safetensors"]);
     fs::remove_file(dir.path().join(adapter::CONFIG_FILE)).unwrap();

@@ -62,6 +62,11 @@ fn off(x: &Array2<f64>, reference: &Array2<f64>) -> f64 {
     norm(&(x - reference)) / norm(reference)
 }
 
+/// `m` in the upper left of zeros.
+fn filled(m: &Array2<f32>, dim: (usize, usize)) -> Array2<f32> {
+    Array2::from_shape_fn(dim, |i| m.get(i).copied().unwrap_or(0.0))
+}
+
 /// A, B and what PEFT's configuration says, for every case; the factors of an SVD by their product, because PEFT puts all
 /// singular values into B, and signs are anybody's.
 #[test]
@@ -87,7 +92,9 @@ fn every_combination_is_pefts() {
             assert!(product < 1e-5, "{what}: {name}: ΔW is off by {product:e}");
             worst = worst.max(product);
             for (ours, theirs) in ours.iter().zip(&theirs) {
-                assert_eq!(ours.dim(), theirs.dim(), "{what}: {name}");
+                // Where `rank_pattern` gave a module a lower rank, PEFT's factors keep it, which its own file of the result
+                // does not say; here they are filled up with zeros.
+                let theirs = filled(theirs, ours.dim());
                 let far = off(&ours.mapv(f64::from), &theirs.mapv(f64::from));
                 assert!(case["how"].as_str().unwrap().ends_with("svd") || far < 1e-5, "{what}: {name}: {far:e}");
             }
@@ -137,6 +144,40 @@ fn a_merged_adapter_loads_and_goes_into_its_base() {
     assert!(seen > 10, "{seen}");
 }
 
+/// A rank above the smaller side of a matrix is a rank like others: read, merged, saved, and read again.
+#[test]
+fn ranks_above_the_smaller_side_of_a_matrix_are_merged() {
+    let model = load(&goldens().join("gpt2/model"), &CPU).unwrap();
+    let above = Updates::load(&goldens().join("peft/gpt2/rank_above")).unwrap();
+    assert_eq!(above.rank(), 40);
+    let none = Adapted::none(&CPU).unwrap();
+    let batch = model.batch(&none, &Texts::new(&[5, 17, 9, 3, 42, 8, 8, 31], &[8])).unwrap();
+    let both = vec![Weighted { name: "above".into(), weight: 0.5, updates: above.clone() }, part("gpt2", "c", -0.4)];
+    let sum = |module: &str| {
+        let deltas = both.iter().filter_map(|p| Some((p.weight, p.updates.modules.get(module)?)));
+        deltas.map(|(w, u)| u.delta.delta().mapv(f64::from) * w).reduce(|a, b| a + b).unwrap()
+    };
+    for (how, given, rank) in [("cat", None, 42), ("svd", None, 40), ("svd", Some(100), 100)] {
+        let Combined { updates, cut } = adapter::combine(&both, &Recipe { rank: given, ..recipe(how) }).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        updates.save(dir.path()).unwrap();
+        let again = Updates::load(dir.path()).unwrap();
+        assert!(again.rank() == rank && cut < 1e-6, "{how}: {}, {cut:e}", again.rank());
+        for (module, update) in &again.modules {
+            let far = off(&update.delta.delta().mapv(f64::from), &sum(module));
+            assert!(far < 1e-6, "{how}: {module}: {far:e}");
+        }
+        // Beside the base and in it.
+        let beside = adapter::attach(dir.path(), &*model, &CPU).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        model.save(folder.path(), &again.merged(&*model).unwrap()).unwrap();
+        let inside = load(folder.path(), &CPU).unwrap();
+        let logits = model.logits(&beside, &batch).unwrap();
+        let far = relative(&inside.logits(&none, &batch).unwrap(), &logits);
+        assert!(far < 1e-5, "{how}: {far:e}");
+    }
+}
+
 #[test]
 fn adapters_that_do_not_belong_together_are_refused() {
     let ab = || vec![part("gpt2", "a", 0.7), part("gpt2", "b", 0.3)];
@@ -166,7 +207,6 @@ fn adapters_that_do_not_belong_together_are_refused() {
         (ab(), Recipe { sign: Some(MajoritySign::Total), ..recipe("cat") }, &["majority-sign"]),
         (ab(), Recipe { rank: Some(4), ..recipe("linear") }, &["svd-rank", "linear"]),
         (ab(), Recipe { rank: Some(0), ..recipe("svd") }, &["svd-rank"]),
-        (ab(), Recipe { rank: Some(100), ..recipe("svd") }, &["module transformer.h.0", "rank 100"]),
         (vec![part("gpt2", "a", 1.0), part("gpt2", "c", 1.0)], recipe("linear"), &["rank 4", "c has rank 2", "cat"]),
         (vec![part("gpt2", "a", 1.0)], sparse("ties"), &["a alone", "linear"]),
         (with(&|u| u.task_type = Some("SEQ_CLS".into())), recipe("cat"), &["a was trained", "CAUSAL_LM", "SEQ_CLS"]),

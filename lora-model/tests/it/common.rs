@@ -1,12 +1,16 @@
-//! What the tests on golden models share.
+//! What the tests on golden models, and those of bad adapters, share.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use lora_core::{Params, Tensor};
 use lora_kernels::{DType, Device, axpby};
-use lora_model::checkpoint::TensorFile;
+use lora_model::{Model, adapter, checkpoint::TensorFile};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
 
 pub(crate) const CPU: Device = Device::Cpu;
 
@@ -93,4 +97,59 @@ pub(crate) fn within(what: &str, error: f64, most: f64) {
     // Not `error > most`: a NaN is not within anything.
     assert!(error <= most, "{what}: {error:.2e} is above {most:.0e}");
     println!("{what}: {error:.2e}");
+}
+
+// Adapters that are changed ------------------------------------------------------------------------------------------
+
+/// A copy of an adapter's folder.
+pub(crate) fn copied(folder: &Path) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for file in [adapter::CONFIG_FILE, adapter::WEIGHTS_FILE] {
+        fs::copy(folder.join(file), dir.path().join(file)).unwrap();
+    }
+    dir
+}
+
+/// The configuration of an adapter.
+pub(crate) fn saved_config(dir: &Path) -> Value {
+    serde_json::from_slice(&fs::read(dir.join(adapter::CONFIG_FILE)).unwrap()).unwrap()
+}
+
+/// Changes the header and the bytes of the tensors' file.
+pub(crate) fn edit(dir: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>)) {
+    let path = dir.join(adapter::WEIGHTS_FILE);
+    let bytes = fs::read(&path).unwrap();
+    let n = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + n]).unwrap();
+    let mut data = bytes[8 + n..].to_vec();
+    change(&mut header, &mut data);
+    let header = header.to_string();
+    fs::write(path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()).unwrap();
+}
+
+/// Gives a tensor another name.
+pub(crate) fn rename(from: &'static str, to: &'static str) -> impl Fn(&mut Value, &mut Vec<u8>) {
+    move |header, _| {
+        let header = header.as_object_mut().unwrap();
+        let t = header.remove(from).unwrap();
+        header.insert(to.to_owned(), t);
+    }
+}
+
+/// Changes a key of the configuration.
+pub(crate) fn set(dir: &Path, key: &str, value: Value) {
+    let mut c = saved_config(dir);
+    c[key] = value;
+    fs::write(dir.join(adapter::CONFIG_FILE), c.to_string()).unwrap();
+}
+
+/// Checks that loading or attaching fails and that the message says all of this.
+#[track_caller]
+pub(crate) fn refused(dir: &Path, model: &dyn Model, wanted: &[&str]) {
+    let Err(e) = adapter::attach(dir, model, &CPU) else { panic!("accepted, instead of an error about {wanted:?}") };
+    let text = e.to_string();
+    for part in wanted {
+        assert!(text.contains(part), "{text:?} does not say {part:?}");
+    }
+    assert!(!text.contains('\n'), "{text:?} is more than one paragraph");
 }

@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Options},
+    peft::{Adapted, Lora, LoraConfig, Options},
 };
-use lora_kernels::Activation;
+use lora_kernels::{Activation, DType};
 use lora_model::{
     Model, Texts, adapter,
     checkpoint::TensorFile,
@@ -15,7 +15,7 @@ use lora_model::{
 };
 use serde_json::{Value, json};
 
-use crate::common::{CPU, goldens, reference, relative};
+use crate::common::{CPU, disturb, goldens, reference, relative};
 
 fn foreign(name: &str) -> PathBuf {
     goldens().join("foreign").join(name)
@@ -122,6 +122,63 @@ fn same(found: &BTreeMap<String, Tensor>, wanted: &BTreeMap<String, Tensor>, wha
     assert_eq!(found.keys().collect::<Vec<_>>(), wanted.keys().collect::<Vec<_>>(), "{what}");
     for (name, t) in found {
         assert_eq!(t.to_vec::<f32>().unwrap(), wanted[name].to_vec::<f32>().unwrap(), "{what}: {name}");
+    }
+}
+
+/// An adapter of LoRA with every parameter away from where it began, saved here.
+fn saved(model: &dyn Model, config: LoraConfig) -> (tempfile::TempDir, Adapted) {
+    let lora = Lora::new(config.clone()).unwrap();
+    let mut adapted = Adapted::new(&lora, model, &CPU, DType::F32, 3).unwrap();
+    disturb(&mut adapted.params, 0.3);
+    let dir = tempfile::tempdir().unwrap();
+    adapter::save(dir.path(), "lora", &Options::from(&config), &adapted, model, None).unwrap();
+    (dir, adapted)
+}
+
+/// loralib's file has one α: another one of a module goes into its A.
+#[test]
+fn an_alpha_of_a_module_goes_into_its_factor() {
+    let model = base("gpt2");
+    let config = |rslora| LoraConfig {
+        rank: 4,
+        alpha: 8.0,
+        rslora,
+        targets: ["c_attn", "c_fc"].into_iter().collect(),
+        alpha_pattern: vec![("c_fc".into(), 3.0), ("h.1.attn.c_attn".into(), 20.0)],
+        ..LoraConfig::default()
+    };
+    for rslora in [false, true] {
+        let (dir, adapted) = saved(&*model, config(rslora));
+        let out = convert::to_loralib(&adapter::load(dir.path()).unwrap(), &*model).unwrap();
+        let path = dir.path().join("lora.pt");
+        convert::write_state_dict(&path, &out.tensors).unwrap();
+        let (_, back) = convert::from_loralib(&path, &*model, out.alpha, &[]).unwrap();
+        let logits = |adapted: &Adapted| {
+            let batch = model.batch(adapted, &Texts::new(&[5, 17, 9, 3, 42], &[5])).unwrap();
+            model.logits(adapted, &batch).unwrap()
+        };
+        let far = relative(&logits(&back), &logits(&adapted));
+        assert!(far < 1e-6, "rslora {rslora}: {far:e}");
+    }
+}
+
+#[test]
+fn what_loralib_has_no_place_for_is_refused() {
+    let model = base("gpt2");
+    let config =
+        |targets: &[&str]| LoraConfig { rank: 4, targets: targets.iter().copied().collect(), ..LoraConfig::default() };
+    for (config, wanted) in [
+        (
+            LoraConfig { rank_pattern: vec![("c_fc".into(), 2)], ..config(&["c_attn", "c_fc"]) },
+            &["rank_pattern", "h.0.mlp.c_fc has rank 2", "h.0.attn.c_attn has 4"][..],
+        ),
+        (config(&["h.0.attn.c_attn.q", "h.1.attn.c_attn.v"]), &["h.0.attn.c_attn", "h.1.attn.c_attn", "enable_lora"]),
+        (config(&["h.0.attn.c_attn", "h.1.attn.c_attn.v"]), &["h.0.attn.c_attn", "h.1.attn.c_attn", "enable_lora"]),
+        (config(&["c_attn", "wte"]), &["no place for transformer.wte"]),
+    ] {
+        let (dir, _) = saved(&*model, config);
+        let e = convert::to_loralib(&adapter::load(dir.path()).unwrap(), &*model).unwrap_err().to_string();
+        assert!(wanted.iter().all(|part| e.contains(part)), "no {wanted:?} in {e}");
     }
 }
 

@@ -16,6 +16,7 @@ mod heads;
 mod join;
 mod methods;
 mod peft;
+mod pefts_types;
 mod rows;
 mod several;
 mod tokenizer;

@@ -81,7 +81,7 @@ pub fn analyse(adapter: &Updates, base: Option<&dyn Base>, against: Option<&Upda
     let weights: BTreeMap<&str, _> = base.iter().flat_map(|base| base.tensors()).collect();
     let layouts: BTreeMap<&str, Layout> = base
         .iter()
-        .flat_map(|base| base.outline().linear_sites())
+        .flat_map(|base| base.outline().linear_sites().chain(base.outline().head_site()))
         .map(|(site, linear)| (site.name.as_str(), linear.layout))
         .collect();
     let one = |(name, update): (&String, &lora_model::adapter::Update)| -> Result<(String, Measures)> {
@@ -95,6 +95,7 @@ pub fn analyse(adapter: &Updates, base: Option<&dyn Base>, against: Option<&Upda
             Some(w) => {
                 let w = w.to_array().map_err(lora_model::Error::from)?;
                 let base_norm = norm(&w.mapv(f64::from));
+                // Of an embedding [tokens, width], which is stored as inputs and outputs.
                 let layout = layouts.get(name.as_str()).copied().unwrap_or(Layout::InOut);
                 let (projected_norm, amplification) = match lowrank::amplification(w.view(), delta, layout) {
                     Ok(measured) => (Some(measured.projected_norm), Some(measured.factor())),

@@ -83,5 +83,5 @@ fn ten_steps_are_those_of_pefts_loraplus() {
             compared += 1;
         }
     }
-    assert_eq!(compared, 25);
+    assert_eq!(compared, 30);
 }

@@ -14,3 +14,4 @@ mod real_data;
 #[cfg(feature = "cuda")]
 mod task_device;
 mod tasks;
+mod trainer;

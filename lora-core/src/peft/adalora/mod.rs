@@ -11,7 +11,9 @@ use ndarray::{Array2, Axis};
 
 use super::{
     Adapter, Attached, BaseTensor, Linear, LinearAdapter, LinearSite, Method, Modules, Outline, Plan, Site, SiteKind,
-    Start, added, load_plain, save_plain,
+    Start, added, load_plain,
+    lora::LARGEST_RANK,
+    save_plain,
     selection::{Selection, Wanted},
     take,
     whole::WholeModules,
@@ -108,8 +110,7 @@ impl AdaLoraSchedule {
     fn check(&self) -> Result<()> {
         let c = self;
         let bad = |option, value: String, why: &str| Err(Error::Option { option, value, why: why.into() });
-        const LARGEST: usize = 1 << 20;
-        if c.init_r == 0 || c.init_r > LARGEST {
+        if c.init_r == 0 || c.init_r > LARGEST_RANK {
             return bad("init-r", c.init_r.to_string(), "a rank is from 1 to 1048576");
         }
         if c.target_r == 0 || c.target_r > c.init_r {

@@ -97,6 +97,9 @@ impl Default for LoraConfig {
     }
 }
 
+/// More is no adapter.
+pub(in super::super) const LARGEST_RANK: usize = 1 << 20;
+
 impl LoraConfig {
     /// The configuration of what is saved: where an adapter began at a part of the base, that part is saved beside it, so
     /// that every rank is twice what trained, and every α twice (√2 times with rsLoRA) what it was, which keeps the scale.
@@ -118,7 +121,7 @@ impl LoraConfig {
     /// Refuses numbers that make no sense on any model.
     pub(super) fn check(&self) -> Result<()> {
         let bad = |option, value: String, why: &str| Err(Error::Option { option, value, why: why.into() });
-        let rank = |r: usize| (r == 0).then_some("a rank is at least 1");
+        let rank = |r: usize| (r == 0 || r > LARGEST_RANK).then_some("a rank is from 1 to 1048576");
         let alpha = |a: f64| {
             (!a.is_finite() || a <= 0.0).then_some("alpha is a positive number; the update is scaled by alpha/rank")
         };

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 
 use super::super::{Adapter, EmbeddingAdapter, Plan, Site, take};
 use crate::{
@@ -26,7 +26,7 @@ pub(super) struct EmbeddingUpdate {
 pub(super) const FACTORS: [&str; 2] = ["lora_embedding_A", "lora_embedding_B"];
 
 impl EmbeddingUpdate {
-    /// For a table [rows, width]. The rank may be above both: a table of two segments has two rows.
+    /// For a table [rows, width].
     pub(super) fn new(
         site: &Site,
         [rows, width]: [usize; 2],
@@ -59,20 +59,12 @@ impl EmbeddingAdapter for EmbeddingUpdate {
 
     fn merge(&self, params: &Params, table: &Tensor) -> Result<Tensor> {
         let (a, b) = self.pair(params)?;
-        let mut table = table.to_array()?;
-        // As many directions at a time as an update of this shape can have.
-        let most = table.nrows().min(table.ncols());
-        for from in (0..a.nrows()).step_by(most) {
-            let some = from..a.nrows().min(from + most);
-            let (a, b) = (a.slice(ndarray::s![some.clone(), ..]), b.slice(ndarray::s![.., some]));
-            let update = LowRank::new(a.to_owned(), b.to_owned(), self.scale)?;
-            table = lowrank::merge(table.view(), &update, Layout::InOut)?.into_weight();
-        }
-        tensor(params, &table)
+        let (table, update) = (table.to_array()?, LowRank::new(a, b, self.scale)?);
+        tensor(params, lowrank::merge(table.view(), &update, Layout::InOut)?.weight())
     }
 }
 
-fn tensor(like: &Params, a: &Array2<f32>) -> Result<Tensor> {
+fn tensor(like: &Params, a: ArrayView2<'_, f32>) -> Result<Tensor> {
     let data: Vec<f32> = a.iter().copied().collect();
     Tensor::from_slice(&like.device(), a.shape(), &data)
 }
@@ -83,7 +75,7 @@ impl Adapter for EmbeddingUpdate {
         let at = |m: &Array2<f32>, i| m.get(i).copied().unwrap_or(0.0);
         let a = Array2::from_shape_fn((self.saved_rank, a.ncols()), |i| at(&a, i));
         let b = Array2::from_shape_fn((b.nrows(), self.saved_rank), |i| at(&b, i));
-        Ok(vec![(FACTORS[0].into(), tensor(params, &a)?), (FACTORS[1].into(), tensor(params, &b)?)])
+        Ok(vec![(FACTORS[0].into(), tensor(params, a.view())?), (FACTORS[1].into(), tensor(params, b.view())?)])
     }
 
     fn load(&self, params: &mut Params, site: &str, tensors: &mut BTreeMap<String, Tensor>) -> Result<()> {
@@ -98,8 +90,7 @@ impl Adapter for EmbeddingUpdate {
                        an adapter that begins at zero, of twice the rank";
             return Err(Error::Structure { name: names[0].clone(), why: why.into() });
         }
-        let at = a.slice(kept).t().as_standard_layout().into_owned();
-        params.set(self.at, &tensor(params, &at)?)?;
-        params.set(self.b, &tensor(params, &b.slice(ndarray::s![.., ..rank]).to_owned())?)
+        params.set(self.at, &tensor(params, a.slice(kept).t())?)?;
+        params.set(self.b, &tensor(params, b.slice(ndarray::s![.., ..rank]))?)
     }
 }

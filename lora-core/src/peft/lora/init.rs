@@ -129,10 +129,10 @@ impl InitLoraWeights {
                     "A and B get half of the directions each, so the rank is even, and that of {prefix} is {rank}"
                 ));
             }
-            _ if self.takes_from_base() && 2 * rank > inputs.min(outputs) => {
+            _ if self.takes_from_base() && rank > inputs.min(outputs) => {
                 return refuse(format!(
-                    "it is saved with twice the rank, which is at most the smaller side of its matrix, and {prefix} is \
-                     {outputs}×{inputs} with rank {rank}"
+                    "it begins at directions of the weight, and {prefix}, which is {outputs}×{inputs}, has not the {rank} that \
+                     its rank asks for"
                 ));
             }
             _ => {}

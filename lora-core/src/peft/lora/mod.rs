@@ -16,6 +16,7 @@ use crate::{
     lowrank::{Layout, Scaling},
 };
 
+pub(super) use config::LARGEST_RANK;
 pub use config::{Bias, LoraConfig};
 use dora::Dora;
 use embedding::EmbeddingUpdate;
@@ -164,16 +165,6 @@ impl Lora {
             return Err(Error::Option { option: "use-dora", value: "true".into(), why });
         }
         let places: Vec<_> = hits.iter().map(place).collect();
-        for (prefix, cols) in &places {
-            if r > linear.inputs.min(cols.len()) {
-                let why = format!(
-                    "a rank is at most the smaller side of its matrix, and {prefix} is {}×{}",
-                    cols.len(),
-                    linear.inputs
-                );
-                return Err(Error::Option { option: "rank", value: r.to_string(), why });
-            }
-        }
         if places.is_empty() {
             return Ok(None);
         }

@@ -133,7 +133,7 @@ impl LinearAdapter for Update {
             Layout::OutIn => Axis(0),
             Layout::InOut => Axis(1),
         };
-        // Each term into its own columns: the ranks of all terms together may exceed what one update can have.
+        // Each term into its own columns: the zeros elsewhere cost nothing.
         for term in &self.terms {
             let (a, b) = term.arrays(params)?;
             let update = LowRank::new(a, b, self.scale)?;

@@ -85,6 +85,14 @@ pub(super) fn read(raw: &RawConfig, o: &mut Options) -> Result<()> {
     Ok(())
 }
 
+/// The dimension of a tensor that is the rank, and the rank.
+pub(super) fn rank(name: &str, o: &Options) -> Option<(usize, usize)> {
+    let (module, tensor) = name.rsplit_once('.')?;
+    let dimension = [("lora_A", 0), ("lora_B", 1), ("lora_E", 0)].iter().find(|(own, _)| *own == tensor)?.1;
+    let kept = o.adalora.kept.get(module).map(|kept| kept.iter().filter(|kept| **kept).count());
+    Some((dimension, kept.unwrap_or(o.adalora.init_r)))
+}
+
 /// PEFT's `rank_pattern`, by module.
 fn kept(raw: &RawConfig) -> Result<BTreeMap<String, Vec<bool>>> {
     const KEY: &str = "rank_pattern";

@@ -68,6 +68,15 @@ pub(super) fn own_name(key: &str) -> Option<String> {
     [A, B].into_iter().find(|own| *own == name).map(str::to_owned)
 }
 
+/// The dimension of a tensor that is the rank, and the rank.
+pub(super) fn rank(name: &str, o: &Options) -> Option<(usize, usize)> {
+    match name.rsplit('.').next()? {
+        A | "vera_lambda_d" => Some((0, o.rank)),
+        B => Some((1, o.rank)),
+        _ => None,
+    }
+}
+
 /// The random matrices of a file that has them.
 pub(super) fn projection(tensors: &BTreeMap<String, Tensor>) -> Option<[Tensor; 2]> {
     Some([tensors.get(A)?.clone(), tensors.get(B)?.clone()])

@@ -51,6 +51,12 @@ pub(crate) fn run(args: AnalyzeArgs) -> anyhow::Result<()> {
             .map(|(dir, updates)| Weighted { name: dir.display().to_string(), weight: 1.0, updates: updates.clone() });
         same_base = check_one_base(&[one, other]);
     }
+    if args.strict {
+        let others = args.against.iter().zip(&against);
+        for (dir, updates) in others.chain([(&args.adapter, &adapter)]) {
+            base::say_unchecked(dir, updates.base_fingerprint.as_deref());
+        }
+    }
     match same_base {
         Err(e) if args.strict => return Err(e).context("--strict"),
         Err(e) => tracing::warn!("{e}"),

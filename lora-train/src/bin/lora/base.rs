@@ -148,8 +148,16 @@ fn attach(dir: &Path, model: &dyn Model, strict: bool) -> anyhow::Result<Adapted
     let file = adapter::load(dir)?;
     if strict {
         file.check_same_base(model).with_context(|| format!("--strict: {}", dir.display()))?;
+        say_unchecked(dir, file.base_fingerprint.as_deref());
     }
     Ok(file.attach(model, &model.device())?)
+}
+
+/// Says of an adapter that remembers no base that --strict could not check it.
+pub(crate) fn say_unchecked(dir: &Path, base_fingerprint: Option<&str>) {
+    if base_fingerprint.is_none() {
+        ui::say(format_args!("--strict: {}: {}", dir.display(), adapter::UNCHECKED));
+    }
 }
 
 fn check_adapter(dir: &Path) -> anyhow::Result<()> {

@@ -71,7 +71,7 @@ enum From {
     Llama2c,
     /// Checkpoints of loralib (.pt, .bin, .safetensors)
     Loralib,
-    /// Bottleneck adapters of AdapterHub
+    /// Bottleneck adapters and prefixes of AdapterHub
     Adapterhub,
 }
 

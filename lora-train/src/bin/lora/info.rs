@@ -196,11 +196,11 @@ fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     let mut info = json!({"method": adapter.method});
     // As a configuration of a run names them.
     let config = TrainConfig { method: adapter.method.into(), ..TrainConfig::default() };
+    let own = adapter.row()?.options;
     if let Value::Object(options) = shown(serde_json::to_value(config.with_options(&adapter.options))?) {
-        let own = adapter.row()?.options;
         info.as_object_mut().expect("an object").extend(options.into_iter().filter(|(k, _)| own.contains(&k.as_str())));
     }
-    if adapter.row()?.options.contains(&"rank") {
+    if ["rank", "alpha"].iter().all(|option| own.contains(option)) {
         let (rank, alpha) = (adapter.options.rank as f64, adapter.options.alpha);
         info["scaling"] = json!(if adapter.options.rslora { alpha / rank.sqrt() } else { alpha / rank });
     }
@@ -215,7 +215,7 @@ fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
         info["labels"] = json!(fitted.labels.as_ref().map(Labels::names));
     }
     info["base_model_name_or_path"] = json!(adapter.base_model_name_or_path);
-    summarise(&mut info, &tensors_of(&dir.join(adapter::WEIGHTS_FILE))?, args);
+    summarise(&mut info, &adapter::stored_tensors(dir)?, args);
     let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from).filter(|p| p.join(CONFIG_FILE).exists());
     let beside = |base: &Path| base::load(base, Some(dir), &Place::CPU, false);
     let loaded = match (&args.model, &named) {

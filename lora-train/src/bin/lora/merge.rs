@@ -173,6 +173,9 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         if !updates.whole.is_empty() {
             task = task::of_adapter(dir)?;
         }
+        if args.strict {
+            base::say_unchecked(dir, updates.base_fingerprint.as_deref());
+        }
         parts.push(Weighted { name: dir.display().to_string(), weight: *weight, updates });
     }
     same(args, adapter::check_one_base(&parts))?;
@@ -258,8 +261,8 @@ fn write_model(
             adapter::rounding(&*loaded.model, changed, dtype)?
     {
         ui::say(format_args!(
-            "rounding to {dtype:?} changes the update by {:.2}% of it, at most by {:.2}% ({name}); no weight by more than \
-             {largest:.1e}",
+            "rounding to {dtype:?} changes the update by {:.2}% of it, at most by {:.2}% ({name}); no weight of what the update \
+             changes by more than {largest:.1e}",
             100.0 * share,
             100.0 * most
         ));

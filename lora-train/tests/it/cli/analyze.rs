@@ -81,6 +81,14 @@ fn an_adapter_is_measured_alone_on_its_base_and_against_another() {
     ["effective", "σ₁", "of ‖W‖", "amplified", "φ_A(1,1)"].iter().for_each(|c| assert!(head.contains(c), "{head}"));
     assert_eq!(table.lines().count(), 6, "{table}");
     assert!(!lab.ok("analyze a").lines().next().unwrap().contains("of ‖W‖"));
+
+    // A rank above both sides of a matrix has as many directions as the matrix.
+    lab.train("above", "--rank 50 --targets c_attn --steps 2 --batch-size 4 --lr 0.05");
+    let above = lab.json("analyze above --model base --against a --json");
+    for (name, m) in above["modules"].as_object().unwrap() {
+        assert_eq!((&m["rank"], numbers(&m["singular_values"]).len()), (&serde_json::json!(50), 16), "{name}");
+        assert_eq!(m["phi_a"].as_array().unwrap().len(), 16, "{name}");
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The base that an adapter was trained on, and others.
 
-use crate::cli::lab::Lab;
+use serde_json::json;
+
+use crate::cli::{bad_input::with_header, lab::Lab};
 
 /// What a command that succeeds says on standard error.
 fn said(lab: &Lab, args: &str) -> String {
@@ -56,7 +58,21 @@ fn another_base_is_warned_of_and_refused_when_strict() {
         assert!(said(&lab, args).contains("different bases"), "{args}");
     }
     // What came of them belongs to no base; what came of one still knows its own.
-    assert!(!said(&lab, "eval --model base --adapter mixed --data valid.txt --strict").contains("fingerprint"));
+    const NOTHING: &str = "no fingerprint of the base";
+    assert!(said(&lab, &format!("{} --strict", eval("base", "mixed"))).contains(NOTHING));
+    // As PEFT's files do not.
+    lab.copy("run", "plain");
+    with_header(&lab, "plain/adapter_model.safetensors", |h| h["__metadata__"] = json!({"format": "pt"}));
+    for args in [
+        &eval("other", "plain"),
+        "merge --adapters run,plain --how cat --out plain-1",
+        "merge --model other --adapter plain --out plain-2",
+        "analyze run --against plain",
+        "train --model other --data train.txt --init-adapter plain --steps 1 --batch-size 4 --out plain-3",
+    ] {
+        assert!(said(&lab, &format!("{args} --strict")).contains(NOTHING), "{args}");
+    }
+    assert!(!said(&lab, &eval("other", "plain")).contains(NOTHING));
     lab.ok("merge --adapters run:0.5 --out half");
     lab.fails(&format!("{} --strict", eval("other", "half")), &[OTHER]);
     lab.ok("extract --model base --tuned other --rank 2 --out taken");

@@ -154,6 +154,9 @@ fn info_tells_of_every_architecture_and_every_method() {
         for option in row.options.iter().filter(|o| !filled_in.contains(*o)) {
             assert_eq!(adapter[*option], run["config"][*option], "{}: {option}", row.name);
         }
+        // α/r where there is an α.
+        let scaled = ["rank", "alpha"].iter().all(|option| row.options.contains(option));
+        assert_eq!(adapter.get("scaling").is_some(), scaled, "{}", row.name);
         let trainable = adapter["trainable"].as_u64();
         assert!(trainable.is_some_and(|n| n > 0), "{adapter}");
         let checkpoint = lab.json("info run/checkpoints/step-00000001 --json");
@@ -256,7 +259,7 @@ fn pefts_options_reach_the_adapter() {
         ("lora_alpha", json!(6)),
         ("target_modules", json!(".*c_(attn|fc)")),
         ("exclude_modules", json!(["1.mlp.c_fc"])),
-        ("rank_pattern", json!({"0.attn.c_attn": 3, "c_fc": 1})),
+        ("rank_pattern", json!({"c_fc": 1, "0.attn.c_attn": 3})),
         ("use_dora", json!(true)),
         ("bias", json!("lora_only")),
         ("modules_to_save", json!(["ln_f"])),
@@ -271,7 +274,7 @@ fn pefts_options_reach_the_adapter() {
         "more",
         "--init-adapter flags --fan-in-fan-out --rank-pattern c_fc=1 --rank-pattern 0.attn.c_attn=3 --steps 1",
     );
-    refused(&lab, "--init-adapter flags --rank-pattern c_fc=2", &["rank-pattern = c_fc=2", "0.attn.c_attn=3,c_fc=1"]);
+    refused(&lab, "--init-adapter flags --rank-pattern c_fc=2", &["rank-pattern = c_fc=2", "c_fc=1,0.attn.c_attn=3"]);
     for (args, parts) in [
         ("--targets (c_attn", ["targets = (c_attn", "no regular expression"]),
         ("--rank-pattern c_fc=1", ["rank-pattern = c_fc", "no module that is adapted"]),
@@ -284,7 +287,10 @@ fn pefts_options_reach_the_adapter() {
         ("--init-lora-weights eva", ["--init-lora-weights", "activations"]),
         ("--init-lora-weights zeros", ["--init-lora-weights", "pissa_niter_N"]),
         ("--init-lora-weights orthogonal --rank 3", ["init-lora-weights = orthogonal", "even"]),
-        ("--init-lora-weights pissa --rank 9", ["init-lora-weights = pissa", "twice the rank"]),
+        ("--init-lora-weights pissa --rank 17", ["init-lora-weights = pissa", "directions of the weight"]),
+        ("--method lokr --loraplus-lr-ratio 2", ["loraplus-lr-ratio = 2", "lokr has none"]),
+        ("--method vera --loraplus-lr-ratio 2", ["loraplus-lr-ratio = 2", "vera has none"]),
+        ("--loraplus-lr-embedding 0.01", ["loraplus-lr-embedding = 0.01", "without loraplus-lr-ratio"]),
         ("--init-adapter flags --init-lora-weights olora", ["init-lora-weights = olora", "the adapter flags has true"]),
         (
             "--method ia3 --targets c_attn --feedforward-modules c_fc",
@@ -294,4 +300,48 @@ fn pefts_options_reach_the_adapter() {
     ] {
         refused(&lab, args, &parts);
     }
+}
+
+/// Names that PEFT has in the configurations of its types, and values that it allows, in a TOML file.
+#[test]
+fn keys_of_pefts_types_are_read() {
+    let lab = Lab::new();
+    let read = |text: &str, key: &str| {
+        lab.write("peft.toml", &format!("{text}\nsteps = 1\n"));
+        let _ = fs::remove_dir_all(lab.path("run"));
+        lab.train("run", "--config peft.toml");
+        lab.json("info run --json")["config"][key].clone()
+    };
+    for (text, key, value) in [
+        ("method = \"adalora\"\ndeltaT = 3", "delta-t", json!(3)),
+        ("method = \"vera\"\nvera_dropout = 0.25", "dropout", json!(0.25)),
+        ("method = \"pre-layer\"\nnum_virtual_tokens = 5", "prefix", json!(5)),
+        ("layers_to_transform = 1", "layers-to-transform", json!([1])),
+        ("layers_to_transform = [0]\nlayers_pattern = \"h\"", "layers-pattern", json!(["h"])),
+        ("method = \"adalora\"\nbeta1 = 0.8\nadalora_beta1 = 0.7", "adalora-beta1", json!(0.7)),
+    ] {
+        assert_eq!(read(text, key), value, "{text}");
+    }
+    // PEFT's AdaLoRA has β's too: the file has to say whose they are.
+    for key in ["beta1", "beta2"] {
+        lab.write("peft.toml", &format!("method = \"adalora\"\n{key} = 0.8\nsteps = 1\n"));
+        refused(&lab, "--config peft.toml", &[&format!("{key} = 0.8"), &format!("adalora-{key}")]);
+        lab.train(key, &format!("--config peft.toml --{key} 0.9"));
+    }
+}
+
+/// Of several keys of a pattern that match, the first holds: an adapter that trains on keeps their order.
+#[test]
+fn patterns_keep_their_order() {
+    let lab = Lab::new();
+    lab.train("first", "--targets c_fc --rank 2 --rank-pattern mlp.c_fc=3 --rank-pattern c_fc=1 --steps 1");
+    lab.train("second", "--init-adapter first --steps 1");
+    for name in ["first", "second"] {
+        let info = lab.json(&format!("info {name} --json --tensors"));
+        let config: Value = serde_json::from_slice(&lab.bytes(&format!("{name}/adapter_config.json"))).unwrap();
+        assert_eq!(config["rank_pattern"].to_string(), r#"{"mlp.c_fc":3,"c_fc":1}"#, "{name}");
+        assert!(info.to_string().contains("c_fc.lora_A.weight"), "{name}: {info}");
+    }
+    assert!(lab.bytes("first/adapter_model.safetensors").len() == lab.bytes("second/adapter_model.safetensors").len());
+    lab.ok("eval --model base --adapter second --data valid.txt");
 }
