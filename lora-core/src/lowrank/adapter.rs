@@ -50,7 +50,8 @@ impl<T: Real> LowRank<T> {
     /// The update `scale`·`b`·`a` of A [r, in] and B [out, r].
     ///
     /// # Errors
-    /// [`Error::Shape`] if A and B disagree on r, [`Error::Rank`] if r is 0 or ΔW holds nothing, [`Error::NonFinite`] or [`Error::Scale`] for a NaN or an infinity in A, B or the scale.
+    /// [`Error::Shape`] if A and B disagree on r, [`Error::Rank`] if r is 0 or ΔW holds nothing, [`Error::NonFinite`] or
+    /// [`Error::Scale`] for a NaN or an infinity in A, B or the scale.
     pub fn new(a: Array2<T>, b: Array2<T>, scale: f64) -> Result<Self> {
         let (rank, cols) = a.dim();
         let rows = b.nrows();

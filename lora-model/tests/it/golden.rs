@@ -242,8 +242,9 @@ fn ten_steps_of_training_of(case: &Case) {
             adamw(&cfg, p, g.as_mat(), m.make_mut().unwrap(), v.make_mut().unwrap()).unwrap();
         }
         within(&format!("losses of {label}"), worst_loss, close);
-        // What ten steps make of rounding: PyTorch 2.15 under autocast is 1.9e-2 off in the seventh.
-        within(&format!("norms of {label}"), worst_norm, case.place.each);
+        // What ten steps make of rounding: PyTorch 2.15 under autocast is 1.9e-2 off in the seventh, a device 3.0e-2.
+        let most = if device.is_cpu() { close } else { case.place.each };
+        within(&format!("norms of {label}"), worst_norm, most);
         if name == "full" {
             continue; // the golden file leaves its parameters out
         }
