@@ -1,11 +1,12 @@
-//! The kernels of a GPT-2 small step besides its matrix products: attention, norms, the loss head, AdamW.
+//! The kernels of a step besides its matrix products, at the sizes of GPT-2 small: attention (of other models too), norms, the
+//! loss head in f32 and bf16, AdamW.
 
 use std::time::Instant;
 
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime,
 };
-use lora_bench::{CEILING, ceiling, median, numbers};
+use lora_bench::{CEILING, bf16, ceiling, ceiling_bf16, median, numbers};
 use lora_core::Tensor;
 use lora_kernels::{
     Acc, AdamW, Attention, CachedRows, Device, Sequences, adamw, attention, attention_backward, attention_cached,
@@ -37,50 +38,69 @@ fn time(group: &mut BenchmarkGroup<WallTime>, id: BenchmarkId, mut run: impl FnM
     median(&times)
 }
 
-/// Causal attention of GPT-2 small's heads, 1024 tokens in sequences of each length: GFLOP/s over the pairs that see each
-/// other, two products forward and five backward (the scores are made again).
+/// A model's attention, and the lengths of sequences that it is tried with.
+struct Heads {
+    model: &'static str,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    causal: bool,
+    lengths: &'static [usize],
+}
+
+const ATTENTIONS: [Heads; 4] = [
+    Heads { model: "GPT-2", heads: 12, kv_heads: 12, head_dim: 64, causal: true, lengths: &[64, 128, 512, 1024] },
+    Heads { model: "RoBERTa", heads: 12, kv_heads: 12, head_dim: 64, causal: false, lengths: &[64, 512] },
+    Heads { model: "SmolLM", heads: 9, kv_heads: 3, head_dim: 64, causal: true, lengths: &[256, 1024] },
+    Heads { model: "MiniLM", heads: 12, kv_heads: 12, head_dim: 32, causal: false, lengths: &[64] },
+];
+
+/// 1024 tokens in sequences of each length: GFLOP/s over the pairs that see each other, two products forward and five
+/// backward (the scores are made again).
 fn attentions(c: &mut Criterion) {
     let ceiling = ceiling(CEILING);
     let mut group = c.benchmark_group("attention");
     group.sample_size(20).throughput(Throughput::Elements(TOKENS as u64));
-    let (qkv, dout) = (numbers(TOKENS, 3 * WIDTH), numbers(TOKENS, WIDTH));
-    let part = |i: usize| qkv.mat().cols_in(i * WIDTH..(i + 1) * WIDTH);
-    for length in [64, 128, 512, 1024] {
+    let cases = ATTENTIONS.iter().flat_map(|h| h.lengths.iter().map(move |&length| (h, length)));
+    for (&Heads { model, heads, kv_heads, head_dim, causal, .. }, length) in cases {
         let seqs = Sequences::new(&vec![length; TOKENS / length]);
-        let head_dim = WIDTH / HEADS;
         let scale = 1.0 / (head_dim as f64).sqrt();
-        let cfg = Attention { heads: HEADS, kv_heads: HEADS, head_dim, scale, causal: true, dropout: None };
-        let (mut out, mut lse) = (numbers(TOKENS, WIDTH), numbers(TOKENS, HEADS));
-        let product = (TOKENS * (length + 1) * WIDTH) as f64;
+        let cfg = Attention { heads, kv_heads, head_dim, scale, causal, dropout: None };
+        let (width, shared) = (heads * head_dim, kv_heads * head_dim);
+        let (qkv, dout) = (numbers(TOKENS, width + 2 * shared), numbers(TOKENS, width));
+        let [q, k, v] =
+            [0..width, width..width + shared, width + shared..width + 2 * shared].map(|c| qkv.mat().cols_in(c));
+        let (mut out, mut lse) = (numbers(TOKENS, width), numbers(TOKENS, heads));
+        let seen = if causal { (length + 1) as f64 / 2.0 } else { length as f64 };
+        let product = 2.0 * (TOKENS * width) as f64 * seen;
         let say = |what: &str, products: f64, seconds: f64| {
             if seconds.is_nan() {
                 return;
             }
             let rate = products * product / seconds;
             println!(
-                "attention, {length}, {what}: {:.0} GFLOP/s, {:.0}% of the ceiling",
+                "attention, {model}, {length}, {what}: {:.0} GFLOP/s, {:.0}% of the ceiling",
                 rate / 1e9,
                 100.0 * rate / ceiling
             );
         };
-        let seconds = time(&mut group, BenchmarkId::new("forward", length), || {
+        let seconds = time(&mut group, BenchmarkId::new(format!("{model}, forward"), length), || {
             let (out, lse) = (out.make_mut().expect("unshared"), lse.make_mut().expect("unshared"));
-            attention(&cfg, &seqs, part(0), part(1), part(2), out, lse).expect("memory");
+            attention(&cfg, &seqs, q, k, v, out, lse).expect("memory");
         });
         say("forward", 2.0, seconds);
-        let mut grads = [0; 3].map(|_| numbers(TOKENS, WIDTH));
-        let seconds = time(&mut group, BenchmarkId::new("backward", length), || {
+        let mut grads = [width, shared, shared].map(|cols| numbers(TOKENS, cols));
+        let seconds = time(&mut group, BenchmarkId::new(format!("{model}, backward"), length), || {
             let [dq, dk, dv] = &mut grads;
             let saved = (out.mat(), lse.mat());
             let to = [write(dq), write(dk), write(dv)];
             let [dq, dk, dv] = to;
-            attention_backward(&cfg, &seqs, part(0), part(1), part(2), saved.0, saved.1, dout.mat(), dq, dk, dv)
-                .expect("memory");
+            attention_backward(&cfg, &seqs, q, k, v, saved.0, saved.1, dout.mat(), dq, dk, dv).expect("memory");
         });
         say("backward", 5.0, seconds);
     }
     // Generation: eight sequences of 200 positions, one new token each.
-    let (pool, mut out) = (numbers(1600, WIDTH), numbers(8, WIDTH));
+    let (pool, q, mut out) = (numbers(1600, WIDTH), numbers(8, WIDTH), numbers(8, WIDTH));
     let lists: Vec<Vec<u32>> = (0..8).map(|s| (s * 200..(s + 1) * 200).collect()).collect();
     let mut rows = CachedRows::new(&Device::Cpu, 1);
     rows.set(&lists, &[1; 8]).expect("memory");
@@ -89,7 +109,7 @@ fn attentions(c: &mut Criterion) {
     group.throughput(Throughput::Elements(8));
     time(&mut group, BenchmarkId::new("cached", "8 × 200"), || {
         let out = out.make_mut().expect("unshared");
-        attention_cached(&cfg, dout.mat().rows_in(0..8), pool.mat(), pool.mat(), &rows, out).expect("memory");
+        attention_cached(&cfg, q.mat(), pool.mat(), pool.mat(), &rows, out).expect("memory");
     });
     group.finish();
 }
@@ -119,23 +139,26 @@ fn norms(c: &mut Criterion) {
     group.finish();
 }
 
-/// The head with its loss and the gradient of its input, 256 targets.
+/// The head with its loss and the gradient of its input, 256 targets, with a matrix in f32 and in bf16.
 fn losses(c: &mut Criterion) {
     const ROWS: usize = 256;
-    let ceiling = ceiling(CEILING);
     let mut group = c.benchmark_group("loss head");
     group.sample_size(10).throughput(Throughput::Elements(ROWS as u64));
     let (x, w) = (numbers(ROWS, WIDTH), numbers(VOCABULARY, WIDTH));
     let ids: Vec<u32> = (0..ROWS as u32).map(|i| i * 191).collect();
     let targets = Tensor::from_slice(&Device::Cpu, &[1, ROWS], &ids).expect("memory");
     let (mut losses, mut dx) = (numbers(ROWS, 1), numbers(ROWS, WIDTH));
-    let seconds = time(&mut group, BenchmarkId::new("forward and dx", ROWS), || {
-        let (losses, dx) = (losses.make_mut().expect("unshared"), Some(write(&mut dx)));
-        loss_head(x.mat(), w.t(), None, targets.mat(), 0.0, 1.0, losses, dx, None, None).expect("memory");
-    });
-    let rate = 2.0 * 2.0 * (ROWS * WIDTH * VOCABULARY) as f64 / seconds;
-    if rate.is_finite() {
-        println!("loss head: {:.0} GFLOP/s, {:.0}% of the ceiling", rate / 1e9, 100.0 * rate / ceiling);
+    let mut heads = vec![("f32", w.clone(), ceiling(CEILING))];
+    heads.extend(ceiling_bf16(CEILING).map(|ceiling| ("bf16", bf16(&w).expect("bf16"), ceiling)));
+    for (dtype, w, ceiling) in heads {
+        let seconds = time(&mut group, BenchmarkId::new(format!("forward and dx, {dtype}"), ROWS), || {
+            let (losses, dx) = (losses.make_mut().expect("unshared"), Some(write(&mut dx)));
+            loss_head(x.mat(), w.t(), None, targets.mat(), 0.0, 1.0, losses, dx, None, None).expect("memory");
+        });
+        let rate = 2.0 * 2.0 * (ROWS * WIDTH * VOCABULARY) as f64 / seconds;
+        if rate.is_finite() {
+            println!("loss head, {dtype}: {:.0} GFLOP/s, {:.0}% of the ceiling", rate / 1e9, 100.0 * rate / ceiling);
+        }
     }
     group.finish();
 }

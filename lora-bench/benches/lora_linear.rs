@@ -1,5 +1,6 @@
 //! A linear layer of GPT-2 small (c_attn, 1024 tokens) with LoRA at ranks 1 to 64, forward and forward + backward, beside
-//! the bare layer ("r 0"). The floor of LoRA's extra work is its FLOPs: r·(1/in + 1/out) of the layer's.
+//! the bare layer ("r 0"). An element of throughput is a FLOP of matrix products. The floor of LoRA's extra work is its
+//! FLOPs: r·(1/in + 1/out) of the layer's.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lora_bench::numbers;
@@ -52,9 +53,11 @@ fn lora(c: &mut Criterion) {
     let layer = Layer { w: numbers(IN, OUT), outline };
     let (x, dy) = (numbers(TOKENS, IN), numbers(TOKENS, OUT));
     let mut group = c.benchmark_group("lora_linear");
-    group.sample_size(20).throughput(Throughput::Elements(TOKENS as u64));
+    group.sample_size(20);
     for rank in [0, 1, 4, 8, 16, 64] {
         let adapted = adapted(&layer, rank).expect("a layer with LoRA");
+        let (whole, low) = (2 * TOKENS * IN * OUT, 2 * TOKENS * rank * (IN + OUT));
+        group.throughput(Throughput::Elements((whole + low) as u64));
         group.bench_function(format!("forward, r {rank}"), |b| {
             b.iter(|| {
                 let mut t = Tape::inference(&adapted.params);
@@ -62,6 +65,8 @@ fn lora(c: &mut Criterion) {
                 layer.forward(&mut t, &adapted, &x).expect("forward")
             });
         });
+        // dx costs what y did, and dA and dB once more what A and B did.
+        group.throughput(Throughput::Elements((2 * whole + 3 * low) as u64));
         // What reaches the layer inside a network is tracked, so that dx is part of the work at every rank.
         group.bench_function(format!("forward + backward, r {rank}"), |b| {
             let mut grads = Grads::new(&adapted.params).expect("memory");

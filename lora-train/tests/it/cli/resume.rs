@@ -11,11 +11,18 @@ const RUN: &str = "train --model base --data train.txt --valid valid.txt --targe
 #[test]
 fn a_killed_run_goes_on_as_if_nothing_had_been() {
     let lab = Lab::new();
-    lab.ok(&format!("{RUN} --out whole --log whole.jsonl"));
+    let whole = |dtype: &str| format!("whole-{dtype}");
+    for dtype in ["f32", "bf16"] {
+        let whole = whole(dtype);
+        lab.ok(&format!("{RUN} --dtype {dtype} --out {whole} --log {whole}.jsonl"));
+    }
+    assert_ne!(lab.log("whole-f32.jsonl"), lab.log("whole-bf16.jsonl"), "the base was not rounded");
     // Lines of the log after which each life of the run is killed.
-    for (i, kills) in [&[0][..], &[1], &[4], &[5], &[13, 22], &[4, 5, 30], &[36]].iter().enumerate() {
-        let (out, log) = (format!("run{i}"), format!("log{i}.jsonl"));
-        let args = format!("{RUN} --out {out} --log {log}");
+    let in_f32 = [&[0][..], &[1], &[4], &[5], &[13, 22], &[4, 5, 30], &[36]].map(|kills| (kills, "f32"));
+    let in_bf16 = [&[5][..], &[13, 22]].map(|kills| (kills, "bf16"));
+    for (i, (kills, dtype)) in in_f32.into_iter().chain(in_bf16).enumerate() {
+        let (out, log, whole) = (format!("run{i}"), format!("log{i}.jsonl"), whole(dtype));
+        let args = format!("{RUN} --dtype {dtype} --out {out} --log {log}");
         for (life, &n) in kills.iter().enumerate() {
             let mut child = lab.spawn(&format!("{args} {}", if life > 0 { "--resume" } else { "" }));
             lab.wait_for_lines(&mut child, &log, n);
@@ -23,11 +30,13 @@ fn a_killed_run_goes_on_as_if_nothing_had_been() {
             child.wait().unwrap();
         }
         lab.ok(&format!("{args} --resume"));
-        assert_eq!(lab.log(&log), lab.log("whole.jsonl"), "{kills:?}");
+        let what = format!("{kills:?}, {dtype}");
+        assert_eq!(lab.log(&log), lab.log(&format!("{whole}.jsonl")), "{what}");
         let file = "adapter_model.safetensors";
-        assert!(lab.bytes(&format!("{out}/{file}")) == lab.bytes(&format!("whole/{file}")), "{kills:?}");
-        assert_eq!(names(&lab.path(&out)), names(&lab.path("whole")), "{kills:?}");
-        assert_eq!(names(&lab.path(&out).join("checkpoints")), names(&lab.path("whole/checkpoints")), "{kills:?}");
+        assert!(lab.bytes(&format!("{out}/{file}")) == lab.bytes(&format!("{whole}/{file}")), "{what}");
+        assert_eq!(names(&lab.path(&out)), names(&lab.path(&whole)), "{what}");
+        let checkpoints = |run: &str| names(&lab.path(run).join("checkpoints"));
+        assert_eq!(checkpoints(&out), checkpoints(&whole), "{what}");
     }
 }
 
