@@ -4,7 +4,7 @@ use lora_core::{
     Tape, Tensor, Var, lowrank, ops,
     peft::{Adapted, Base},
 };
-use lora_kernels::{DType, Device, add_bias, gemm};
+use lora_kernels::{DType, Device, MatMut, add_bias, axpby, gemm};
 
 use crate::{
     Batch, Error, Input, KvCache, KvShape, Limits, Parts, Result, Texts,
@@ -129,18 +129,7 @@ pub trait Model: Base + Send + Sync {
         t.share_rows(batch.shares.clone());
         let x = t.on_rows_with(adapted.stream_tokens().count(), |t| self.hidden(t, adapted, &mut input))?;
         let x = t.on_target_rows(|t| self.features(t, adapted, x))?;
-        let (w, b) = self.head().vars(t, adapted)?;
-        Ok(match self.task() {
-            Task::Regression => {
-                let y = ops::linear_wide(t, &x, &w, lowrank::Layout::OutIn, b.as_ref())?;
-                ops::squared_error(t, &y, &batch.targets, scale)?
-            }
-            _ => {
-                let name = &self.head().weight.name;
-                let more = t.on_target_rows(|t| adapted.beside_head(t, name, &x))?;
-                ops::loss_head_beside(t, &x, &w, b.as_ref(), &more, &batch.targets, smoothing, scale)?
-            }
-        })
+        self.head().loss(t, adapted, &x, &batch.targets, (smoothing, scale))
     }
 
     /// The logits of all tokens of a batch [tokens, vocabulary], or of a classifier those of its sequences [sequences,
@@ -249,19 +238,73 @@ impl Head<'_> {
         Ok((self.weight.var(t, adapted)?, self.bias.map(|b| b.var(t, adapted)).transpose()?))
     }
 
+    /// [`Model::loss`] of the features x, whichever heads they have.
+    fn loss(&self, t: &mut Tape, adapted: &Adapted, x: &Var, targets: &Tensor, scalars: (f64, f64)) -> Result<Var> {
+        let Some(heads) = adapted.heads(t, &self.weight.name, x.value().rows())? else {
+            return self.loss_of_one(t, adapted, x, targets, scalars);
+        };
+        assert!(!x.is_tracked(), "a batch with several adapters is for inference");
+        let mut sum = Tensor::zeros(&x.value().device(), x.value().dtype().accumulator(), &[1])?;
+        let targets = targets.clone().reshape(&[targets.len(), 1]);
+        for (rows, own) in heads {
+            let mut t = Tape::inference(&own.params);
+            let x = t.constant(&x.value().rows_in(rows.clone()));
+            let targets = targets.rows_in(rows.clone()).reshape(&[rows.len()]);
+            let part = self.loss_of_one(&mut t, own, &x, &targets, scalars)?;
+            axpby(1.0, part.value().mat(), 1.0, sum.make_mut()?)?;
+        }
+        Ok(t.constant(&sum))
+    }
+
+    /// The loss of one head.
+    fn loss_of_one(
+        &self,
+        t: &mut Tape,
+        adapted: &Adapted,
+        x: &Var,
+        targets: &Tensor,
+        (smoothing, scale): (f64, f64),
+    ) -> Result<Var> {
+        let (w, b) = self.vars(t, adapted)?;
+        Ok(match self.task {
+            Task::Regression => {
+                let y = ops::linear_wide(t, x, &w, lowrank::Layout::OutIn, b.as_ref())?;
+                ops::squared_error(t, &y, targets, scale)?
+            }
+            _ => {
+                let more = t.on_target_rows(|t| adapted.beside_head(t, &self.weight.name, x))?;
+                ops::loss_head_beside(t, x, &w, b.as_ref(), &more, targets, smoothing, scale)?
+            }
+        })
+    }
+
     fn logits(&self, t: &mut Tape, adapted: &Adapted, x: &Var) -> Result<Tensor> {
+        let (rows, outputs) = (x.value().rows(), self.weight.tensor.rows());
+        let mut logits = Tensor::empty(&x.value().device(), x.value().dtype().accumulator(), &[rows, outputs])?;
+        let Some(heads) = adapted.heads(t, &self.weight.name, rows)? else {
+            self.logits_of_one(t, adapted, x, logits.make_mut()?)?;
+            return Ok(logits);
+        };
+        for (rows, own) in heads {
+            let mut t = Tape::inference(&own.params);
+            let x = t.constant(&x.value().rows_in(rows.clone()));
+            self.logits_of_one(&mut t, own, &x, logits.make_mut()?.rows_in(rows))?;
+        }
+        Ok(logits)
+    }
+
+    /// The logits of one head.
+    fn logits_of_one(&self, t: &mut Tape, adapted: &Adapted, x: &Var, mut logits: MatMut) -> Result<()> {
         let (w, b) = self.vars(t, adapted)?;
         let more = adapted.beside_head(t, &self.weight.name, x)?;
-        let x = x.value();
-        let mut logits = Tensor::empty(&x.device(), x.dtype().accumulator(), &[x.rows(), w.value().rows()])?;
-        gemm(1.0, x.mat(), w.value().t(), 0.0, logits.make_mut()?)?;
+        gemm(1.0, x.value().mat(), w.value().t(), 0.0, logits.reborrow())?;
         for ops::BesideHead { factor, x, w } in &more {
-            gemm(*factor, x.value().mat(), w.value().t(), 1.0, logits.make_mut()?)?;
+            gemm(*factor, x.value().mat(), w.value().t(), 1.0, logits.reborrow())?;
         }
         if let Some(b) = b {
             let b = b.value().to(&logits.device(), logits.dtype())?;
-            add_bias(b.mat(), logits.make_mut()?)?;
+            add_bias(b.mat(), logits)?;
         }
-        Ok(logits)
+        Ok(())
     }
 }

@@ -89,7 +89,7 @@ fn a_thousand_operations_leave_the_base_and_the_memory_as_they_were() {
         let batch = model.batch(&adapted, &Texts::new(&[1, 2, 3, 4], &[1, 3])).unwrap();
         model.logits(&adapted, &batch).unwrap();
         let of: Vec<Option<&str>> = adapters.names().map(Some).chain([None]).collect();
-        let mixed = adapters.mixed(&of, &CPU).unwrap();
+        let mixed = adapters.mixed(&of, &base, &CPU).unwrap();
         let tokens = vec![7; of.len()];
         let batch = base.batch(&mixed, &Texts::new(&tokens, &vec![1; of.len()])).unwrap();
         base.logits(&mixed, &batch).unwrap();

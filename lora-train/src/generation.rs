@@ -70,7 +70,7 @@ pub fn batches<'a>(
             Continued::Alike(adapted) => adapted,
             Continued::Each(adapters, names) => {
                 let names: Vec<Option<&str>> = names[first..first + batch.len()].iter().map(Option::as_deref).collect();
-                mixed = adapters.mixed(&names, &model.device())?;
+                mixed = adapters.mixed(&names, model, &model.device())?;
                 &mixed
             }
         };

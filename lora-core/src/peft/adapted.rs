@@ -6,7 +6,8 @@ use std::{
 use lora_kernels::{DType, Device};
 
 use super::{
-    Attached, Base, BaseTensor, Budget, Layers, Linear, LinearAdapter, Method, Norm, Outline, Plan, VirtualTokens, join,
+    Attached, Base, BaseTensor, Budget, Layers, Linear, LinearAdapter, Method, Norm, Outline, Plan, VirtualTokens,
+    join, mixed::Several,
 };
 use crate::{Error, Grads, Init, ParamId, Params, ParamsBuilder, Result, Tape, Tensor, Var, ops};
 
@@ -19,8 +20,8 @@ pub struct Adapted {
     trained: BTreeMap<String, ParamId>,
     places: Places,
     budget: Option<Budget>,
-    /// The adapter of each sequence, where they are several ([`Adapted::mixed`]).
-    pub(super) of_sequences: Option<Box<[Option<usize>]>>,
+    /// Where it is several ([`Adapted::mixed`]).
+    pub(super) several: Option<Several>,
 }
 
 /// What is attached where.
@@ -113,13 +114,13 @@ impl Adapted {
         if let Some(budget) = &mut budget {
             budget.bind(&params)?;
         }
-        Ok(Adapted { params, trained, places, budget, of_sequences: None })
+        Ok(Adapted { params, trained, places, budget, several: None })
     }
 
     /// The bare base: nothing trains, nothing is attached.
     pub fn none(device: &Device) -> Result<Adapted> {
         let (params, places) = (Params::none(device)?, Places::default());
-        Ok(Adapted { params, trained: BTreeMap::new(), places, budget: None, of_sequences: None })
+        Ok(Adapted { params, trained: BTreeMap::new(), places, budget: None, several: None })
     }
 
     /// The sites with an adapter, each by its key among what is attached, with its layer.
@@ -127,9 +128,14 @@ impl Adapted {
         self.places.sites.iter().map(|place| (place.key.as_str(), place.layer))
     }
 
+    /// What is attached at a site, by its key.
+    pub(super) fn attached(&self, site: &str) -> Option<&Attached> {
+        self.places.attached.get(site)
+    }
+
     /// What is attached to the linear map of a site.
     pub(super) fn linear(&self, site: &str) -> Option<&dyn LinearAdapter> {
-        match self.places.attached.get(site) {
+        match self.attached(site) {
             Some(Attached::Linear(a)) => Some(a.as_ref()),
             _ => None,
         }

@@ -24,7 +24,7 @@ use crate::{Error, Result};
 /// adapters.insert("fr", french);
 ///
 /// // Three prompts in one batch: one in German, one in French, one by the bare base.
-/// let mixed = adapters.mixed(&[Some("de"), Some("fr"), None], &Device::Cpu)?;
+/// let mixed = adapters.mixed(&[Some("de"), Some("fr"), None], &model, &Device::Cpu)?;
 /// let texts = generate(&model, &mixed, &[vec![1, 2], vec![3], vec![1, 2]], &GenerationConfig::default(), None)?;
 /// assert_eq!(texts.len(), 3);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -77,18 +77,18 @@ impl Adapters {
         })
     }
 
-    /// For batches whose sequence i has adapter `of[i]`, or none: see [`Adapted::mixed`].
+    /// For batches on `base` whose sequence i has adapter `of[i]`, or none: see [`Adapted::mixed`].
     ///
     /// # Errors
     /// [`Error::Adapters`] for a name that is not there, and for an adapter that cannot share a batch.
-    pub fn mixed(&self, of: &[Option<&str>], device: &Device) -> Result<Adapted> {
+    pub fn mixed(&self, of: &[Option<&str>], base: &dyn Base, device: &Device) -> Result<Adapted> {
         let mut names: Vec<&str> = of.iter().copied().flatten().collect();
         names.sort_unstable();
         names.dedup();
         let adapters = names.iter().map(|name| self.get(name).cloned()).collect::<Result<Vec<_>>>()?;
         let number = |name: &Option<&str>| name.map(|name| names.partition_point(|n| *n < name));
         let of: Vec<Option<usize>> = of.iter().map(number).collect();
-        Adapted::mixed(&adapters, &of, device).map_err(|e| match e {
+        Adapted::mixed(&adapters, &of, base.outline(), device).map_err(|e| match e {
             lora_core::Error::Mixed { adapter, why } => {
                 let problem = format!("adapter `{}` cannot share a batch with others: {why}", names[adapter]);
                 Error::Adapters { problem }

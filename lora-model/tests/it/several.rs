@@ -1,6 +1,6 @@
 //! Batches whose sequences have different adapters: each sequence gets what its adapter alone gives it.
 
-use std::{path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use lora_core::peft::{Adapted, Bias, Modules, Options, find};
 use lora_kernels::{DType, Device};
@@ -78,7 +78,7 @@ fn each_sequence_has_the_logits_of_its_adapter() {
         for case in ["gpt2", "llama3", "qwen3", "mistral", "bert_masked_lm", "roberta_masked_lm"] {
             let model = model(case, &device, dtype);
             let (adapters, sequences) = (several(&*model), sequences(&*model));
-            let mixed = adapters.mixed(&OF, &device).unwrap();
+            let mixed = adapters.mixed(&OF, &*model, &device).unwrap();
             let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
             let batch = model.batch(&mixed, &Texts::new(&sequences.concat(), &lengths)).unwrap();
             let together = model.logits(&mixed, &batch).unwrap();
@@ -116,11 +116,83 @@ fn losses_add_up() {
             let mut t = lora_core::Tape::inference(&adapted.params);
             model.loss(&mut t, adapted, &batch, 0.0, 1.0).unwrap().value().to_f64().unwrap()[0]
         };
-        let together = loss(&adapters.mixed(&OF, &CPU).unwrap(), &sequences);
+        let together = loss(&adapters.mixed(&OF, &*model, &CPU).unwrap(), &sequences);
         let alone: f64 =
             sequences.iter().zip(OF).map(|(s, name)| loss(&one(&adapters, name, &CPU), std::slice::from_ref(s))).sum();
         within(&format!("{case}: {together} of {alone}"), (together - alone).abs() / alone, 1e-6);
     }
+}
+
+/// Of classifiers, whose heads are each adapter's own, and of adapters that have changed linear maps as a whole.
+#[test]
+fn each_text_is_judged_by_the_head_of_its_adapter() {
+    let mut places: Vec<_> = gpus().into_iter().map(|gpu| (gpu, DType::F32)).collect();
+    places.extend([(CPU, DType::F32), (CPU, DType::Bf16)]);
+    for (device, dtype) in places {
+        for (case, layer) in [("bert_classification", "intermediate.dense"), ("roberta_regression", "output.dense")] {
+            let model = model(case, &device, dtype);
+            let task = model.task();
+            let mut adapters = several(&*model);
+            let whole = options(|o| o.modules_to_save = vec![layer.into()]);
+            adapters.insert("small", adapted("lora", &whole, &*model, 7));
+            adapters.insert("dora", adapted("lora", &options(|o| o.bias = Bias::LoraOnly), &*model, 8));
+            let own = |name: &str| adapters.get(name).unwrap().trained().map(str::to_owned).collect::<Vec<_>>();
+            for part in [layer, "classifier"] {
+                assert!(own("small").iter().any(|n| n.contains(part)), "{:?}", own("small"));
+            }
+            assert!(own("dora").iter().any(|n| n.ends_with("query.bias")), "{:?}", own("dora"));
+            let sequences = sequences(&*model);
+            let labels: Vec<u32> = (0..OF.len() as u32).map(|i| i % 3).collect();
+            let numbers: Vec<f32> = labels.iter().map(|&l| l as f32 - 0.7).collect();
+            let judged = |adapted: &Adapted, some: Range<usize>| {
+                let lengths: Vec<usize> = sequences[some.clone()].iter().map(Vec::len).collect();
+                let targets = match task {
+                    Task::Regression => Targets::Values(&numbers[some.clone()]),
+                    _ => Targets::Labels(&labels[some.clone()]),
+                };
+                let tokens = sequences[some].concat();
+                let batch = model.batch(adapted, &Texts::new(&tokens, &lengths).targets(targets)).unwrap();
+                let mut t = lora_core::Tape::inference(&adapted.params);
+                let loss = model.loss(&mut t, adapted, &batch, 0.0, 0.3).unwrap().value().to_f64().unwrap()[0];
+                (model.logits(adapted, &batch).unwrap(), loss)
+            };
+            let (together, loss) = judged(&adapters.mixed(&OF, &*model, &device).unwrap(), 0..OF.len());
+            let (mut worst, mut sum, mut bare) = (0f64, 0.0, 0f64);
+            for (i, name) in OF.into_iter().enumerate() {
+                let (alone, loss) = judged(&one(&adapters, name, &device), i..i + 1);
+                worst = worst.max(relative(&together.rows_in(i..i + 1), &alone));
+                bare = bare.max(relative(&judged(&one(&adapters, None, &device), i..i + 1).0, &alone));
+                sum += loss;
+            }
+            let what = format!("{case} in {dtype:?} on {device:?}");
+            within(&what, worst, 2e-6);
+            within(&format!("{what}: loss {loss} of {sum}"), (loss - sum).abs() / sum, 2e-6);
+            assert!(bare > 1e-2, "{what}: the adapters change nothing");
+        }
+    }
+}
+
+/// An output head of its own, that some of the adapters have an update beside.
+#[test]
+fn each_sequence_has_what_its_adapter_adds_to_the_output_head() {
+    let model = model("llama2", &CPU, DType::F32);
+    let mut adapters = several(&*model);
+    let head = |o: &mut Options| o.targets = ["lm_head", "q_proj"].into_iter().collect();
+    adapters.insert("small", adapted("lora", &options(head), &*model, 7));
+    let sequences = sequences(&*model);
+    let judged = |adapted: &Adapted, some: Range<usize>| {
+        let lengths: Vec<usize> = sequences[some.clone()].iter().map(Vec::len).collect();
+        let batch = model.batch(adapted, &Texts::new(&sequences[some].concat(), &lengths)).unwrap();
+        model.logits(adapted, &batch).unwrap()
+    };
+    let together = judged(&adapters.mixed(&OF, &*model, &CPU).unwrap(), 0..OF.len());
+    let (mut worst, mut at) = (0f64, 0);
+    for (i, name) in OF.into_iter().enumerate() {
+        let rows = at..at + sequences[i].len();
+        at = rows.end;
+        worst = worst.max(relative(&together.rows_in(rows), &judged(&one(&adapters, name, &CPU), i..i + 1)));
+    }
+    within("llama2 with an adapted head", worst, 2e-6);
 }
 
 #[test]
@@ -129,7 +201,7 @@ fn each_prompt_is_continued_as_by_its_adapter_alone() {
         for case in ["gpt2", "llama3"] {
             let model = model(case, &device, DType::F32);
             let (adapters, prompts) = (several(&*model), sequences(&*model));
-            let mixed = adapters.mixed(&OF, &device).unwrap();
+            let mixed = adapters.mixed(&OF, &*model, &device).unwrap();
             // Texts end at different times, so that the batch loses sequences, and beams change places.
             let vocab = model.limits().vocab_size as u32;
             let every = |n| (0..vocab).step_by(n).collect();
@@ -155,19 +227,21 @@ fn each_prompt_is_continued_as_by_its_adapter_alone() {
 fn what_cannot_share_a_batch_is_refused_by_name() {
     let gpt2 = model("gpt2", &CPU, DType::F32);
     let mut adapters = several(&*gpt2);
-    let e = adapters.mixed(&[Some("smal")], &CPU).unwrap_err().to_string();
+    let e = adapters.mixed(&[Some("smal")], &*gpt2, &CPU).unwrap_err().to_string();
     assert!(e.contains("`smal`") && e.contains("adalora, dora, everywhere, ia3, small, vera"), "{e}");
     assert!(Adapters::new().get("x").unwrap_err().to_string().contains("none is loaded"));
 
     adapters.insert("biases", adapted("lora", &options(|o| o.bias = Bias::All), &*gpt2, 5));
     adapters.insert("bottleneck", adapted("adapter-p", &options(|_| ()), &*gpt2, 6));
     for (name, wanted) in [("biases", ".bias of the base itself"), ("bottleneck", "no change of a linear map")] {
-        let Err(Error::Adapters { problem }) = adapters.mixed(&[Some("small"), Some(name)], &CPU) else { panic!() };
+        let Err(Error::Adapters { problem }) = adapters.mixed(&[Some("small"), Some(name)], &*gpt2, &CPU) else {
+            panic!()
+        };
         assert!(problem.contains(name) && problem.contains(wanted), "{problem}");
     }
 
     // Several are not saved, loaded or merged as if they were one.
-    let mut mixed = adapters.mixed(&OF, &CPU).unwrap();
+    let mut mixed = adapters.mixed(&OF, &*gpt2, &CPU).unwrap();
     let tensors = adapters.get("small").unwrap().adapter_tensors().unwrap();
     for e in [
         mixed.adapter_tensors().unwrap_err(),
@@ -178,7 +252,7 @@ fn what_cannot_share_a_batch_is_refused_by_name() {
     }
     // Nor are several of several.
     adapters.insert("mixed", mixed);
-    let e = adapters.mixed(&[Some("mixed")], &CPU).unwrap_err().to_string();
+    let e = adapters.mixed(&[Some("mixed")], &*gpt2, &CPU).unwrap_err().to_string();
     assert!(e.contains("`mixed`") && e.contains("several"), "{e}");
 
     // DeBERTa projects one table for all sequences.
@@ -186,7 +260,7 @@ fn what_cannot_share_a_batch_is_refused_by_name() {
     assert_eq!(deberta.task(), Task::MaskedLm);
     let mut adapters = Adapters::new();
     adapters.insert("one", adapted("lora", &options(|o| o.targets = Modules::AllLinear), &*deberta, 1));
-    let mixed = adapters.mixed(&[Some("one"), None], &CPU).unwrap();
+    let mixed = adapters.mixed(&[Some("one"), None], &*deberta, &CPU).unwrap();
     let batch = deberta.batch(&mixed, &Texts::new(&[1, 2, 3], &[2, 1])).unwrap();
     let e = deberta.logits(&mixed, &batch).unwrap_err().to_string();
     assert!(e.contains("belong to all sequences"), "{e}");
