@@ -283,9 +283,11 @@ impl<'a> Host<'a> {
             }
             (task, targets) => panic!("{targets:?} are no targets of {task:?}"),
         };
-        // A sequence is judged by its first token.
+        // A sequence is judged by its first token, or by the first row that it has with its prefix.
+        let VirtualTokens { prefix, classify, .. } = place.tokens();
+        let before = if stream && classify { prefix as u32 } else { 0 };
         let target_rows = match task {
-            Task::Classification { .. } | Task::Regression => starts.iter().map(|&r| row(r)).collect(),
+            Task::Classification { .. } | Task::Regression => starts.iter().map(|&r| row(r) - before).collect(),
             _ => target_rows,
         };
         let lengths = if stream { rows.lengths.clone() } else { lengths.to_vec() };

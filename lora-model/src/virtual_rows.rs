@@ -77,8 +77,13 @@ mod tests {
 
     #[test]
     fn prefix_and_infix_stand_where_they_belong() {
-        let tokens =
-            |i| if i == 2 { VirtualTokens::default() } else { VirtualTokens { prefix: 2, infix: 1, uncounted: false } };
+        let tokens = |i| {
+            if i == 2 {
+                VirtualTokens::default()
+            } else {
+                VirtualTokens { prefix: 2, infix: 1, ..VirtualTokens::default() }
+            }
+        };
         let rows = VirtualRows::new(&[3, 1, 2], &[1, 1, 0], tokens);
         // Own rows 0 to 5, virtual 6 and 7 before and 8 between.
         assert_eq!(rows.sources, [6, 7, 0, 8, 1, 2, 6, 7, 3, 8, 4, 5]);

@@ -1,10 +1,17 @@
-use std::path::{Path, PathBuf};
+mod check;
+mod file;
+mod values;
 
-use lora_core::peft::{self, InitLoraWeights, METHODS, Modules};
-use serde::{Deserialize, Deserializer, Serialize};
+use std::path::PathBuf;
+
+use lora_core::peft::{self, InitLoraWeights, Modules};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use file::{by_our_names, our_name};
+use values::{init_lora_weights, modules, one_or_more, pattern};
 
 use crate::{
-    Error, Place, Result,
+    Result,
     data::{self, Format},
     schedule::Schedule,
 };
@@ -93,6 +100,8 @@ pub struct TrainConfig {
     pub infix: usize,
     /// Whether the virtual tokens of `pre-layer` count as positions of the text.
     pub count_prefix: bool,
+    /// Whether a text is classified by the first virtual token of `pre-embed` rather than by its own first token.
+    pub classify_prefix: bool,
     /// Width of the hidden layer that a prefix is reparametrised with; 0 is none.
     pub reparam: usize,
     /// Folders of the trained adapters that `fusion` combines.
@@ -226,6 +235,7 @@ impl Default for TrainConfig {
             prefix: options.prefix,
             infix: options.infix,
             count_prefix: options.count_prefix,
+            classify_prefix: options.classify_prefix,
             reparam: options.reparam,
             fuse: Vec::new(),
             decompose_both: options.decompose_both,
@@ -275,123 +285,6 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
-    /// Refuses what makes no sense on any model or data, naming the option.
-    ///
-    /// # Errors
-    /// [`Error::Option`].
-    pub fn check(&self) -> Result<()> {
-        let positive = |option, v: usize| match v {
-            0 => Err(Error::option(option, v, "must be at least 1")),
-            _ => Ok(()),
-        };
-        let within = |option, v: f64, lo: f64, hi: f64, why: &str| match v >= lo && v < hi {
-            true => Ok(()),
-            false => Err(Error::option(option, v, why)),
-        };
-        positive("batch-size", self.batch_size)?;
-        positive("grad-accum", self.grad_accum)?;
-        if self.grad_accum > self.batch_size {
-            let why = format!("a batch of {} sequences cannot be split into more micro-batches", self.batch_size);
-            return Err(Error::option("grad-accum", self.grad_accum, why));
-        }
-        if self.max_length < 2 {
-            return Err(Error::option("max-length", self.max_length, "a sequence needs two tokens to predict one"));
-        }
-        within("hold-out", self.hold_out, 0.0, 1.0, "a share of the data is in [0, 1)")?;
-        if self.hold_out > 0.0 && self.valid.is_some() {
-            return Err(Error::option("hold-out", self.hold_out, "give either --valid or --hold-out, not both"));
-        }
-        within("lr", self.lr, f64::MIN_POSITIVE, 1e3, "a learning rate is a positive number, usually below 0.1")?;
-        within("weight-decay", self.weight_decay, 0.0, 1e3, "weight decay is a number ≥ 0, usually below 1")?;
-        if let Some(ratio) = self.loraplus_lr_ratio {
-            const OPTION: &str = "loraplus-lr-ratio";
-            within(
-                OPTION,
-                ratio,
-                f64::MIN_POSITIVE,
-                1e6,
-                "a ratio of learning rates is a positive number, usually 2 to 32",
-            )?;
-            // LoRA's own options and AdaLoRA's, alone or in a combination.
-            if !self.row()?.options.iter().any(|option| ["use-dora", "init-r"].contains(option)) {
-                let why = format!("it is for methods with LoRA's B, and method {} has none; leave it out", self.method);
-                return Err(Error::option(OPTION, ratio, why));
-            }
-        }
-        const EMBEDDING: &str = "loraplus-lr-embedding";
-        let why = "a learning rate is a number ≥ 0, usually far below that of other parameters";
-        within(EMBEDDING, self.loraplus_lr_embedding, 0.0, 1e3, why)?;
-        if self.loraplus_lr_ratio.is_none() && self.loraplus_lr_embedding != LORAPLUS_LR_EMBEDDING {
-            let why = "it is a rate of LoRA+, and without loraplus-lr-ratio there is none; give both";
-            return Err(Error::option(EMBEDDING, self.loraplus_lr_embedding, why));
-        }
-        within("beta1", self.beta1, 0.0, 1.0, "β₁ is in [0, 1)")?;
-        within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
-        within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
-        within("label-smoothing", self.label_smoothing, 0.0, 1.0, "label smoothing is in [0, 1)")?;
-        const LARGEST: u64 = i64::MAX as u64;
-        for (option, v, most) in [
-            ("steps", self.steps.unwrap_or(0), u64::from(u32::MAX)),
-            ("warmup", self.warmup, u64::from(u32::MAX)),
-            ("tinit", self.tinit, u64::from(u32::MAX)),
-            ("tfinal", self.tfinal, u64::from(u32::MAX)),
-            ("delta-t", self.delta_t, u64::from(u32::MAX)),
-            ("total-step", self.total_step.unwrap_or(0), u64::from(u32::MAX)),
-            ("seed", self.seed, LARGEST),
-            ("projection-prng-key", self.projection_prng_key, LARGEST),
-            ("save-every", self.save_every, LARGEST),
-            ("eval-every", self.eval_every, LARGEST),
-        ] {
-            if v > most {
-                return Err(Error::option(option, v, format!("is at most {most}")));
-            }
-        }
-        for (option, v) in [
-            ("rank", self.rank),
-            ("bottleneck", self.bottleneck),
-            ("batch-size", self.batch_size),
-            ("max-length", self.max_length),
-            ("keep", self.keep),
-        ] {
-            if v > u32::MAX as usize {
-                return Err(Error::option(option, v, format!("is at most {}", u32::MAX)));
-            }
-        }
-        // They are written down in TOML and JSON.
-        let paths = [("model", &self.model), ("data", &self.data), ("out", &self.out)].map(|(o, p)| (o, Some(p)));
-        let others = [("valid", &self.valid), ("init-adapter", &self.init_adapter), ("log", &self.log)];
-        let fused = self.fuse.iter().map(|p| ("fuse", Some(p)));
-        for (option, path) in paths.into_iter().chain(others.map(|(o, p)| (o, p.as_ref()))).chain(fused) {
-            if let Some(path) = path.filter(|p| p.to_str().is_none()) {
-                return Err(Error::option(option, path.display(), "is not UTF-8; rename it"));
-            }
-        }
-        // What an adapter's file may say.
-        within("alpha", self.alpha, f64::MIN_POSITIVE, 1e9f64.next_up(), "α is a positive number of at most 1e9")?;
-        if self.init_adapter.is_some() && self.row()?.whole_model {
-            return Err(Error::option("init-adapter", "given", format!("method {} has no adapter", self.method)));
-        }
-        within("clip", self.clip, 0.0, 1e30, "the largest gradient norm is a number ≥ 0; 0 is no limit")?;
-        within("dropout", self.dropout, 0.0, 1.0, "a dropout rate is in [0, 1)")?;
-        if let Some(p) = self.base_dropout {
-            within("base-dropout", p, 0.0, 1.0, "a dropout rate is in [0, 1)")?;
-        }
-        match (self.epochs, self.steps) {
-            (Some(e), Some(_)) => {
-                return Err(Error::option("epochs", e, "give either --epochs or --steps, not both"));
-            }
-            (Some(e), None) => {
-                within("epochs", e, f64::MIN_POSITIVE, 1e9, "a number of epochs is positive, and below 1e9")?
-            }
-            (None, Some(0)) => return Err(Error::option("steps", 0, "must be at least 1")),
-            _ => {}
-        }
-        Place::check(&self.device, &self.dtype)?;
-        self.task_row()?;
-        self.method_options()?;
-        Ok(())
-    }
-
     /// The method's row in the table.
     ///
     /// # Errors
@@ -415,261 +308,4 @@ impl TrainConfig {
             None => ((self.epochs.unwrap_or(3.0) * per_epoch as f64).ceil() as u64).max(1),
         }
     }
-
-    /// Reads a TOML file and lays `flags` (the same keys) over it. Keys may be written with `-` or `_`. A run that starts
-    /// from an adapter (`init-adapter`) takes the method and its options from there, except for dropout, which may be
-    /// another.
-    ///
-    /// # Errors
-    /// [`Error::Config`] with file, line and key; [`Error::Option`] for a value that contradicts the adapter's, and for a β of
-    /// the file that could be AdamW's or AdaLoRA's;
-    /// [`Error::Model`] when the file or the adapter cannot be read.
-    pub fn from_toml(file: Option<&Path>, flags: toml::Table) -> Result<TrainConfig> {
-        let mut table = match file {
-            None => toml::Table::new(),
-            Some(path) => read_table(path)?,
-        };
-        // Of two that exclude each other, the flag wins.
-        for (flag, other) in [("steps", "epochs"), ("epochs", "steps")] {
-            if flags.contains_key(flag) && !flags.contains_key(other) {
-                table.remove(other);
-            }
-        }
-        let flagged: Vec<String> = flags.keys().cloned().collect();
-        // PEFT's keys for what is adalora-beta1 and -beta2 here, or AdamW's.
-        let betas = ["beta1", "beta2"].into_iter().filter(|key| table.contains_key(*key) && !flags.contains_key(*key));
-        let betas: Vec<&str> = betas.collect();
-        table.extend(flags);
-        let given: Vec<String> = table.keys().cloned().collect();
-        let path = file.unwrap_or(Path::new("command line"));
-        let mut config: TrainConfig = toml::Value::Table(table)
-            .try_into()
-            .map_err(|e: toml::de::Error| Error::Config { path: path.into(), problem: e.message().into() })?;
-        if let Some(dir) = config.init_adapter.clone() {
-            let adapter = lora_model::adapter::load(&dir)?;
-            config.adopt(&dir, &adapter, |key| given.iter().any(|g| g == key))?;
-        }
-        let row = config.row()?;
-        for (key, value) in [("beta1", config.beta1), ("beta2", config.beta2)] {
-            let own = format!("adalora-{key}");
-            if row.options.contains(&own.as_str()) && betas.contains(&key) && !given.contains(&own) {
-                let why = format!(
-                    "with method {} it could be AdamW's, or what PEFT calls so, which is {own} here; give {own} too, and {key} \
-                     is AdamW's",
-                    row.name
-                );
-                return Err(Error::option(key, value, why));
-            }
-        }
-        // A file may serve several methods; a flag is meant for this one.
-        for method in METHODS {
-            if let Some(option) =
-                method.options.iter().find(|o| !row.options.contains(o) && flagged.iter().any(|f| f == *o))
-            {
-                let why = format!("method {} does not read it; leave it out, or choose another method", row.name);
-                return Err(Error::option(option, "given", why));
-            }
-        }
-        Ok(config)
-    }
-
-    /// As a TOML file that gives this configuration again.
-    pub(crate) fn to_toml(&self) -> String {
-        toml::to_string(self).expect("numbers within the range of TOML: checked")
-    }
-
-    /// The first key that must not change between a run and its continuation, and has: its name and both values.
-    pub(crate) fn difference(&self, old: &TrainConfig) -> Option<(String, String, String)> {
-        // Where things are kept and how often is no part of the result; data is known by its contents, wherever it lies.
-        let result = |c: &TrainConfig| {
-            let mut c = c.clone();
-            (c.out, c.log, c.save_every, c.keep, c.strict) = Default::default();
-            (c.data, c.valid, c.eval_every) = Default::default();
-            // Any device can continue a run; its type stays, and `auto` asks for just that.
-            c.device = String::new();
-            if self.dtype == "auto" || old.dtype == "auto" {
-                c.dtype = String::new();
-            }
-            c.model = c.model.canonicalize().unwrap_or(c.model);
-            toml::Table::try_from(c).unwrap_or_default()
-        };
-        let (new, old) = (result(self), result(old));
-        let keys: std::collections::BTreeSet<&String> = new.keys().chain(old.keys()).collect();
-        let shown = |t: &toml::Table, k: &str| t.get(k).map_or("not set".into(), |v| v.to_string());
-        // By their texts, in which the order of patterns counts.
-        let key = keys.into_iter().find(|k| shown(&new, k) != shown(&old, k))?;
-        Some((key.clone(), shown(&old, key), shown(&new, key)))
-    }
-}
-
-/// Names of PEFT for keys that have shorter ones here.
-const PEFT_NAMES: [(&str, &str); 8] = [
-    ("r", "rank"),
-    ("lora-alpha", "alpha"),
-    ("lora-dropout", "dropout"),
-    ("use-rslora", "rslora"),
-    ("target-modules", "targets"),
-    ("vera-dropout", "dropout"),
-    ("num-virtual-tokens", "prefix"),
-    ("deltaT", "delta-t"),
-];
-
-/// The name here of a key: spelt with `-`, and of PEFT's other names ours.
-pub(crate) fn our_name(key: &str) -> String {
-    let key = key.replace('_', "-");
-    PEFT_NAMES.iter().find(|(theirs, _)| *theirs == key).map_or(key, |(_, ours)| ours.to_string())
-}
-
-/// A table's keys by [`our_name`].
-///
-/// # Errors
-/// The name of a key that stands there twice.
-pub(crate) fn by_our_names(table: toml::Table) -> std::result::Result<toml::Table, String> {
-    let mut named = toml::Table::new();
-    for (key, value) in table {
-        let name = our_name(&key);
-        if named.insert(name.clone(), value).is_some() {
-            return Err(name);
-        }
-    }
-    Ok(named)
-}
-
-/// A list, or what would be the only one in it.
-fn one_or_more<'de, T: Deserialize<'de>, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<T>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "expected a value or a list of such")]
-    enum Read<T> {
-        One(T),
-        More(Vec<T>),
-    }
-    Ok(match Read::deserialize(from)? {
-        Read::One(one) => vec![one],
-        Read::More(list) => list,
-    })
-}
-
-/// Keys and values in TOML and JSON, in their order.
-mod pattern {
-    use std::{fmt, marker::PhantomData};
-
-    use serde::{
-        Deserialize, Deserializer, Serialize, Serializer,
-        de::{MapAccess, Visitor},
-    };
-
-    struct Entries<T>(PhantomData<T>);
-
-    impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
-        type Value = Vec<(String, T)>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("names of modules and numbers")
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-            let mut entries = Vec::new();
-            while let Some(entry) = map.next_entry()? {
-                entries.push(entry);
-            }
-            Ok(entries)
-        }
-    }
-
-    pub(super) fn serialize<T: Serialize, S: Serializer>(entries: &[(String, T)], to: S) -> Result<S::Ok, S::Error> {
-        to.collect_map(entries.iter().map(|(key, value)| (key, value)))
-    }
-
-    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Vec<(String, T)>, D::Error> {
-        from.deserialize_map(Entries(PhantomData))
-    }
-}
-
-/// [`Modules`] in TOML and JSON: a list of names, or a text.
-mod modules {
-    use lora_core::peft::Modules;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "expected a list of names, a regular expression, or \"all-linear\"")]
-    enum Read {
-        Names(Vec<String>),
-        Text(String),
-    }
-
-    pub(super) fn serialize<S: Serializer>(modules: &Modules, to: S) -> Result<S::Ok, S::Error> {
-        match modules {
-            Modules::Names(names) => names.serialize(to),
-            other => other.to_string().serialize(to),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Modules, D::Error> {
-        Ok(match Read::deserialize(from)? {
-            Read::Names(names) => Modules::Names(names),
-            Read::Text(text) => Modules::of_text(&text),
-        })
-    }
-}
-
-/// [`InitLoraWeights`] in TOML and JSON: a truth value, or a word.
-mod init_lora_weights {
-    use lora_core::peft::InitLoraWeights;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
-
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "expected true, false, or a word for how A and B begin, such as \"pissa\"")]
-    enum Read {
-        Zero(bool),
-        Word(String),
-    }
-
-    pub(super) fn serialize<S: Serializer>(init: &InitLoraWeights, to: S) -> Result<S::Ok, S::Error> {
-        match init {
-            InitLoraWeights::Kaiming => true.serialize(to),
-            InitLoraWeights::Random => false.serialize(to),
-            other => other.word().serialize(to),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<InitLoraWeights, D::Error> {
-        let word = match Read::deserialize(from)? {
-            Read::Zero(zero) => zero.to_string(),
-            Read::Word(word) => word,
-        };
-        InitLoraWeights::parse(&word).map_err(D::Error::custom)
-    }
-}
-
-/// The keys of a TOML file, spelt with `-`, those of PEFT by their names here; each is known and has a value of its type.
-fn read_table(path: &Path) -> Result<toml::Table> {
-    let text = lora_model::files::read_to_string(path)?;
-    // The spelling is changed in the text, so that the parser's places stay true.
-    let spelt = |key: &str| key.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
-    let mut in_table = false;
-    let mut dashed = |line: &str| {
-        if line.trim_start().starts_with('[') && !line.contains('=') {
-            // The names of modules follow, which are spelt as they are.
-            in_table = true;
-            return line.replace('_', "-");
-        }
-        match line.split_once('=') {
-            Some((key, value)) if spelt(key) && !in_table => format!("{}={value}", key.replace('_', "-")),
-            _ => line.to_owned(),
-        }
-    };
-    let text: String = text.split_inclusive('\n').map(&mut dashed).collect();
-    let problem = |e: toml::de::Error| {
-        let line = e.span().map_or(1, |s| 1 + text[..s.start].matches('\n').count());
-        let problem = format!("line {line}: {}", e.message().trim().replace('\n', " "));
-        Error::Config { path: path.into(), problem }
-    };
-    toml::from_str::<TrainConfig>(&text).map_err(problem)?;
-    let table: toml::Table = text.parse().map_err(problem)?;
-    by_our_names(table).map_err(|key| Error::Config {
-        path: path.into(),
-        problem: format!("key {key}: stands there under two names; leave one out"),
-    })
 }

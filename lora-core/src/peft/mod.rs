@@ -266,6 +266,9 @@ pub struct VirtualTokens {
     /// Whether the text has the positions that it would have without them (AdapterHub), rather than those after them (PEFT).
     /// Only where attention alone sees them: among the tokens each has a position.
     pub uncounted: bool,
+    /// Whether the first of the prefix is what a text is classified by (PEFT), rather than the text's own first token. Only
+    /// among the tokens: in attention there is no row to look at.
+    pub classify: bool,
 }
 
 impl VirtualTokens {

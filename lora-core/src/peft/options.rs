@@ -62,6 +62,8 @@ pub struct Options {
     pub infix: usize,
     /// Whether the virtual tokens of `pre-layer` count as positions, as in PEFT; in AdapterHub they do not.
     pub count_prefix: bool,
+    /// Whether a text is classified by the first virtual token of `pre-embed`, as in PEFT, rather than by its own first token.
+    pub classify_prefix: bool,
     /// Width of the hidden layer that a prefix is reparametrised with; 0 is none.
     pub reparam: usize,
     /// Trained adapters that `fusion` combines.
@@ -110,6 +112,7 @@ impl Default for Options {
             prefix: 8,
             infix: 0,
             count_prefix: true,
+            classify_prefix: false,
             reparam: 0,
             fuse: Vec::new(),
             decompose_both: false,
@@ -197,7 +200,7 @@ impl Options {
     }
 
     fn virtual_tokens(&self) -> VirtualTokens {
-        VirtualTokens { prefix: self.prefix, infix: self.infix, uncounted: false }
+        VirtualTokens { prefix: self.prefix, infix: self.infix, ..VirtualTokens::default() }
     }
 
     pub(super) fn lora(&self) -> Result<Lora> {
@@ -266,7 +269,7 @@ impl Options {
     }
 
     pub(super) fn pre_embed(&self) -> Result<PreEmbed> {
-        PreEmbed::new(self.virtual_tokens())
+        PreEmbed::new(VirtualTokens { classify: self.classify_prefix, ..self.virtual_tokens() })
     }
 
     pub(super) fn pre_layer(&self) -> Result<PreLayer> {

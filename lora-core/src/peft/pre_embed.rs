@@ -8,7 +8,8 @@ use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var};
 
 /// Prefix-embedding tuning (PreEmbed of the LoRA paper, section 5.1; prompt tuning of Lester et al. 2021): l_p virtual
 /// tokens before the text and l_i after the prompt, of which the embeddings train, d·(l_p + l_i) scalars. They have
-/// positions like all tokens, and every layer computes them.
+/// positions like all tokens, and every layer computes them. A classifier looks at the text's own first token or, as in
+/// PEFT, at the first virtual one ([`VirtualTokens::classify`]).
 ///
 /// Each begins as a copy of the embedding of a random token of the vocabulary (Lester et al. 2021, section 3.1).
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +65,16 @@ impl Method for PreEmbed {
 
     fn check(&self, outline: &Outline) -> Result<()> {
         outline.needs(self.name(), "place for virtual tokens", |k| matches!(k, SiteKind::Tokens { .. }))?;
+        let refuse = |why: &str| {
+            Err(Error::Option { option: "classify-prefix", value: "true".into(), why: format!("{why}; leave it out") })
+        };
+        match self.tokens {
+            VirtualTokens { classify: true, prefix: 0, .. } => return refuse("there is no prefix to classify by"),
+            VirtualTokens { classify: true, .. } if outline.task_type != Some("SEQ_CLS") => {
+                return refuse("this model classifies no texts");
+            }
+            _ => {}
+        }
         check_positions(self.tokens, outline)
     }
 

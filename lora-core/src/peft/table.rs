@@ -74,7 +74,7 @@ const ADALORA: [&str; 16] = [
     "adalora-beta2",
     "orth-reg-weight",
 ];
-const PRE_EMBED: [&str; 2] = ["prefix", "infix"];
+const PRE_EMBED: [&str; 3] = ["prefix", "infix", "classify-prefix"];
 const PRE_LAYER: [&str; 4] = ["prefix", "infix", "reparam", "count-prefix"];
 const ADAPTER: [&str; 3] = ["bottleneck", "non-linearity", "train-norms"];
 
@@ -195,7 +195,7 @@ pub const METHODS: &[MethodRow] = &[
     MethodRow {
         name: "lora+pre-embed",
         about: "LoRA with embeddings of virtual tokens",
-        options: &joined::<17>(&LORA, &PRE_EMBED),
+        options: &joined::<18>(&LORA, &PRE_EMBED),
         whole_model: false,
         build: |o| Ok(Box::new(Combined::new("lora+pre-embed", o.lora()?, o.pre_embed()?))),
     },

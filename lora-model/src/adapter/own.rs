@@ -25,6 +25,7 @@ use crate::{Error, Result, config::RawConfig};
 /// Options that methods have come to read later: a configuration without them means their defaults.
 const LATER: &[&str] = &[
     "count-prefix",
+    "classify-prefix",
     "non-linearity",
     "exclude-modules",
     "layers-to-transform",
@@ -82,6 +83,7 @@ fn value(o: &Options, option: &str) -> Value {
         "prefix" => json!(o.prefix),
         "infix" => json!(o.infix),
         "count-prefix" => json!(o.count_prefix),
+        "classify-prefix" => json!(o.classify_prefix),
         "reparam" => json!(o.reparam),
         "decompose-both" => json!(o.decompose_both),
         "decompose-factor" => json!(o.decompose_factor),
@@ -182,6 +184,7 @@ fn set(o: &mut Options, raw: &RawConfig, option: &'static str, tensors: &BTreeMa
         "prefix" => o.prefix = raw.usize(key)?.unwrap_or(o.prefix),
         "infix" => o.infix = raw.usize(key)?.unwrap_or(o.infix),
         "count-prefix" => o.count_prefix = raw.bool(key)?.unwrap_or(o.count_prefix),
+        "classify-prefix" => o.classify_prefix = raw.bool(key)?.unwrap_or(o.classify_prefix),
         "reparam" => match raw.usize(key)? {
             None | Some(0) => {}
             Some(_) => return Err(raw.error(key, "a saved prefix is keys and values alone; set it to 0")),

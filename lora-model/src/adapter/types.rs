@@ -71,14 +71,18 @@ impl Kind {
     }
 
     /// How PEFT has what a method trained, if it has it. Its LoKr has no layer for weights stored [in, out]. It puts virtual
-    /// tokens before the text alone and counts them as positions, it has none for tasks that it has no name for, and it
-    /// classifies a text by its first row, which is a virtual token in prompt tuning where here it is the text's own.
+    /// tokens before the text alone and counts them as positions, it has none for tasks that it has no name for, and with
+    /// prompt tuning it classifies a text by the first virtual token.
     pub(super) fn of(row: &MethodRow, options: &Options, outline: &Outline) -> Option<Kind> {
         let (kind, ..) = KINDS.iter().find(|(.., method)| *method == row.name)?;
         match kind {
             Kind::Ia3 | Kind::LnTuning | Kind::Vera | Kind::AdaLora => true,
             Kind::LoKr => outline.linear_sites().all(|(_, linear)| linear.layout == Layout::OutIn),
-            Kind::Prompt => options.infix == 0 && outline.task_type == Some("CAUSAL_LM"),
+            Kind::Prompt => match outline.task_type {
+                Some("CAUSAL_LM") => options.infix == 0,
+                Some("SEQ_CLS") => options.infix == 0 && options.classify_prefix,
+                _ => false,
+            },
             Kind::Prefix => options.infix == 0 && options.count_prefix && outline.task_type.is_some(),
         }
         .then_some(*kind)
@@ -201,6 +205,7 @@ impl Kind {
                 let needed = || raw.error("num_virtual_tokens", "missing; it says how the adapter was made");
                 options.prefix = raw.usize("num_virtual_tokens")?.ok_or_else(needed)?;
                 options.infix = 0;
+                options.classify_prefix = self == Kind::Prompt && task_type.as_deref() == Some("SEQ_CLS");
             }
         }
         let (mut tensors, mut strange) = (BTreeMap::new(), Vec::new());
@@ -397,11 +402,6 @@ fn check(kind: Kind, raw: &RawConfig) -> Result<()> {
         if !GENERAL.contains(&key.as_str()) && !known(key) && !super::options::is_empty(value) {
             return Err(raw.error(key, format_args!("is not supported with this type of adapter; found {value}")));
         }
-    }
-    if kind == Kind::Prompt && raw.str("task_type")? == Some("SEQ_CLS") {
-        let problem = "prompt tuning of a classifier is not supported: PEFT classifies a text by its first virtual token, \
-                       and here its own first token decides";
-        return Err(raw.error("task_type", problem));
     }
     Ok(())
 }

@@ -144,9 +144,7 @@ def variants(first, second, mlp, norm, embedding, layers):
         "ln_tuning_some": lambda task: peft.LNTuningConfig(
             task_type=task, target_modules=rf".*{norm}", exclude_modules=["1." + norm], modules_to_save=[second]),
         "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
-        # A text is classified by its first row, which in PEFT is a virtual token, and here its own.
-        "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3)
-        if task == "CAUSAL_LM" else None,
+        "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=3),
         # PEFT has it for linear maps alone, not for Conv1D.
     } | ({} if first == "c_attn" else {
         "lokr": lokr(),

@@ -97,6 +97,7 @@ const VARIANTS: &[(&str, Change)] = &[
     ("an infix", |o| (o.prefix, o.infix) = (1, 2)),
     ("reparametrised", |o| o.reparam = 5),
     ("uncounted", |o| o.count_prefix = false),
+    ("judged by the prefix", |o| o.classify_prefix = true),
     ("dropped layers", |o| o.drop_layers = Some(Layers::First(1))),
     ("norms train too", |o| o.train_norms = true),
     ("another nonlinearity", |o| o.non_linearity = Some(Activation::Tanh)),
@@ -131,6 +132,7 @@ fn reads(row: &MethodRow, variant: &str) -> bool {
         "an infix" => "infix",
         "reparametrised" => "reparam",
         "uncounted" => "count-prefix",
+        "judged by the prefix" => "classify-prefix",
         "dropped layers" => "drop-layers",
         "norms train too" => "train-norms",
         "another nonlinearity" => "non-linearity",
@@ -173,6 +175,9 @@ fn for_all(dtype: DType, check: impl Fn(&str, &Base, &MethodRow, &Options)) {
                     o.alpha = 300.0;
                 }
                 if o.targets.to_string().contains("lm_head") && base.model.task() != Task::CausalLm {
+                    continue;
+                }
+                if o.classify_prefix && base.model.outline().task_type != Some("SEQ_CLS") {
                     continue;
                 }
                 check(&format!("{case}, {}, {variant}", row.name), &base, row, &o);

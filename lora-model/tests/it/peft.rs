@@ -91,11 +91,11 @@ fn variants(model: &str) -> BTreeSet<&'static str> {
     const ALL: &str = "adalora adalora_all_linear adalora_cut all_linear bias_all bias_lora_only default dora dora_patterns \
         embedding embedding_pissa embeddings exclude exclude_regex gaussian ia3 ia3_feedforward init_false layers_pattern \
         layers_to_transform ln_tuning ln_tuning_some lookahead modules_to_save orthogonal patterns pissa pissa_dora \
-        pissa_moved pissa_rslora prefix rank_above regex rslora vera vera_all_linear vera_drawn";
+        pissa_moved pissa_rslora prefix prompt rank_above regex rslora vera vera_all_linear vera_drawn";
     // For weights [out, in].
     const LINEAR: &str = "lokr lokr_both lokr_layers lokr_patterns olora";
     // Of models that continue text.
-    const CAUSAL: &str = "prompt pissa_converted";
+    const CAUSAL: &str = "pissa_converted";
     let lists: &[&'static str] = match model {
         "gpt2" => &[ALL, CAUSAL],
         "bert_classification" | "roberta_classification" => &[ALL, LINEAR],

@@ -42,7 +42,7 @@ fn what_is_not_done_is_refused_by_its_key() {
         ("gpt2", "ia3", "layers_to_transform", json!([0]), &["not supported with this type"]),
         ("gpt2", "ia3", "something_new", json!(3), &["not supported with this type"]),
         ("gpt2", "ln_tuning", "r", json!(4), &["not supported with this type"]),
-        ("gpt2", "prompt", "task_type", json!("SEQ_CLS"), &["first virtual token"]),
+        ("gpt2", "prompt", "task_type", json!("SEQ_CLS"), &["SEQ_CLS", "CAUSAL_LM"]),
         ("gpt2", "prompt", "num_transformer_submodules", json!(2), &["2"]),
         ("gpt2", "prefix", "num_transformer_submodules", json!(2), &["2"]),
         ("gpt2", "prompt", "prefix_projection", json!(true), &["not supported with this type"]),

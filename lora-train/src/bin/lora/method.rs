@@ -113,6 +113,11 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true)]
     count_prefix: Option<bool>,
+    /// pre-embed: whether a text is classified by the first virtual token, as in PEFT, rather than by its own first token
+    /// [default: false]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true)]
+    classify_prefix: Option<bool>,
     /// pre-layer: width of the hidden layer that it is reparametrised with while it trains; 0 is none [default: 0]
     #[arg(long, value_name = "M")]
     reparam: Option<usize>,

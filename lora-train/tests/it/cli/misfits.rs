@@ -33,6 +33,8 @@ fn options_that_do_not_fit_a_model() {
         ("--method pre-layer --prefix 0", ["prefix = 0", "at least one"]),
         ("--method pre-embed --prefix 64", ["prefix = 64", "64 positions"]),
         ("--method pre-embed --prefix 0 --infix 70", ["infix = 70", "64 positions"]),
+        ("--method pre-embed --classify-prefix", ["classify-prefix = true", "classifies no texts"]),
+        ("--method pre-embed --prefix 0 --infix 2 --classify-prefix", ["classify-prefix = true", "no prefix"]),
         ("--method pre-layer --prefix 32 --infix 32", ["prefix = 32", "64 positions"]),
         ("--method pre-layer --model llama --prefix 32", ["prefix = 32", "32 positions"]),
         ("--method pre-layer --model BERT --prefix 28", ["prefix = 28", "28 positions"]),
