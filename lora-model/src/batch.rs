@@ -165,6 +165,7 @@ impl Batch {
     /// # Panics
     /// As [`Batch::new`], and when there are more or fewer tokens or targets.
     pub fn rewrite(&mut self, limits: Limits, task: Task, adapted: &Adapted, texts: &Texts) -> Result<()> {
+        assert!(self.shares.is_none(), "rows of a batch with several adapters are not written anew");
         let host = Host::new(limits, task, Place::of(adapted), texts)?;
         self.tokens.write(host.tokens)?;
         self.positions.write(&host.positions)?;

@@ -299,17 +299,8 @@ impl TrainConfig {
 }
 
 /// Options that an adapter may train on with other values of.
-const OF_TRAINING: [&str; 9] = [
-    "dropout",
-    "fan-in-fan-out",
-    "tinit",
-    "tfinal",
-    "delta-t",
-    "total-step",
-    "adalora-beta1",
-    "adalora-beta2",
-    "orth-reg-weight",
-];
+const OF_TRAINING: [&str; 8] =
+    ["dropout", "fan-in-fan-out", "tinit", "tfinal", "delta-t", "adalora-beta1", "adalora-beta2", "orth-reg-weight"];
 
 fn pattern<T: ToString>(pattern: &[(String, T)]) -> String {
     pattern.iter().map(|(key, value)| format!("{key}={}", value.to_string())).collect::<Vec<_>>().join(",")

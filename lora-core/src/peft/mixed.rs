@@ -77,9 +77,10 @@ impl Adapted {
             return Some("it is several itself".into());
         }
         // What a classifier has for its head are linear maps too.
+        let of_classifier = |name: &str| outline.task_type == Some("SEQ_CLS") && outline.is_saved_module(name);
         let linear = |name: &str| {
             let mut sites = outline.linear_sites().chain(outline.head_site());
-            outline.is_saved_module(name) || sites.any(|(site, _)| site.name == module(name))
+            of_classifier(name) || sites.any(|(site, _)| site.name == module(name))
         };
         if let Some(name) = self.trained().find(|name| !linear(name)) {
             return Some(format!("it trains {name} of the base itself; run its texts alone"));

@@ -123,7 +123,7 @@ impl<T: Copy> Pattern<T> {
     }
 
     /// The keys that match none of these modules.
-    fn unused(&self, modules: &[&str]) -> Result<Vec<&str>> {
+    pub(super) fn unused(&self, modules: &[&str]) -> Result<Vec<&str>> {
         let mut unused = Vec::new();
         for (regex, _) in &self.0 {
             let mut used = false;

@@ -1,4 +1,6 @@
-use super::{LinearSite, Modules, Outline, Site, modules::names, regex::Regex};
+use std::collections::BTreeSet;
+
+use super::{LinearSite, Modules, Options, Outline, Pattern, Site, modules::names, regex::Regex};
 use crate::{Error, Result};
 
 /// Which linear maps a method adapts, by PEFT's rules: `target_modules` and `exclude_modules`, and with names as targets
@@ -165,8 +167,14 @@ impl Selection {
             if !matched {
                 return Err(no_such(regex.text(), outline, others()));
             }
-            for module in outline.modules_of(|_| true).filter(|m| !adaptable().any(|s| s.name == *m)) {
-                if regex.is_match(module)? && !self.is_left_out(module, outline)? {
+            // As PEFT does of every module, those that are made of others included.
+            let mut modules = BTreeSet::new();
+            outline.any_module(|module| {
+                modules.insert(module.to_owned());
+                false
+            });
+            for module in modules.into_iter().filter(|m| !adaptable().any(|s| s.name == *m)) {
+                if regex.is_match(&module)? && !self.is_left_out(&module, outline)? {
                     let why = format!(
                         "it matches {module} too, which is no linear map, embedding or output head that could be adapted here"
                     );
@@ -179,7 +187,28 @@ impl Selection {
             let why = format!("the model has {} layers, numbered from 0", outline.layers);
             return Err(Error::Option { option: "layers-to-transform", value: layer.to_string(), why });
         }
+        if self.adapted(outline)?.is_empty() {
+            let value = match &self.targets {
+                Matcher::Regex(regex) => regex.text().to_owned(),
+                _ => self.names(outline).map_or("all-linear".into(), |names| names.join(",")),
+            };
+            let why =
+                "all that they name is left out: excluded, or in modules that train whole; nothing would be adapted";
+            return Err(Error::Option { option: "targets", value, why: why.into() });
+        }
         Ok(())
+    }
+
+    /// The sites that are adapted.
+    fn adapted<'a>(&self, outline: &'a Outline) -> Result<Vec<&'a str>> {
+        let mut sites = Vec::new();
+        for (site, linear) in outline.linear_sites() {
+            sites.extend((!self.of(site, linear, outline)?.is_empty()).then_some(site.name.as_str()));
+        }
+        for site in other_sites(outline) {
+            sites.extend(self.takes_other(site, outline)?.then_some(site.name.as_str()));
+        }
+        Ok(sites)
     }
 
     /// What of a linear map is adapted, parts in the order of their columns. Naming the same thing twice (`c_proj` and
@@ -273,6 +302,64 @@ impl Selection {
         }
         Ok(None)
     }
+}
+
+impl Options {
+    /// The same without the targets, exceptions and patterns that match nothing on a base that looks like this, and those, by
+    /// their options: of an adapter that was trained elsewhere, where they are passed over, as in PEFT. Where no target
+    /// matches, all of them stay.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for what makes no sense on any model.
+    pub fn fitting(&self, outline: &Outline) -> Result<(Options, Vec<(&'static str, String)>)> {
+        let (mut fitting, mut left) = (self.clone(), Vec::new());
+        let is_there = |name: &str| {
+            let part = |site: &Site, linear: &LinearSite| matching(name, site, linear).is_some();
+            outline.any_module(|module| names(name, module)) || outline.linear_sites().any(|(s, l)| part(s, l))
+        };
+        if let Modules::Names(targets) = &mut fitting.targets
+            && targets.iter().any(|name| is_there(name))
+        {
+            left.extend(targets.extract_if(.., |name| !is_there(name)).map(|name| ("targets", name)));
+        }
+        match &mut fitting.exclude_modules {
+            Modules::Names(excluded) => {
+                left.extend(excluded.extract_if(.., |name| !is_there(name)).map(|name| ("exclude-modules", name)));
+            }
+            excluded => {
+                if Matcher::new("exclude-modules", excluded)?.check_excludes(outline).is_err() {
+                    left.push(("exclude-modules", excluded.to_string()));
+                    *excluded = Modules::default();
+                }
+            }
+        }
+        if !fitting.rank_pattern.is_empty() || !fitting.alpha_pattern.is_empty() {
+            let selection = Selection::new(&Wanted {
+                targets: &fitting.targets,
+                exclude_modules: &fitting.exclude_modules,
+                layers_to_transform: &fitting.layers_to_transform,
+                layers_pattern: &fitting.layers_pattern,
+                modules_to_save: &fitting.modules_to_save,
+                others: true,
+            })?;
+            let adapted = selection.adapted(outline)?;
+            left.extend(unused("rank-pattern", &mut fitting.rank_pattern, &adapted)?);
+            left.extend(unused("alpha-pattern", &mut fitting.alpha_pattern, &adapted)?);
+        }
+        Ok((fitting, left))
+    }
+}
+
+/// Takes out the keys that match none of these modules.
+fn unused<T: Copy>(
+    option: &'static str,
+    pattern: &mut Vec<(String, T)>,
+    modules: &[&str],
+) -> Result<Vec<(&'static str, String)>> {
+    let compiled = Pattern::new(option, pattern)?;
+    let keys: BTreeSet<String> = compiled.unused(modules)?.into_iter().map(str::to_owned).collect();
+    pattern.retain(|(key, _)| !keys.contains(key));
+    Ok(keys.into_iter().map(|key| (option, key)).collect())
 }
 
 /// Embeddings and the output head.

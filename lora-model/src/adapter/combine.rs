@@ -254,6 +254,26 @@ fn described(parts: &[Weighted]) -> Result<Updates> {
             result.modules_to_save.extend(part.updates.modules_to_save.iter().cloned());
             result.whole.extend(part.updates.whole.clone());
         }
+        for (name, t) in &part.updates.repeated {
+            let same = match result.repeated.insert(name.clone(), t.clone()) {
+                Some(other) => other.shape() == t.shape() && other.to_f64()? == t.to_f64()?,
+                None => true,
+            };
+            if !same {
+                return refused(format!(
+                    "their files repeat {name} of their base with different values: they have two bases"
+                ));
+            }
+        }
+    }
+    for (name, owner) in &owners {
+        let module = name.rsplit_once('.').map_or(*name, |(module, _)| module);
+        if let Some(other) = parts.iter().find(|p| p.updates.modules.contains_key(module)) {
+            return refused(format!(
+                "{owner} trained {module} as a whole, and {} has an update of it, which has no meaning beside other weights",
+                other.name
+            ));
+        }
     }
     let targets: BTreeSet<&String> = parts.iter().flat_map(|p| &p.updates.targets).collect();
     result.targets = targets.into_iter().cloned().collect();

@@ -82,6 +82,9 @@ pub fn extract(
     let mut left: BTreeMap<&str, f64> = BTreeMap::new();
     for (name, w) in before.iter().filter(|(name, _)| !outline.is_saved_module(name)) {
         let change = change(w, after[name])?;
+        if !change.is_finite() {
+            return refused(format!("tensor {name} holds a NaN or an infinity in one of the two models"));
+        }
         if change > 0.0 {
             left.insert(name, change);
         }

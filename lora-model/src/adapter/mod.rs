@@ -276,7 +276,11 @@ impl AdapterFile {
         if let Err(e) = self.check_same_base(base) {
             tracing::warn!("{}: {e}", self.weights.display());
         }
-        let method = self.build()?;
+        let (options, left) = self.options.fitting(base.outline()).map_err(|e| self.refused(e))?;
+        for (option, name) in left {
+            tracing::warn!("{}: {option} {name} matches nothing on this base", self.raw.path().display());
+        }
+        let method = (self.row()?.build)(&options).map_err(|e| self.refused(e))?;
         self.check_size(&*method, base.outline())?;
         let adapted = Adapted::new(&*method, base, device, base.dtype(), 0);
         let mut adapted = adapted.map_err(|e| self.refused(e))?;
@@ -324,16 +328,11 @@ impl AdapterFile {
                 (Some(own), [Some(a), Some(b)]) if self.options.init_lora_weights.takes_from_base() => {
                     self.is_left(own, t, module, (a, b))?
                 }
-                // As the base keeps it, which may be in fewer digits.
-                (Some(own), _) => own.to_f64()? == t.to_dtype(own.dtype())?.to_f64()?,
+                (Some(own), _) => updates::repeats(own, t)?,
                 (None, _) => false,
             };
             if !same {
-                let problem = format!(
-                    "it repeats tensor {name} of its base with other values than this base has; give the base that it was \
-                     trained on"
-                );
-                return Err(Error::Weights { file: self.weights.clone(), problem });
+                return Err(Error::Weights { file: self.weights.clone(), problem: updates::other_values(name) });
             }
         }
         Ok(())

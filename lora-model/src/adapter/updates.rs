@@ -57,6 +57,8 @@ pub struct Updates {
     pub task_type: Option<String>,
     /// PEFT's flag for weights stored [in, out].
     pub fan_in_fan_out: bool,
+    /// Tensors of its base that its file repeats, by their names there.
+    pub repeated: BTreeMap<String, Tensor>,
 }
 
 impl AdapterFile {
@@ -92,6 +94,7 @@ impl AdapterFile {
             task_type: self.task_type.clone(),
             fan_in_fan_out: raw.bool("fan_in_fan_out")?.unwrap_or(false),
             modules_to_save,
+            repeated: self.repeated.clone(),
             ..Updates::default()
         };
         for (name, tensor) in &self.tensors {
@@ -200,10 +203,11 @@ impl Updates {
     /// head's matrix too, with the matrix of a head of its own ([`untied_head`]).
     ///
     /// # Errors
-    /// [`Error::Adapters`] for modules that the base does not have or that have another shape there;
-    /// [`lora_core::Error::Merge`] for a weight that is not finite.
+    /// [`Error::Adapters`] for modules that the base does not have or that have another shape there, and for a base with other
+    /// values of what is [`repeated`](Updates::repeated); [`lora_core::Error::Merge`] for a weight that is not finite.
     pub fn merged(&self, base: &dyn Base) -> Result<BTreeMap<String, Tensor>> {
         self.check_base(base.outline())?;
+        self.check_repeated(base)?;
         let tensors: BTreeMap<&str, &Tensor> = base.tensors().collect();
         let layouts: BTreeMap<&str, Layout> = base
             .outline()
@@ -235,6 +239,20 @@ impl Updates {
     /// [`Error::Adapters`].
     pub fn check_same_base(&self, base: &dyn Base) -> Result<()> {
         super::same_base(self.base_fingerprint.as_deref(), base)
+    }
+
+    /// Refuses a base with other values of the tensors that the file repeats.
+    ///
+    /// # Errors
+    /// [`Error::Adapters`].
+    pub fn check_repeated(&self, base: &dyn Base) -> Result<()> {
+        for (name, t) in &self.repeated {
+            let same = base.tensor(name).map_or(Ok(false), |own| repeats(own, t))?;
+            if !same {
+                return Err(Error::Adapters { problem: other_values(name) });
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a base without the modules that the adapter changes, of another architecture or for another task.
@@ -286,6 +304,18 @@ impl Updates {
             false => refused(format!("the base has no such modules: {}", List(&missing))),
         }
     }
+}
+
+/// Whether an adapter's copy of a tensor has the values that the base has, which may keep them in fewer digits.
+pub(super) fn repeats(own: &Tensor, copy: &Tensor) -> Result<bool> {
+    Ok(own.shape() == copy.shape() && own.to_f64()? == copy.to_dtype(own.dtype())?.to_f64()?)
+}
+
+/// What is wrong with a base where it has not.
+pub(super) fn other_values(name: &str) -> String {
+    format!(
+        "it repeats tensor {name} of its base with other values than this base has; give the base that it was trained on"
+    )
 }
 
 /// The name of a module within its layer: what follows the last number in its path.

@@ -77,6 +77,7 @@ pub struct Similarity {
 pub fn analyse(adapter: &Updates, base: Option<&dyn Base>, against: Option<&Updates>) -> Result<Analysis> {
     if let Some(base) = base {
         adapter.check_base(base.outline())?;
+        adapter.check_repeated(base)?;
     }
     let weights: BTreeMap<&str, _> = base.iter().flat_map(|base| base.tensors()).collect();
     let layouts: BTreeMap<&str, Layout> = base

@@ -95,7 +95,16 @@ pub fn from_adapterhub(dir: &Path, base: &dyn Base) -> Result<(&'static str, Opt
         let Some(head) = &head else {
             return Err(bad(format!("the base is a classifier, and {} with its head is missing", HEAD[1])));
         };
-        tensors.extend(tensors_of(head)?.tensors.into_iter().filter(|(name, _)| outline.is_saved_module(name)));
+        let state = tensors_of(head)?;
+        let (own, strange): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            state.tensors.into_iter().partition(|(name, _)| outline.is_saved_module(name));
+        let strange: Vec<String> = strange.into_keys().chain(state.others).collect();
+        if !strange.is_empty() {
+            tracing::warn!("{}: not of this base's head, and left out: {}", head.display(), List(&strange));
+        }
+        tensors.extend(own);
+    } else if let Some(head) = &head {
+        tracing::warn!("{}: left out, as this base has no head of its own to train", head.display());
     }
     let row = lora_core::peft::find(method)?;
     let mut adapted = Adapted::new(&*(row.build)(&options)?, base, &Device::Cpu, DType::F32, 0)?;

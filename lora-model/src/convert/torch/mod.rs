@@ -10,7 +10,7 @@ mod write;
 mod zip;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs,
     path::Path,
 };
@@ -154,13 +154,22 @@ fn state_dict<'a>(pickle: &Pickle, storage: &dyn Fn(&str) -> Option<&'a [u8]>) -
     });
     let pairs = inner.and_then(|(_, value)| dict(pickle, *value)).unwrap_or(pairs);
     let mut state = StateDict::default();
+    let (mut seen, mut stored, mut taken) = (HashSet::new(), 0usize, 0usize);
     for (key, value) in pairs {
         let name = text(pickle, *key).ok_or("it has a key that is no text")?;
         match node(pickle, *value) {
             Some(Node::Tensor(view)) if !matches!(view.storage.kind, Kind::Other(_)) => {
                 let data = storage(&view.storage.key)
                     .ok_or_else(|| format!("tensor {name}: its storage {} is missing", view.storage.key))?;
+                if seen.insert(&view.storage.key) {
+                    stored += data.len() / view.storage.kind.bytes().max(1);
+                }
                 let tensor = tensor(view, data).map_err(|e| format!("tensor {name}: {e}"))?;
+                // Tied weights lie in the same memory, a few of them; without an end a small file would take a large one's.
+                taken = taken.saturating_add(tensor.len());
+                if taken > (4 * stored).saturating_add(1 << 20) {
+                    return Err(format!("tensor {name}: too many tensors lie in the same memory"));
+                }
                 if state.tensors.insert(name.to_owned(), tensor).is_some() {
                     return Err(format!("tensor {name} is there twice"));
                 }

@@ -138,6 +138,17 @@ fn bombs_cost_what_their_bytes_cost() {
     pickle.extend(b"U\x05modelh\x00s.");
     let state = parse(&file(&pickle)).unwrap();
     assert!(state.tensors.is_empty());
+    // One tensor under as many names as there are.
+    let mut pickle = of_tensor("FloatStorage", "K\0(K\x04t(K\x01t");
+    pickle.truncate(pickle.len() - 2);
+    pickle.extend(b"q\x07s");
+    let tied = pickle.clone();
+    for i in 0..300_000 {
+        pickle.extend(format!("U\x06{i:06}h\x07s").bytes());
+    }
+    refused(&[&pickle[..], b"."].concat(), &["lie in the same memory"]);
+    let tied = [&tied[..], b"U\x01vh\x07s."].concat();
+    assert_eq!(parse(&file(&tied)).unwrap().tensors.len(), 2, "tied weights");
     // Marks upon marks.
     let marks = [b"\x80\x02".to_vec(), vec![b'('; 1_000_000], b".".to_vec()].concat();
     refused(&marks, &["more values than there are"]);
