@@ -21,7 +21,7 @@ pub struct Worst {
 ///
 /// # Panics
 /// When the parameters are not f64.
-pub fn gradcheck(params: &Params, f: impl Fn(&mut Tape) -> Result<Var>) -> Result<Worst> {
+pub fn gradcheck<'m>(params: &Params, f: impl Fn(&mut Tape<'m>) -> Result<Var>) -> Result<Worst> {
     gradcheck_some(params, usize::MAX, f)
 }
 
@@ -29,7 +29,7 @@ pub fn gradcheck(params: &Params, f: impl Fn(&mut Tape) -> Result<Var>) -> Resul
 ///
 /// # Panics
 /// When the parameters are not f64, or `most` is 0.
-pub fn gradcheck_some(params: &Params, most: usize, f: impl Fn(&mut Tape) -> Result<Var>) -> Result<Worst> {
+pub fn gradcheck_some<'m>(params: &Params, most: usize, f: impl Fn(&mut Tape<'m>) -> Result<Var>) -> Result<Worst> {
     assert_eq!(params.dtype(), DType::F64, "finite differences need f64");
     // The golden ratio's multiples modulo 1 are spread evenly and repeat no pattern of a shape.
     let weights = |n: usize| (0..n).map(|i| (i as f64 * 0.618_033_988_749_895).fract() - 0.45).collect::<Vec<_>>();

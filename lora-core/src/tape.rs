@@ -66,23 +66,27 @@ pub struct Noise {
     pub target_offset: u32,
 }
 
-type Back = Box<dyn FnOnce(Tensor, &mut Backward) -> Result<()>>;
+type Back<'m> = Box<dyn FnOnce(Tensor, &mut Backward) -> Result<()> + 'm>;
 
-/// Records the operations of one forward pass, as far as something trainable lies below them.
-pub struct Tape {
+/// Records the operations of one forward pass, as far as something trainable lies below them. `'m` is how long the model
+/// lives, of which parts may be computed once more on the way back ([`Tape::checkpoint`]).
+pub struct Tape<'m> {
     params: Params,
     recording: bool,
     noise: Option<Noise>,
     noisy: bool,
     sites: u32,
     shares: Option<Shares>,
-    /// Step i makes the value of node i.
-    steps: Vec<Back>,
+    checkpoints: bool,
+    /// The node of the first step.
+    first: usize,
+    /// Step i makes the value of node `first` + i.
+    steps: Vec<Back<'m>>,
 }
 
-impl Tape {
+impl<'m> Tape<'m> {
     /// A tape on which `params` are variables. Without [`Tape::with_noise`] nothing is dropped out.
-    pub fn new(params: &Params) -> Tape {
+    pub fn new(params: &Params) -> Tape<'m> {
         Tape {
             params: params.clone(),
             recording: true,
@@ -90,19 +94,31 @@ impl Tape {
             noisy: false,
             sites: 0,
             shares: None,
+            checkpoints: false,
+            first: 0,
             steps: Vec::new(),
         }
     }
 
     /// A tape that records nothing: evaluation and generation.
-    pub fn inference(params: &Params) -> Tape {
+    pub fn inference(params: &Params) -> Tape<'m> {
         Tape { recording: false, ..Tape::new(params) }
     }
 
     /// Training mode: dropout is active, with masks made from `noise`.
-    pub fn with_noise(mut self, noise: Noise) -> Tape {
+    pub fn with_noise(mut self, noise: Noise) -> Tape<'m> {
         self.noise = Some(noise);
         self
+    }
+
+    /// Whether [`Tape::checkpoint`] saves memory, or computes what it is given like anything else.
+    pub fn with_checkpoints(self, checkpoints: bool) -> Tape<'m> {
+        Tape { checkpoints, ..self }
+    }
+
+    /// Whether it does.
+    pub fn checkpoints(&self) -> bool {
+        self.checkpoints && self.recording
     }
 
     /// Says which rows have which of several adapters ([`crate::peft::Adapted::mixed`]).
@@ -153,7 +169,7 @@ impl Tape {
 
     /// Runs `f` on rows that all micro-batches of a step have in common, those of a table: its dropout masks count rows from
     /// 0, so that splitting a batch does not change them. They are of no sequence, so in no share.
-    pub fn on_common_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
+    pub fn on_common_rows<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
         let shares = mem::take(&mut self.shares);
         let result = self.counting_rows_from(|_| 0, f);
         self.shares = shares;
@@ -162,7 +178,7 @@ impl Tape {
 
     /// Runs `f` on one row for each target, as heads see them: its dropout masks count targets over the whole step, where
     /// those of tokens count rows.
-    pub fn on_target_rows<R>(&mut self, f: impl FnOnce(&mut Tape) -> R) -> R {
+    pub fn on_target_rows<R>(&mut self, f: impl FnOnce(&mut Self) -> R) -> R {
         self.counting_rows_from(|noise| noise.target_offset, f)
     }
 
@@ -174,7 +190,7 @@ impl Tape {
 
     /// Runs `f` on rows among which every sequence has so many virtual ones: its dropout masks count those too, so that
     /// micro-batches have rows of their own.
-    pub fn on_rows_with<R>(&mut self, virtual_rows: usize, f: impl FnOnce(&mut Tape) -> R) -> R {
+    pub fn on_rows_with<R>(&mut self, virtual_rows: usize, f: impl FnOnce(&mut Self) -> R) -> R {
         let more = self.virtual_rows_before(virtual_rows);
         self.counting_rows_from(|noise| noise.row_offset.wrapping_add(more), f)
     }
@@ -184,7 +200,7 @@ impl Tape {
         self.noise.map_or(0, |noise| noise.sequence_offset.wrapping_mul(virtual_rows as u32))
     }
 
-    fn counting_rows_from<R>(&mut self, offset: impl FnOnce(Noise) -> u32, f: impl FnOnce(&mut Tape) -> R) -> R {
+    fn counting_rows_from<R>(&mut self, offset: impl FnOnce(Noise) -> u32, f: impl FnOnce(&mut Self) -> R) -> R {
         let noise = self.noise;
         if let Some(noise) = noise {
             self.noise = Some(Noise { row_offset: offset(noise), ..noise });
@@ -205,13 +221,13 @@ impl Tape {
         &mut self,
         value: Tensor,
         tracked: bool,
-        back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'static,
+        back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'm,
     ) -> Var {
         if !tracked {
             return Var { value, slot: None };
         }
         self.steps.push(Box::new(back));
-        Var { value, slot: Some(Slot::Node(self.steps.len() - 1)) }
+        Var { value, slot: Some(Slot::Node(self.first + self.steps.len() - 1)) }
     }
 
     /// As [`Tape::record`], for an operation y ← y + f(…) that wrote onto `y`: dy flows on to what y was before (`slot`),
@@ -221,7 +237,7 @@ impl Tape {
         value: Tensor,
         slot: Option<Slot>,
         tracked: bool,
-        back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'static,
+        back: impl FnOnce(Tensor, &mut Backward) -> Result<()> + 'm,
     ) -> Var {
         if !tracked {
             return Var { value, slot };
@@ -232,6 +248,30 @@ impl Tape {
             }
             back(dy, g)
         })
+    }
+
+    /// f(x), of which nothing but x is kept for the backward pass, where f is computed once more: the memory of its inside is
+    /// needed for one part of a network at a time, for the price of a second forward pass (Chen et al. 2016). Values and
+    /// gradients keep their bits. Of what f computes, nothing but its result may be used outside.
+    ///
+    /// Without [`Tape::with_checkpoints`], and in inference, this is f(x) as it stands.
+    pub fn checkpoint(&mut self, x: Var, f: impl Fn(&mut Tape<'m>, Var) -> Result<Var> + 'm) -> Result<Var> {
+        if !self.checkpoints() {
+            return f(self, x);
+        }
+        let before = Tape { params: self.params.clone(), shares: self.shares.clone(), steps: Vec::new(), ..*self };
+        let (value, slot, outside) = (x.value.clone(), x.slot, self.steps.len());
+        let y = f(self, x);
+        // All that f has recorded goes: it said whether something trains there.
+        self.steps.truncate(outside);
+        let Var { value: y, slot: tracked } = y?;
+        let first = self.first + outside;
+        Ok(self.record(y, tracked.is_some(), move |dy, g| {
+            // Its nodes take the places of those after it, which are done with.
+            let mut t = Tape { first, ..before };
+            let y = f(&mut t, Var { value, slot })?;
+            g.run(first, t.steps, y, dy)
+        }))
     }
 
     /// Adds ∂loss/∂p to the gradient of every parameter p. `loss` holds one element.
@@ -248,16 +288,7 @@ impl Tape {
     /// Adds ∂⟨dy, y⟩/∂p to the gradient of every parameter p: the vector-Jacobian product.
     pub fn backward_from(self, y: Var, dy: Tensor, grads: &mut Grads) -> Result<()> {
         assert_eq!(y.value.shape(), dy.shape(), "the gradient has the shape of its value");
-        let mut g = Backward { nodes: vec![None; self.steps.len()], grads };
-        let Some(slot) = y.slot else { return Ok(()) };
-        drop(y.value);
-        g.pass(slot, dy)?;
-        for (node, back) in self.steps.into_iter().enumerate().rev() {
-            // A value that nothing used has no gradient: its step is skipped, and so is all below it.
-            let Some(dy) = g.nodes[node].take() else { continue };
-            back(dy, &mut g)?;
-        }
-        Ok(())
+        Backward { nodes: Vec::new(), grads }.run(self.first, self.steps, y, dy)
     }
 }
 
@@ -282,6 +313,20 @@ impl Open {
 }
 
 impl Backward<'_> {
+    /// Runs steps backwards from y, whose gradient is dy; the first of them made the value of node `first`.
+    fn run(&mut self, first: usize, steps: Vec<Back>, y: Var, dy: Tensor) -> Result<()> {
+        let Some(slot) = y.slot else { return Ok(()) };
+        drop(y.value);
+        self.nodes.resize(self.nodes.len().max(first + steps.len()), None);
+        self.pass(slot, dy)?;
+        for (i, back) in steps.into_iter().enumerate().rev() {
+            // A value that nothing used has no gradient: its step is skipped, and so is all below it.
+            let Some(dy) = self.nodes[first + i].take() else { continue };
+            back(dy, self)?;
+        }
+        Ok(())
+    }
+
     /// Lets `write` add to the gradient of a value of the given shape; `like` gives type and device.
     pub fn add(
         &mut self,

@@ -96,7 +96,13 @@ impl Encoder {
     }
 
     /// The final hidden states.
-    pub(crate) fn hidden(&self, c: &BertConfig, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    pub(crate) fn hidden<'m>(
+        &'m self,
+        c: &'m BertConfig,
+        t: &mut Tape<'m>,
+        adapted: &'m Adapted,
+        input: &mut Input<'m>,
+    ) -> Result<Var> {
         let x = input.embed(t, adapted, &self.words)?;
         let s = self.segments.rows(t, adapted, input.segments().expect("limits that tell segments apart"))?;
         let x = ops::add(t, x, s)?;
@@ -106,24 +112,26 @@ impl Encoder {
         drop(x);
         let mut h = ops::dropout(t, h, c.hidden_dropout_prob)?;
         for (i, l) in self.layers.iter().enumerate() {
-            let q = l.query.apply(t, adapted, &h)?;
-            let (k, v) = (l.key.apply(t, adapted, &h)?, l.value.apply(t, adapted, &h)?);
-            let cfg = attention(c, t);
-            let mut heads = input.attend(t, adapted, i, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?;
-            drop((q, k, v));
-            if i + 1 == self.layers.len() {
-                [heads, h] = input.wanted(t, [heads, h])?;
-            }
-            let y = l.attention_dense.apply(t, adapted, &heads)?;
-            drop(heads);
-            let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
-            h = l.attention.join(t, adapted, h, y, Some(&|t, x| l.attention_norm.apply(t, adapted, x)))?;
-            let x = l.intermediate.apply(t, adapted, &h)?;
-            let x = ops::activation(t, c.hidden_act, &x)?;
-            let y = l.output.apply(t, adapted, &x)?;
-            drop(x);
-            let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
-            h = l.mlp.join(t, adapted, h, y, Some(&|t, x| l.mlp_norm.apply(t, adapted, x)))?;
+            h = input.layer(t, h, move |t, mut h, input| {
+                let q = l.query.apply(t, adapted, &h)?;
+                let (k, v) = (l.key.apply(t, adapted, &h)?, l.value.apply(t, adapted, &h)?);
+                let cfg = attention(c, t);
+                let mut heads = input.attend(t, adapted, i, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?;
+                drop((q, k, v));
+                if i + 1 == self.layers.len() {
+                    [heads, h] = input.wanted(t, [heads, h])?;
+                }
+                let y = l.attention_dense.apply(t, adapted, &heads)?;
+                drop(heads);
+                let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
+                let h = l.attention.join(t, adapted, h, y, Some(&|t, x| l.attention_norm.apply(t, adapted, x)))?;
+                let x = l.intermediate.apply(t, adapted, &h)?;
+                let x = ops::activation(t, c.hidden_act, &x)?;
+                let y = l.output.apply(t, adapted, &x)?;
+                drop(x);
+                let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
+                l.mlp.join(t, adapted, h, y, Some(&|t, x| l.mlp_norm.apply(t, adapted, x)))
+            })?;
         }
         Ok(h)
     }
@@ -260,7 +268,7 @@ impl Model for Bert {
         self.head.head()
     }
 
-    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, adapted: &'m Adapted, input: &mut Input<'m>) -> Result<Var> {
         self.encoder.hidden(&self.config, t, adapted, input)
     }
 

@@ -264,7 +264,13 @@ fn own_name(name: &str, config: &DebertaV2Config) -> Option<String> {
 
 impl Encoder {
     /// The final hidden states.
-    fn hidden(&self, c: &DebertaV2Config, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    fn hidden<'m>(
+        &'m self,
+        c: &'m DebertaV2Config,
+        t: &mut Tape<'m>,
+        adapted: &'m Adapted,
+        input: &mut Input<'m>,
+    ) -> Result<Var> {
         let mut x = input.embed(t, adapted, &self.word_embeddings)?;
         let tables =
             [(&self.position_embeddings, Some(input.positions())), (&self.token_type_embeddings, input.segments())];
@@ -280,32 +286,35 @@ impl Encoder {
         let table = relative.map(|r| r.table(t, adapted)).transpose()?;
         for (i, layer) in self.layers.iter().enumerate() {
             let conv = self.conv.as_ref().filter(|_| i == 0);
-            let before = conv.map(|_| h.share());
-            let mut heads = match (relative, &table) {
-                (Some(relative), Some(table)) => layer.relative(c, t, adapted, input, &h, relative, table)?,
-                _ => layer.plain(c, t, adapted, input, &h, i)?,
-            };
-            let last = i + 1 == self.layers.len();
-            if last {
-                [heads, h] = input.wanted(t, [heads, h])?;
-            }
-            let y = layer.attention_output.apply(t, adapted, &heads)?;
-            drop(heads);
-            let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
-            h = layer.attention.join(t, adapted, h, y, Some(&|t, x| layer.attention_norm.apply(t, adapted, x)))?;
-            let x = layer.intermediate.apply(t, adapted, &h)?;
-            let x = ops::activation(t, c.hidden_act, &x)?;
-            let y = layer.output.apply(t, adapted, &x)?;
-            drop(x);
-            let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
-            h = layer.mlp.join(t, adapted, h, y, Some(&|t, x| layer.output_norm.apply(t, adapted, x)))?;
-            if let (Some(conv), Some(x)) = (conv, before) {
+            let relative = relative.zip(table.as_ref().map(Var::share));
+            h = input.layer(t, h, move |t, mut h, input| {
+                let before = conv.map(|_| h.share());
+                let mut heads = match &relative {
+                    Some((relative, table)) => layer.relative(c, t, adapted, input, &h, relative, table)?,
+                    None => layer.plain(c, t, adapted, input, &h, i)?,
+                };
+                let last = i + 1 == self.layers.len();
+                if last {
+                    [heads, h] = input.wanted(t, [heads, h])?;
+                }
+                let y = layer.attention_output.apply(t, adapted, &heads)?;
+                drop(heads);
+                let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
+                let norm = |t: &mut Tape, x: &Var| layer.attention_norm.apply(t, adapted, x);
+                let h = layer.attention.join(t, adapted, h, y, Some(&norm))?;
+                let x = layer.intermediate.apply(t, adapted, &h)?;
+                let x = ops::activation(t, c.hidden_act, &x)?;
+                let y = layer.output.apply(t, adapted, &x)?;
+                drop(x);
+                let y = ops::dropout(t, y, c.hidden_dropout_prob)?;
+                let h = layer.mlp.join(t, adapted, h, y, Some(&|t, x| layer.output_norm.apply(t, adapted, x)))?;
+                let Some((conv, x)) = conv.zip(before) else { return Ok(h) };
                 let mut y = conv.apply(t, adapted, input, &x)?;
                 if last {
                     [y] = input.wanted(t, [y])?;
                 }
-                h = conv.beside(c, t, adapted, h, y)?;
-            }
+                conv.beside(c, t, adapted, h, y)
+            })?;
         }
         Ok(h)
     }
@@ -427,7 +436,7 @@ impl Model for DebertaV2 {
         self.head.head()
     }
 
-    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, adapted: &'m Adapted, input: &mut Input<'m>) -> Result<Var> {
         self.encoder.hidden(&self.config, t, adapted, input)
     }
 

@@ -222,33 +222,35 @@ impl Model for Gpt2 {
         Head { task: Task::CausalLm, weight, bias: None }
     }
 
-    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, adapted: &'m Adapted, input: &mut Input<'m>) -> Result<Var> {
         let w = &self.weights;
         let x = input.embed(t, adapted, &w.wte)?;
         let p = w.wpe.rows(t, adapted, input.positions())?;
         let h = ops::add(t, x, p)?;
         let mut h = ops::dropout(t, h, self.config.embd_pdrop)?;
         for (i, b) in w.blocks.iter().enumerate() {
-            let x = b.ln_1.apply(t, adapted, &h)?;
-            let qkv = b.c_attn.apply(t, adapted, &x)?;
-            drop(x);
-            let cfg = self.attention(t, i);
-            let mut heads = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
-            drop(qkv);
-            if i + 1 == w.blocks.len() {
-                [heads, h] = input.wanted(t, [heads, h])?;
-            }
-            let y = b.attn_c_proj.apply(t, adapted, &heads)?;
-            drop(heads);
-            let y = ops::dropout(t, y, self.config.resid_pdrop)?;
-            h = b.attn.join(t, adapted, h, y, None)?;
-            let x = b.ln_2.apply(t, adapted, &h)?;
-            let x = b.c_fc.apply(t, adapted, &x)?;
-            let x = ops::activation(t, self.config.activation_function, &x)?;
-            let y = b.mlp_c_proj.apply(t, adapted, &x)?;
-            drop(x);
-            let y = ops::dropout(t, y, self.config.resid_pdrop)?;
-            h = b.mlp.join(t, adapted, h, y, None)?;
+            h = input.layer(t, h, move |t, mut h, input| {
+                let x = b.ln_1.apply(t, adapted, &h)?;
+                let qkv = b.c_attn.apply(t, adapted, &x)?;
+                drop(x);
+                let cfg = self.attention(t, i);
+                let mut heads = input.attend(t, adapted, i, cfg, Qkv::Fused(&qkv))?;
+                drop(qkv);
+                if i + 1 == w.blocks.len() {
+                    [heads, h] = input.wanted(t, [heads, h])?;
+                }
+                let y = b.attn_c_proj.apply(t, adapted, &heads)?;
+                drop(heads);
+                let y = ops::dropout(t, y, self.config.resid_pdrop)?;
+                let h = b.attn.join(t, adapted, h, y, None)?;
+                let x = b.ln_2.apply(t, adapted, &h)?;
+                let x = b.c_fc.apply(t, adapted, &x)?;
+                let x = ops::activation(t, self.config.activation_function, &x)?;
+                let y = b.mlp_c_proj.apply(t, adapted, &x)?;
+                drop(x);
+                let y = ops::dropout(t, y, self.config.resid_pdrop)?;
+                b.mlp.join(t, adapted, h, y, None)
+            })?;
         }
         Ok(w.ln_f.apply(t, adapted, &h)?)
     }

@@ -1,3 +1,5 @@
+use std::cell::RefCell;
+
 use lora_core::{Result, Tape, Tensor, Var, ops, ops::Qkv, peft::Adapted};
 use lora_kernels::{Attention, Dropout, Sequences};
 
@@ -12,7 +14,7 @@ pub struct Input<'a> {
     /// The rows that are looked at in the end, when not all are.
     wanted: Option<Tensor>,
     context: Context<'a>,
-    /// Keys and values of virtual rows, once something has asked for them.
+    /// Keys and values of virtual rows, which all layers read.
     prefix: Option<Var>,
 }
 
@@ -58,8 +60,11 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// The embeddings of the tokens, and of virtual ones among them: [rows, d].
-    pub fn embed(&self, t: &mut Tape, adapted: &Adapted, table: &Weight) -> Result<Var> {
+    /// The embeddings of the tokens, and of virtual ones among them: [rows, d]. A pass begins with them.
+    pub fn embed(&mut self, t: &mut Tape, adapted: &Adapted, table: &Weight) -> Result<Var> {
+        if self.in_attention() {
+            self.prefix = adapted.keys_values(t)?;
+        }
         let x = table.rows(t, adapted, &self.tokens)?;
         let Some(VirtualInputs { place: Place::Stream(_), sources, .. }) = &self.virtual_rows else { return Ok(x) };
         let Some(rows) = adapted.token_embeddings(t)? else { return Ok(x) };
@@ -106,6 +111,33 @@ impl<'a> Input<'a> {
         self.virtual_rows.as_ref().is_some_and(|v| matches!(v.place, Place::Attention(_)))
     }
 
+    /// A layer: the stream after it, which f makes of the stream h before it. With [checkpoints](Tape::with_checkpoints) it is
+    /// not kept for the way back, but computed once more.
+    pub(crate) fn layer<'m>(
+        &mut self,
+        t: &mut Tape<'m>,
+        h: Var,
+        f: impl Fn(&mut Tape<'m>, Var, &mut Input) -> Result<Var> + 'm,
+    ) -> Result<Var>
+    where
+        'a: 'm,
+    {
+        let Context::Whole(sequences) = self.context else { return f(t, h, self) };
+        if !t.checkpoints() {
+            return f(t, h, self);
+        }
+        let input = RefCell::new(Input {
+            tokens: self.tokens.clone(),
+            positions: self.positions.clone(),
+            segments: self.segments.clone(),
+            virtual_rows: self.virtual_rows.clone(),
+            wanted: self.wanted.clone(),
+            context: Context::Whole(sequences),
+            prefix: self.prefix.as_ref().map(Var::share),
+        });
+        t.checkpoint(h, move |t, h| f(t, h, &mut input.borrow_mut()))
+    }
+
     /// Attention of one layer: [rows, heads·head_dim].
     pub fn attend(&mut self, t: &mut Tape, adapted: &Adapted, layer: usize, cfg: Attention, qkv: Qkv) -> Result<Var> {
         if !self.in_attention() {
@@ -113,9 +145,6 @@ impl<'a> Input<'a> {
                 Context::Whole(sequences) => ops::attention(t, cfg, sequences, qkv),
                 Context::Cached(cache) => cached(t, cache, layer, cfg, qkv),
             };
-        }
-        if self.prefix.is_none() {
-            self.prefix = adapted.keys_values(t)?;
         }
         // Attention has more rows than the stream, and its masks count them.
         let more = t.virtual_rows_before(adapted.attention_tokens().count());

@@ -174,7 +174,14 @@ impl Llama {
     }
 
     /// One block's attention of its input x, before the output projection.
-    fn attend(&self, t: &mut Tape, adapted: &Adapted, layer: usize, x: Var, input: &mut Input) -> Result<Var> {
+    fn attend(
+        &self,
+        t: &mut Tape,
+        adapted: &Adapted,
+        layer: usize,
+        x: Var,
+        input: &mut Input,
+    ) -> lora_core::Result<Var> {
         let b = &self.weights.blocks[layer];
         let mut q = b.q_proj.apply(t, adapted, &x)?;
         let mut k = b.k_proj.apply(t, adapted, &x)?;
@@ -187,7 +194,7 @@ impl Llama {
         q = ops::rope(t, &q, input.positions(), cos, sin, head_dim)?;
         k = ops::rope(t, &k, input.positions(), cos, sin, head_dim)?;
         let cfg = self.attention(t);
-        Ok(input.attend(t, adapted, layer, cfg, Qkv::Separate { q: &q, k: &k, v: &v })?)
+        input.attend(t, adapted, layer, cfg, Qkv::Separate { q: &q, k: &k, v: &v })
     }
 }
 
@@ -236,27 +243,29 @@ impl Model for Llama {
         Head { task: Task::CausalLm, weight, bias: None }
     }
 
-    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, adapted: &'m Adapted, input: &mut Input<'m>) -> Result<Var> {
         let w = &self.weights;
         let mut h = input.embed(t, adapted, &w.embed_tokens)?;
         for (i, b) in w.blocks.iter().enumerate() {
-            let x = b.input_layernorm.apply(t, adapted, &h)?;
-            let mut heads = self.attend(t, adapted, i, x, input)?;
-            if i + 1 == w.blocks.len() {
-                [heads, h] = input.wanted(t, [heads, h])?;
-            }
-            let y = b.o_proj.apply(t, adapted, &heads)?;
-            drop(heads);
-            h = b.self_attn.join(t, adapted, h, y, None)?;
-            let x = b.post_attention_layernorm.apply(t, adapted, &h)?;
-            let gate = b.gate_proj.apply(t, adapted, &x)?;
-            let up = b.up_proj.apply(t, adapted, &x)?;
-            drop(x);
-            let x = ops::silu_gate(t, &gate, &up)?;
-            drop((gate, up));
-            let y = b.down_proj.apply(t, adapted, &x)?;
-            drop(x);
-            h = b.mlp.join(t, adapted, h, y, None)?;
+            h = input.layer(t, h, move |t, mut h, input| {
+                let x = b.input_layernorm.apply(t, adapted, &h)?;
+                let mut heads = self.attend(t, adapted, i, x, input)?;
+                if i + 1 == w.blocks.len() {
+                    [heads, h] = input.wanted(t, [heads, h])?;
+                }
+                let y = b.o_proj.apply(t, adapted, &heads)?;
+                drop(heads);
+                let h = b.self_attn.join(t, adapted, h, y, None)?;
+                let x = b.post_attention_layernorm.apply(t, adapted, &h)?;
+                let gate = b.gate_proj.apply(t, adapted, &x)?;
+                let up = b.up_proj.apply(t, adapted, &x)?;
+                drop(x);
+                let x = ops::silu_gate(t, &gate, &up)?;
+                drop((gate, up));
+                let y = b.down_proj.apply(t, adapted, &x)?;
+                drop(x);
+                b.mlp.join(t, adapted, h, y, None)
+            })?;
         }
         Ok(w.norm.apply(t, adapted, &h)?)
     }

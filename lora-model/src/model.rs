@@ -81,7 +81,7 @@ pub trait Model: Base + Send + Sync {
 
     /// The final hidden states, [rows, d]: of all rows, or of those that are looked at ([`Input::only`]), which are then the
     /// only ones that the last layer computes after its attention ([`Input::wanted`]).
-    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var>;
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, adapted: &'m Adapted, input: &mut Input<'m>) -> Result<Var>;
 
     /// What the head's matrix is applied to, of the hidden states x of the rows that it looks at: x itself, or what an
     /// encoder's pooler or transform makes of it.
@@ -124,7 +124,14 @@ pub trait Model: Base + Send + Sync {
 
     /// `scale` times the summed loss of the batch's targets: cross-entropy ([`ops::loss_head`]), or of a regression the
     /// squared error ([`ops::squared_error`]), which label smoothing leaves alone.
-    fn loss(&self, t: &mut Tape, adapted: &Adapted, batch: &Batch, smoothing: f64, scale: f64) -> Result<Var> {
+    fn loss<'m>(
+        &'m self,
+        t: &mut Tape<'m>,
+        adapted: &'m Adapted,
+        batch: &'m Batch,
+        smoothing: f64,
+        scale: f64,
+    ) -> Result<Var> {
         let mut input = Input::whole(batch).only(&batch.target_rows);
         t.share_rows(batch.shares.clone());
         let x = t.on_rows_with(adapted.stream_tokens().count(), |t| self.hidden(t, adapted, &mut input))?;

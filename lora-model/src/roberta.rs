@@ -165,7 +165,7 @@ impl Model for Roberta {
         self.head.head()
     }
 
-    fn hidden(&self, t: &mut Tape, adapted: &Adapted, input: &mut Input) -> Result<Var> {
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, adapted: &'m Adapted, input: &mut Input<'m>) -> Result<Var> {
         self.encoder.hidden(&self.config.bert, t, adapted, input)
     }
 

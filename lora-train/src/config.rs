@@ -147,6 +147,10 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Micro-batches that a step's batch is split into: less memory, the same result.
     pub grad_accum: usize,
+    /// Keep nothing of the inside of layers for the backward pass, which computes them once more: less memory for the
+    /// activations of long sequences, in about a third more time, and the same result.
+    #[serde(alias = "gradient-checkpointing")]
+    pub checkpoint: bool,
     /// Peak learning rate.
     pub lr: f64,
     /// AdamW's decoupled weight decay λ.
@@ -258,6 +262,7 @@ impl Default for TrainConfig {
             steps: None,
             batch_size: 8,
             grad_accum: 1,
+            checkpoint: false,
             lr: 2e-4,
             weight_decay: 0.01,
             no_decay_vectors: false,

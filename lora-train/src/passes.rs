@@ -18,6 +18,8 @@ pub(crate) struct Pass<'a> {
     /// The step's loss, to which that of the micro-batch is added.
     pub(crate) loss: &'a mut Tensor,
     pub(crate) smoothing: f64,
+    /// Whether layers are computed once more on the way back.
+    pub(crate) checkpoint: bool,
     pub(crate) scale: f64,
     pub(crate) noise: Noise,
     /// Whether this is the step's first micro-batch.
@@ -31,7 +33,7 @@ impl Pass<'_> {
 
     /// Asks for every kernel of the pass; whether any of them depends on the step's noise.
     fn compute(&mut self, params: &Params, batch: &lora_model::Batch) -> Result<bool> {
-        let mut tape = Tape::new(params).with_noise(self.noise);
+        let mut tape = Tape::new(params).with_noise(self.noise).with_checkpoints(self.checkpoint);
         let mut part = self.model.loss(&mut tape, self.adapted, batch, self.smoothing, self.scale)?;
         // What a method adds belongs to the step, not to each of its parts.
         if self.first

@@ -157,6 +157,7 @@ impl<'a> Trainer<'a> {
                     grads: &mut self.grads,
                     loss: &mut self.scalars.loss,
                     smoothing: c.label_smoothing,
+                    checkpoint: c.checkpoint,
                     scale: 1.0 / targets as f64,
                     noise,
                     first: i == 0,

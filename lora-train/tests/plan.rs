@@ -126,10 +126,11 @@ fn planned_memory_and_files_are_those_of_training() {
             let model = load(&raw);
             for method in METHODS.iter().filter(|m| m.name != "fusion") {
                 let plain = InitLoraWeights::default();
-                let from_base = (64, 0.1, InitLoraWeights::Pissa { niter: Some(1) });
+                let from_base = (64, 0.1, InitLoraWeights::Pissa { niter: Some(1) }, false);
                 let more = (method.name == "lora").then_some(from_base);
-                for (seq_len, dropout, init_lora_weights) in
-                    [(64, 0.0, plain), (256, 0.1, plain)].into_iter().chain(more)
+                let mut activations = Vec::new();
+                for (seq_len, dropout, init_lora_weights, checkpoint) in
+                    [(64, 0.0, plain, false), (256, 0.1, plain, false), (256, 0.1, plain, true)].into_iter().chain(more)
                 {
                     let parts = name == "gpt2" && method.name.starts_with("lora");
                     let targets: &[&str] = if parts { &["c_attn.q", "c_attn.v", "c_fc"] } else { &[] };
@@ -138,6 +139,7 @@ fn planned_memory_and_files_are_those_of_training() {
                         batch_size: 6,
                         dropout,
                         init_lora_weights,
+                        checkpoint,
                         targets: targets.iter().copied().collect(),
                         bottleneck: 16,
                         reparam: if dropout > 0.0 { 20 } else { 0 },
@@ -162,8 +164,13 @@ fn planned_memory_and_files_are_those_of_training() {
                     assert!(more == 0 || method.name.starts_with("lora") && more < 200, "{what}: {more} bytes more");
                     let peak = beside_the_base(&planned);
                     let off = measured(&*model, &train, seq_len) / peak - 1.0;
-                    println!("{what}, {seq_len} positions: {peak:.0} planned, {:+.1}%", 100.0 * off);
+                    let kind = if checkpoint { ", checkpoints" } else { "" };
+                    println!("{what}, {seq_len} positions{kind}: {peak:.0} planned, {:+.1}%", 100.0 * off);
+                    activations.push(planned.adapted.memory.activations);
                     worst = if off.abs() > worst.abs() { off } else { worst };
+                }
+                if let [_, kept, again, ..] = activations[..] {
+                    assert!(again <= kept, "{name} {}: {again} bytes with checkpoints, {kept} without", method.name);
                 }
             }
         }

@@ -403,6 +403,58 @@ fn micro_batches_see_the_masks_of_the_whole_batch() {
     }
 }
 
+/// Of a network some parts that read a common value, one of them with another inside, one that trains nothing and one that
+/// nothing uses: its value, its gradients, how often a part was computed, and how many of their backward steps are kept after the way forward.
+fn in_parts(checkpoints: bool) -> (Vec<u64>, Vec<Vec<f32>>, usize, usize) {
+    let p = params(&[("a", &[8]), ("b", &[8]), ("c", &[8]), ("common", &[8])]);
+    let x = random_tensor(1, &[5, 8]);
+    let (calls, held) = (Cell::new(0), Rc::new(()));
+    let part = |t: &mut Tape, x: Var, name: &str, common: &Var| -> Result<Var> {
+        calls.set(calls.get() + 1);
+        let scale = t.param(id(&p, name))?;
+        let y = ops::rms_norm(t, &x, &scale, 1e-5)?;
+        let y = ops::dropout(t, y, 0.3)?;
+        let y = ops::add(t, y, common.share())?;
+        let (slot, value, held) = (y.slot().unwrap(), y.into_value(), held.clone());
+        let y = t.record(value, true, move |dy, g| {
+            drop(held);
+            g.pass(slot, dy)
+        });
+        ops::add(t, x, y)
+    };
+    let part = &part;
+    let mut t = Tape::new(&p).with_noise(NOISE).with_checkpoints(checkpoints);
+    let (scale, y) = (t.param(id(&p, "common")).unwrap(), t.constant(&random_tensor(3, &[5, 8])));
+    let common = ops::rms_norm(&mut t, &y, &scale, 1e-5).unwrap();
+    let h = t.constant(&x);
+    let h = t.checkpoint(h, |t, x| ops::dropout(t, x, 0.1)).unwrap();
+    assert!(!h.is_tracked(), "nothing trains there");
+    let z = common.share();
+    let h = t.checkpoint(h, move |t, x| part(t, x, "a", &z)).unwrap();
+    let z = common.share();
+    let h = t.checkpoint(h, move |t, x| {
+        let (x, z) = (part(t, x, "b", &z)?, z.share());
+        t.checkpoint(x, move |t, x| part(t, x, "c", &z))
+    });
+    let (h, z) = (h.unwrap(), common.share());
+    let unused = t.checkpoint(h.share(), move |t, x| part(t, x, "a", &z)).unwrap();
+    assert!(unused.is_tracked());
+    let kept = Rc::strong_count(&held) - 1;
+    let (value, mut g) = (h.value().clone(), Grads::new(&p).unwrap());
+    let dy = random_tensor(2, &[5, 8]);
+    t.backward_from(h, dy, &mut g).unwrap();
+    (bits(&value), ["a", "b", "c", "common"].map(|name| grad(&g, id(&p, name))).into(), calls.get(), kept)
+}
+
+#[test]
+fn parts_that_are_computed_once_more_have_the_same_bits() {
+    let (plain, again) = (in_parts(false), in_parts(true));
+    assert_eq!((&again.0, &again.1), (&plain.0, &plain.1));
+    assert_eq!((plain.2, plain.3), (4, 4), "what is not in parts is computed once, and kept");
+    // On the way back a once; b and c once by the outer part, whose inner one computes c once more.
+    assert_eq!((again.2, again.3), (4 + 1 + 2 + 1, 0));
+}
+
 #[test]
 fn a_dropout_of_rate_zero_keeps_the_masks_of_its_neighbours() {
     let p = Params::none(&CPU).unwrap();

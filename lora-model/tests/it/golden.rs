@@ -116,9 +116,9 @@ impl Case {
         let mut total = 0.0;
         grads.reset();
         for ends in micro.windows(2) {
+            let batch = self.training(adapted, ends[0]..ends[1]);
             let mut t = Tape::new(&adapted.params);
-            let loss =
-                self.model.loss(&mut t, adapted, &self.training(adapted, ends[0]..ends[1]), smoothing, scale).unwrap();
+            let loss = self.model.loss(&mut t, adapted, &batch, smoothing, scale).unwrap();
             total += loss.value().to_f64().unwrap()[0];
             t.backward(loss, grads).unwrap();
         }

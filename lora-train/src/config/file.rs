@@ -9,8 +9,8 @@ use crate::{Error, Result};
 
 impl TrainConfig {
     /// Reads a TOML file and lays `flags` (the same keys) over it. Keys may be written with `-` or `_`. A run that starts
-    /// from an adapter (`init-adapter`) takes the method and its options from there, except for dropout, which may be
-    /// another.
+    /// from an adapter (`init-adapter`) takes the method and its options from there, except for those of its training, such as
+    /// dropout and AdaLoRA's schedule, which may be others.
     ///
     /// # Errors
     /// [`Error::Config`] with file, line and key; [`Error::Option`] for a value that contradicts the adapter's, and for a β of
@@ -75,7 +75,7 @@ impl TrainConfig {
         // Where things are kept and how often is no part of the result; data is known by its contents, wherever it lies.
         let result = |c: &TrainConfig| {
             let mut c = c.clone();
-            (c.out, c.log, c.save_every, c.keep, c.strict) = Default::default();
+            (c.out, c.log, c.save_every, c.keep, c.strict, c.checkpoint) = Default::default();
             (c.data, c.valid, c.eval_every) = Default::default();
             // Any device can continue a run; its type stays, and `auto` asks for just that.
             c.device = String::new();
@@ -94,8 +94,8 @@ impl TrainConfig {
     }
 }
 
-/// Names of PEFT for keys that have shorter ones here.
-const PEFT_NAMES: [(&str, &str); 8] = [
+/// Names of PEFT and Transformers for keys that have shorter ones here.
+const PEFT_NAMES: [(&str, &str); 9] = [
     ("r", "rank"),
     ("lora-alpha", "alpha"),
     ("lora-dropout", "dropout"),
@@ -104,6 +104,7 @@ const PEFT_NAMES: [(&str, &str); 8] = [
     ("vera-dropout", "dropout"),
     ("num-virtual-tokens", "prefix"),
     ("deltaT", "delta-t"),
+    ("gradient-checkpointing", "checkpoint"),
 ];
 
 /// The name here of a key: spelt with `-`, and of PEFT's other names ours.

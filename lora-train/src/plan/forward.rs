@@ -1,5 +1,7 @@
 //! The forward passes of `lora_model`'s architectures without numbers. Each follows `Model::hidden` of its namesake.
 
+use std::rc::Rc;
+
 use lora_kernels::RelativePositions;
 use lora_model::{
     Task,
@@ -31,9 +33,12 @@ pub(super) struct Pass<'a> {
     pub(super) tokens: u128,
     /// Of the base; `None` is what the configuration says.
     pub(super) base_dropout: Option<f64>,
-    /// Keys and values of virtual tokens, once something has asked for them.
-    pub(super) prefix: Option<Var>,
+    /// Whether layers are computed once more on the way back.
+    pub(super) checkpoint: bool,
 }
+
+/// Keys and values of virtual tokens, where there are any.
+type Prefix = Option<Rc<Var>>;
 
 /// Heads of queries and of keys, and their width.
 #[derive(Clone, Copy)]
@@ -46,8 +51,8 @@ struct Heads {
 impl Pass<'_> {
     /// The most bytes that are held in a pass and its backward, parameters and weights aside; `None` when they are absurdly
     /// many.
-    pub(super) fn peak(&mut self, config: &Config, size: u128) -> Option<u128> {
-        let mut t = Tape::new(size);
+    pub(super) fn peak(&self, config: &Config, size: u128) -> Option<u128> {
+        let mut t = Tape::new(size, self.checkpoint);
         let ledger = t.ledger.clone();
         // Tokens, positions, segments, target rows and targets.
         let _batch = t.wide(5, self.rows());
@@ -75,7 +80,7 @@ impl Pass<'_> {
         x.map(|x| ops::gather(t, &x, self.targets()))
     }
 
-    fn loss(&mut self, t: &mut Tape, config: &Config) -> Var {
+    fn loss<'m>(&'m self, t: &mut Tape<'m>, config: &'m Config) -> Var {
         let x = self.hidden(t, config);
         let (x, module, classes) = match config {
             Config::Gpt2(c) => (x, if c.tie_word_embeddings { "transformer.wte" } else { "lm_head" }, c.vocab_size),
@@ -113,7 +118,7 @@ impl Pass<'_> {
         (ops::dropout(t, x, self.rate(after)), module, outputs)
     }
 
-    fn hidden(&mut self, t: &mut Tape, config: &Config) -> Var {
+    fn hidden<'m>(&'m self, t: &mut Tape<'m>, config: &'m Config) -> Var {
         match config {
             Config::Gpt2(c) => self.gpt2(t, c),
             Config::Bert(c) => self.encoder(t, c, "bert"),
@@ -142,21 +147,23 @@ impl Pass<'_> {
         ops::add(t, x, more)
     }
 
+    /// Keys and values of virtual tokens, which all layers read.
+    fn prefix(&self, t: &mut Tape, layers: usize, heads: Heads) -> Prefix {
+        let Heads { keys, width, .. } = heads;
+        let tokens = self.adapted.virtual_tokens()[1];
+        (tokens > 0).then(|| Rc::new(self.adapted.keys_values(t, 2 * layers as u128 * keys * width)))
+    }
+
     fn layer_norm(&self, t: &mut Tape, module: &str, x: &Var) -> Var {
         let trains = ["weight", "bias"].map(|w| self.adapted.trains(&format!("{module}.{w}")));
         ops::norm(t, x, trains, 2)
     }
 
-    fn attend(&mut self, t: &mut Tape, layers: usize, heads: Heads, qkv: Qkv) -> Var {
+    fn attend(&self, t: &mut Tape, prefix: &Prefix, heads: Heads, qkv: Qkv) -> Var {
         let Heads { queries, keys, width } = heads;
         let (q_cols, kv_cols) = (queries * width, keys * width);
-        let l = self.adapted.virtual_tokens()[1] as u128;
-        if l == 0 {
-            return ops::attention(t, qkv, None, q_cols, queries);
-        }
-        if self.prefix.is_none() {
-            self.prefix = Some(self.adapted.keys_values(t, 2 * layers as u128 * kv_cols));
-        }
+        let Some(prefix) = prefix else { return ops::attention(t, qkv, None, q_cols, queries) };
+        let l = prefix.value.rows;
         let split;
         let [q, k, v] = match qkv {
             Qkv::Separate(all) => all,
@@ -166,15 +173,12 @@ impl Pass<'_> {
             }
         };
         let (own, run) = (self.rows(), self.sequences * (self.tokens + l));
-        let between = |t: &mut Tape, own: &Var, prefix: &Option<Var>| {
-            let rows = prefix.as_ref().map(|p| ops::columns(t, p, kv_cols));
-            let all = match &rows {
-                Some(rows) => ops::concat_rows(t, own, rows),
-                None => own.share(),
-            };
+        let between = |t: &mut Tape, own: &Var| {
+            let rows = ops::columns(t, prefix, kv_cols);
+            let all = ops::concat_rows(t, own, &rows);
             ops::gather(t, &all, run)
         };
-        let (k, v) = (between(t, k, &self.prefix), between(t, v, &self.prefix));
+        let (k, v) = (between(t, k), between(t, v));
         let none = Var { value: t.empty(l, q_cols), slot: None };
         let q = ops::concat_rows(t, q, &none);
         let q = ops::gather(t, &q, run);
@@ -182,38 +186,42 @@ impl Pass<'_> {
         ops::gather(t, &y, own)
     }
 
-    fn gpt2(&mut self, t: &mut Tape, c: &Gpt2Config) -> Var {
+    fn gpt2<'m>(&'m self, t: &mut Tape<'m>, c: &'m Gpt2Config) -> Var {
         let a = self.adapted;
         let x = self.embed(t, "transformer.wte.weight", c.vocab_size, c.n_embd as u128);
         let h = self.plus_table(t, x, "transformer.wpe.weight", c.n_positions);
         let mut h = ops::dropout(t, h, self.rate(c.embd_pdrop));
         let heads = Heads { queries: c.n_head as u128, keys: c.n_head as u128, width: c.head_dim() as u128 };
+        let prefix = self.prefix(t, c.n_layer, heads);
         for i in 0..c.n_layer {
-            let module = |name: &str| format!("transformer.h.{i}.{name}");
-            let x = self.layer_norm(t, &module("ln_1"), &h);
-            let qkv = a.project(t, &module("attn.c_attn"), &x);
-            drop(x);
-            let mut y = self.attend(t, c.n_layer, heads, Qkv::Fused(&qkv));
-            drop(qkv);
-            if i + 1 == c.n_layer {
-                [y, h] = self.wanted(t, [y, h]);
-            }
-            let f = a.project(t, &module("attn.c_proj"), &y);
-            drop(y);
-            let f = ops::dropout(t, f, self.rate(c.resid_pdrop));
-            h = a.join(t, &module("attn"), h, f, None);
-            let x = self.layer_norm(t, &module("ln_2"), &h);
-            let x = a.project(t, &module("mlp.c_fc"), &x);
-            let x = ops::activation(t, &x);
-            let f = a.project(t, &module("mlp.c_proj"), &x);
-            drop(x);
-            let f = ops::dropout(t, f, self.rate(c.resid_pdrop));
-            h = a.join(t, &module("mlp"), h, f, None);
+            let prefix = prefix.clone();
+            h = t.checkpoint(h, move |t, mut h| {
+                let module = |name: &str| format!("transformer.h.{i}.{name}");
+                let x = self.layer_norm(t, &module("ln_1"), &h);
+                let qkv = a.project(t, &module("attn.c_attn"), &x);
+                drop(x);
+                let mut y = self.attend(t, &prefix, heads, Qkv::Fused(&qkv));
+                drop(qkv);
+                if i + 1 == c.n_layer {
+                    [y, h] = self.wanted(t, [y, h]);
+                }
+                let f = a.project(t, &module("attn.c_proj"), &y);
+                drop(y);
+                let f = ops::dropout(t, f, self.rate(c.resid_pdrop));
+                h = a.join(t, &module("attn"), h, f, None);
+                let x = self.layer_norm(t, &module("ln_2"), &h);
+                let x = a.project(t, &module("mlp.c_fc"), &x);
+                let x = ops::activation(t, &x);
+                let f = a.project(t, &module("mlp.c_proj"), &x);
+                drop(x);
+                let f = ops::dropout(t, f, self.rate(c.resid_pdrop));
+                a.join(t, &module("mlp"), h, f, None)
+            });
         }
         self.layer_norm(t, "transformer.ln_f", &h)
     }
 
-    fn llama(&mut self, t: &mut Tape, c: &LlamaConfig) -> Var {
+    fn llama<'m>(&'m self, t: &mut Tape<'m>, c: &'m LlamaConfig) -> Var {
         let a = self.adapted;
         let (heads, keys) = (c.num_attention_heads as u128, c.num_key_value_heads as u128);
         let cfg = Heads { queries: heads, keys, width: c.head_dim as u128 };
@@ -221,41 +229,45 @@ impl Pass<'_> {
             ops::norm(t, x, [a.trains(&format!("{module}.weight")), false], parts)
         };
         let mut h = self.embed(t, "model.embed_tokens.weight", c.vocab_size, c.hidden_size as u128);
+        let prefix = self.prefix(t, c.num_hidden_layers, cfg);
         for i in 0..c.num_hidden_layers {
-            let module = |name: &str| format!("model.layers.{i}.{name}");
-            let x = norm(t, &module("input_layernorm"), &h, 1);
-            let mut q = a.project(t, &module("self_attn.q_proj"), &x);
-            let mut k = a.project(t, &module("self_attn.k_proj"), &x);
-            let v = a.project(t, &module("self_attn.v_proj"), &x);
-            drop(x);
-            if c.qk_norm() {
-                q = norm(t, &module("self_attn.q_norm"), &q, heads);
-                k = norm(t, &module("self_attn.k_norm"), &k, keys);
-            }
-            q = ops::rope(t, &q);
-            k = ops::rope(t, &k);
-            let mut y = self.attend(t, c.num_hidden_layers, cfg, Qkv::Separate([&q, &k, &v]));
-            drop((q, k, v));
-            if i + 1 == c.num_hidden_layers {
-                [y, h] = self.wanted(t, [y, h]);
-            }
-            let f = a.project(t, &module("self_attn.o_proj"), &y);
-            drop(y);
-            h = a.join(t, &module("self_attn"), h, f, None);
-            let x = norm(t, &module("post_attention_layernorm"), &h, 1);
-            let gate = a.project(t, &module("mlp.gate_proj"), &x);
-            let up = a.project(t, &module("mlp.up_proj"), &x);
-            drop(x);
-            let x = ops::silu_gate(t, &gate, &up);
-            drop((gate, up));
-            let f = a.project(t, &module("mlp.down_proj"), &x);
-            drop(x);
-            h = a.join(t, &module("mlp"), h, f, None);
+            let prefix = prefix.clone();
+            h = t.checkpoint(h, move |t, mut h| {
+                let module = |name: &str| format!("model.layers.{i}.{name}");
+                let x = norm(t, &module("input_layernorm"), &h, 1);
+                let mut q = a.project(t, &module("self_attn.q_proj"), &x);
+                let mut k = a.project(t, &module("self_attn.k_proj"), &x);
+                let v = a.project(t, &module("self_attn.v_proj"), &x);
+                drop(x);
+                if c.qk_norm() {
+                    q = norm(t, &module("self_attn.q_norm"), &q, heads);
+                    k = norm(t, &module("self_attn.k_norm"), &k, keys);
+                }
+                q = ops::rope(t, &q);
+                k = ops::rope(t, &k);
+                let mut y = self.attend(t, &prefix, cfg, Qkv::Separate([&q, &k, &v]));
+                drop((q, k, v));
+                if i + 1 == c.num_hidden_layers {
+                    [y, h] = self.wanted(t, [y, h]);
+                }
+                let f = a.project(t, &module("self_attn.o_proj"), &y);
+                drop(y);
+                h = a.join(t, &module("self_attn"), h, f, None);
+                let x = norm(t, &module("post_attention_layernorm"), &h, 1);
+                let gate = a.project(t, &module("mlp.gate_proj"), &x);
+                let up = a.project(t, &module("mlp.up_proj"), &x);
+                drop(x);
+                let x = ops::silu_gate(t, &gate, &up);
+                drop((gate, up));
+                let f = a.project(t, &module("mlp.down_proj"), &x);
+                drop(x);
+                a.join(t, &module("mlp"), h, f, None)
+            });
         }
         norm(t, "model.norm", &h, 1)
     }
 
-    fn encoder(&mut self, t: &mut Tape, c: &BertConfig, root: &str) -> Var {
+    fn encoder<'m>(&'m self, t: &mut Tape<'m>, c: &'m BertConfig, root: &'static str) -> Var {
         let a = self.adapted;
         let table = |name: &str| format!("{root}.embeddings.{name}_embeddings.weight");
         let x = self.embed(t, &table("word"), c.vocab_size, c.hidden_size as u128);
@@ -266,16 +278,20 @@ impl Pass<'_> {
         let mut h = ops::dropout(t, h, self.rate(c.hidden_dropout_prob));
         let heads = c.num_attention_heads as u128;
         let cfg = Heads { queries: heads, keys: heads, width: c.head_dim() as u128 };
+        let prefix = self.prefix(t, c.num_hidden_layers, cfg);
         for i in 0..c.num_hidden_layers {
-            let module = |name: &str| format!("{root}.encoder.layer.{i}.{name}");
-            let [q, k, v] =
-                ["query", "key", "value"].map(|m| a.project(t, &module(&format!("attention.self.{m}")), &h));
-            let mut y = self.attend(t, c.num_hidden_layers, cfg, Qkv::Separate([&q, &k, &v]));
-            drop((q, k, v));
-            if i + 1 == c.num_hidden_layers {
-                [y, h] = self.wanted(t, [y, h]);
-            }
-            h = self.post_norm(t, &module(""), h, y, self.rate(c.hidden_dropout_prob));
+            let prefix = prefix.clone();
+            h = t.checkpoint(h, move |t, mut h| {
+                let module = |name: &str| format!("{root}.encoder.layer.{i}.{name}");
+                let [q, k, v] =
+                    ["query", "key", "value"].map(|m| a.project(t, &module(&format!("attention.self.{m}")), &h));
+                let mut y = self.attend(t, &prefix, cfg, Qkv::Separate([&q, &k, &v]));
+                drop((q, k, v));
+                if i + 1 == c.num_hidden_layers {
+                    [y, h] = self.wanted(t, [y, h]);
+                }
+                self.post_norm(t, &module(""), h, y, self.rate(c.hidden_dropout_prob))
+            });
         }
         h
     }
@@ -300,7 +316,7 @@ impl Pass<'_> {
         a.join(t, &module("output"), h, f, Some(&norm("output.LayerNorm")))
     }
 
-    fn deberta(&mut self, t: &mut Tape, c: &DebertaV2Config) -> Var {
+    fn deberta<'m>(&'m self, t: &mut Tape<'m>, c: &'m DebertaV2Config) -> Var {
         let a = self.adapted;
         let (d, p) = (c.hidden_size as u128, self.rate(c.hidden_dropout_prob));
         let table = |name: &str| format!("deberta.embeddings.{name}_embeddings.weight");
@@ -315,44 +331,49 @@ impl Pass<'_> {
         drop(x);
         let mut h = ops::dropout(t, h, p);
         let relative = c.positions().filter(|_| c.is_disentangled());
-        let relative = relative.map(|positions| self.relative(t, c, positions));
+        let relative = relative.map(|positions| Rc::new(self.relative(t, c, positions)));
         let heads = c.num_attention_heads as u128;
         let cfg = Heads { queries: heads, keys: heads, width: c.head_dim() as u128 };
+        let prefix = self.prefix(t, c.num_hidden_layers, cfg);
         for i in 0..c.num_hidden_layers {
-            let module = |name: &str| format!("deberta.encoder.layer.{i}.{name}");
-            let before = (i == 0).then_some(c.conv_kernel_size).flatten().map(|width| (width, h.share()));
-            let [q, k, v] =
-                ["query", "key", "value"].map(|m| a.project(t, &module(&format!("attention.self.{m}_proj")), &h));
-            let qkv = Qkv::Separate([&q, &k, &v]);
-            let mut y = match &relative {
-                None => self.attend(t, c.num_hidden_layers, cfg, qkv),
-                Some(table) => {
-                    let table = ops::dropout(t, table.share(), p);
-                    let kinds = [(c.c2p, "key"), (c.p2c, "query")].into_iter().filter(|(wanted, _)| *wanted);
-                    let own = if c.share_att_key { "" } else { "pos_" };
-                    let tables: Vec<Var> = kinds
-                        .map(|(_, m)| a.project(t, &module(&format!("attention.self.{own}{m}_proj")), &table))
-                        .collect();
-                    ops::attention(t, qkv, Some((&tables, self.rows() / self.sequences)), d, heads)
-                }
-            };
-            drop((q, k, v));
-            let last = i + 1 == c.num_hidden_layers;
-            if last {
-                [y, h] = self.wanted(t, [y, h]);
-            }
-            h = self.post_norm(t, &module(""), h, y, p);
-            if let Some((width, x)) = before {
-                let map = a.map("deberta.encoder.conv.conv", d);
-                let mut y = ops::convolution(t, &x, width as u128, map);
+            let (prefix, relative) = (prefix.clone(), relative.clone());
+            h = t.checkpoint(h, move |t, mut h| {
+                let module = |name: &str| format!("deberta.encoder.layer.{i}.{name}");
+                let before = (i == 0).then_some(c.conv_kernel_size).flatten().map(|width| (width, h.share()));
+                let [q, k, v] =
+                    ["query", "key", "value"].map(|m| a.project(t, &module(&format!("attention.self.{m}_proj")), &h));
+                let qkv = Qkv::Separate([&q, &k, &v]);
+                let mut y = match &relative {
+                    None => self.attend(t, &prefix, cfg, qkv),
+                    Some(table) => {
+                        let table = ops::dropout(t, table.share(), p);
+                        let kinds = [(c.c2p, "key"), (c.p2c, "query")].into_iter().filter(|(wanted, _)| *wanted);
+                        let own = if c.share_att_key { "" } else { "pos_" };
+                        let tables: Vec<Var> = kinds
+                            .map(|(_, m)| a.project(t, &module(&format!("attention.self.{own}{m}_proj")), &table))
+                            .collect();
+                        ops::attention(t, qkv, Some((&tables, self.rows() / self.sequences)), d, heads)
+                    }
+                };
+                drop((q, k, v));
+                let last = i + 1 == c.num_hidden_layers;
                 if last {
-                    [y] = self.wanted(t, [y]);
+                    [y, h] = self.wanted(t, [y, h]);
                 }
-                let y = ops::dropout(t, y, p);
-                let y = ops::activation(t, &y);
-                let y = ops::add(t, h, y);
-                h = self.layer_norm(t, "deberta.encoder.conv.LayerNorm", &y);
-            }
+                h = self.post_norm(t, &module(""), h, y, p);
+                if let Some((width, x)) = before {
+                    let map = a.map("deberta.encoder.conv.conv", d);
+                    let mut y = ops::convolution(t, &x, width as u128, map);
+                    if last {
+                        [y] = self.wanted(t, [y]);
+                    }
+                    let y = ops::dropout(t, y, p);
+                    let y = ops::activation(t, &y);
+                    let y = ops::add(t, h, y);
+                    h = self.layer_norm(t, "deberta.encoder.conv.LayerNorm", &y);
+                }
+                h
+            });
         }
         h
     }

@@ -52,7 +52,7 @@ pub struct PlanConfig {
     pub arch: Option<String>,
     /// Or the folder of one, of which `config.json` is read.
     pub model: Option<PathBuf>,
-    /// The method, its options and `base_dropout`; nothing else of it is read.
+    /// The method, its options, `base_dropout` and `checkpoint`; nothing else of it is read.
     pub train: TrainConfig,
     /// Sequences that are computed at a time: `batch-size / grad-accum` of a run.
     pub batch_size: usize,
@@ -186,13 +186,13 @@ pub fn plan(config: &PlanConfig) -> Result<Plan> {
         Some(n) => n,
     };
     let costs = |row: &peft::MethodRow, adapted: &Adapted| -> Result<Costs> {
-        let mut pass = Pass {
+        let pass = Pass {
             adapted,
             task,
             sequences: c.batch_size as u128,
             tokens: seq_len as u128,
             base_dropout: c.train.base_dropout,
-            prefix: None,
+            checkpoint: c.train.checkpoint,
         };
         let counts = pass.peak(&shape, c.dtype.size() as u128).map(|activations| Counts {
             base: saved::model(&base),

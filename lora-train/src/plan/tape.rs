@@ -110,22 +110,25 @@ impl Var {
     }
 }
 
-type Back = Box<dyn FnOnce(Matrix, &mut Backward)>;
+type Back<'m> = Box<dyn FnOnce(Matrix, &mut Backward) + 'm>;
 
 /// What a forward pass has recorded.
-pub(super) struct Tape {
+pub(super) struct Tape<'m> {
     pub(super) ledger: Rc<Ledger>,
     /// Bytes of an element of weights and activations.
     size: u128,
-    steps: Vec<Back>,
+    checkpoints: bool,
+    /// The node of the first step.
+    first: usize,
+    steps: Vec<Back<'m>>,
 }
 
 /// Bytes of an element of losses, statistics and gradients of parameters.
 pub(super) const WIDE: u128 = 4;
 
-impl Tape {
-    pub(super) fn new(size: u128) -> Tape {
-        Tape { ledger: Rc::default(), size, steps: Vec::new() }
+impl<'m> Tape<'m> {
+    pub(super) fn new(size: u128, checkpoints: bool) -> Tape<'m> {
+        Tape { ledger: Rc::default(), size, checkpoints, first: 0, steps: Vec::new() }
     }
 
     /// Bytes of an element.
@@ -156,27 +159,37 @@ impl Tape {
         &mut self,
         value: Matrix,
         tracked: bool,
-        back: impl FnOnce(Matrix, &mut Backward) + 'static,
+        back: impl FnOnce(Matrix, &mut Backward) + 'm,
     ) -> Var {
         if !tracked {
             return Var { value, slot: None };
         }
         self.steps.push(Box::new(back));
-        Var { value, slot: Some(Slot::Node(self.steps.len() - 1)) }
+        Var { value, slot: Some(Slot::Node(self.first + self.steps.len() - 1)) }
+    }
+
+    /// f(x), of which x alone is kept.
+    pub(super) fn checkpoint(&mut self, x: Var, f: impl Fn(&mut Tape<'m>, Var) -> Var + 'm) -> Var {
+        if !self.checkpoints {
+            return f(self, x);
+        }
+        let before = Tape { ledger: self.ledger.clone(), steps: Vec::new(), ..*self };
+        let (value, slot, outside) = (x.value.clone(), x.slot, self.steps.len());
+        let Var { value: y, slot: tracked } = f(self, x);
+        self.steps.truncate(outside);
+        let first = self.first + outside;
+        self.record(y, tracked.is_some(), move |dy, g| {
+            let mut t = Tape { first, ..before };
+            let y = f(&mut t, Var { value, slot });
+            g.run(first, t.steps, y, dy);
+        })
     }
 
     /// The backward pass from a loss.
     pub(super) fn backward(self, loss: Var) {
         let seed = self.wide(1, 1);
-        let nodes = vec![None; self.steps.len()];
-        let mut g = Backward { nodes, ledger: self.ledger.clone(), size: self.size };
-        let Some(slot) = loss.slot else { return };
-        drop(loss.value);
-        g.pass(slot, seed);
-        for (node, back) in self.steps.into_iter().enumerate().rev() {
-            let Some(dy) = g.nodes[node].take() else { continue };
-            back(dy, &mut g);
-        }
+        let mut g = Backward { nodes: Vec::new(), ledger: self.ledger, size: self.size };
+        g.run(self.first, self.steps, loss, seed);
     }
 }
 
@@ -188,6 +201,18 @@ pub(super) struct Backward {
 }
 
 impl Backward {
+    /// Runs steps backwards from y, whose gradient is dy.
+    fn run(&mut self, first: usize, steps: Vec<Back>, y: Var, dy: Matrix) {
+        let Some(slot) = y.slot else { return };
+        drop(y.value);
+        self.nodes.resize(self.nodes.len().max(first + steps.len()), None);
+        self.pass(slot, dy);
+        for (i, back) in steps.into_iter().enumerate().rev() {
+            let Some(dy) = self.nodes[first + i].take() else { continue };
+            back(dy, self);
+        }
+    }
+
     /// Somebody writes or adds to the gradient of a value.
     pub(super) fn add(&mut self, slot: Slot, rows: u128, cols: u128) {
         if let Slot::Node(_) = slot {

@@ -63,6 +63,7 @@ fn an_interrupted_run_of_any_method_goes_on_bit_for_bit() {
             bottleneck: 3,
             prefix: 2,
             infix: 1,
+            classify_prefix: task.is_some(),
             reparam: 4,
             layers: "last:1".into(),
             steps: Some(STEPS),
@@ -104,6 +105,10 @@ fn an_interrupted_run_of_any_method_goes_on_bit_for_bit() {
             let second = train(&cut, true, &mut ()).unwrap();
             assert!(second.steps == STEPS && second.loss == whole.loss, "{what}: {second:?} for {whole:?}");
             assert!(files(&cut.out) == files(&whole.out), "{what}: another result");
+            // Nor does it matter what is kept for the way back.
+            let again = TrainConfig { checkpoint: true, ..run("again") };
+            assert_eq!(train(&again, false, &mut ()).unwrap().loss, whole.loss, "{what}: with checkpoints");
+            assert!(files(&again.out) == files(&whole.out), "{what}: another result with checkpoints");
             // Splitting a step changes nothing but rounding, dropout included.
             let [one, three] = [1, 3].map(|grad_accum| {
                 let out = run(&format!("split-{grad_accum}")).out;

@@ -35,6 +35,9 @@ pub(crate) struct PlanArgs {
     /// Sequences computed at a time: what --batch-size / --grad-accum are in training
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Training")]
     batch_size: usize,
+    /// Layers are computed once more on the way back, as with --checkpoint in training
+    #[arg(long, help_heading = "Training")]
+    checkpoint: bool,
     /// Positions of a sequence [default: the model's, at most 2048]
     #[arg(long, value_name = "N", help_heading = "Training")]
     seq_len: Option<usize>,
@@ -56,7 +59,7 @@ pub(crate) fn run(args: PlanArgs) -> anyhow::Result<()> {
         bail!("--arch is missing: name a published model, or give a model's folder as --model");
     }
     let flags = toml::Table::try_from(&args.method).context("command line")?;
-    let train = TrainConfig::from_toml(None, flags)?;
+    let train = TrainConfig { checkpoint: args.checkpoint, ..TrainConfig::from_toml(None, flags)? };
     train.check()?;
     let config = PlanConfig {
         arch: args.arch,

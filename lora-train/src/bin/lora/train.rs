@@ -78,6 +78,11 @@ pub(crate) struct TrainArgs {
     /// Parts that a batch is computed in, one after the other: less memory, the same result [default: 1]
     #[arg(long, value_name = "N", help_heading = "Course")]
     grad_accum: Option<usize>,
+    /// Keep nothing of the inside of layers for the way back, which computes them once more: less memory for long sequences,
+    /// about a third more time, the same result
+    #[arg(long, alias = "gradient-checkpointing", value_name = "true|false", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", hide_possible_values = true, help_heading = "Course")]
+    checkpoint: Option<bool>,
     /// Tokens at which a sequence is cut [default: 512]
     #[arg(long, value_name = "TOKENS", help_heading = "Course")]
     max_length: Option<usize>,

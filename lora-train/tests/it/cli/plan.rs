@@ -55,6 +55,13 @@ fn any_model_and_method_by_its_configuration_alone() {
     // Without gradients to the lower layers, less is kept.
     let top = plan("--method top2 --layers last:1 --batch-size 8 --seq-len 30");
     assert!(activations(&top, "adapted") < activations(&top, "full"));
+    // Nor where layers are computed once more on the way back.
+    let long =
+        |more: &str| lab.json(&format!("plan --arch gpt2 --json --dtype f32 --batch-size 4 --seq-len 1024 {more}"));
+    let (kept, again) = (long(""), long("--checkpoint"));
+    for side in ["adapted", "full"] {
+        assert!(2 * activations(&again, side) < activations(&kept, side), "{side}");
+    }
     for method in ["full", "bitfit", "adapter-h", "adapter-l", "adapter-p", "pre-embed", "pre-layer", "lora+pre-layer"]
     {
         let of = plan(&format!("--method {method} --seq-len 30"));
