@@ -309,7 +309,7 @@ impl Head<'_> {
             gemm(*factor, x.value().mat(), w.value().t(), 1.0, logits.reborrow())?;
         }
         if let Some(b) = b {
-            let b = b.value().to(&logits.device(), logits.dtype())?;
+            let b = b.value().to(logits.device(), logits.dtype())?;
             add_bias(b.mat(), logits)?;
         }
         Ok(())

@@ -110,7 +110,14 @@ impl Adapted {
     /// Options that do not fit the base, or a method that trains nothing on it.
     pub fn new(method: &dyn Method, base: &dyn Base, device: &Device, dtype: DType, seed: u64) -> Result<Adapted> {
         let (builder, trained, places) = plan(method, base.outline(), Some(base), seed)?;
-        let (params, mut budget) = (builder.build(device, dtype, seed)?, method.budget(base.outline())?);
+        let (mut params, mut budget) = (builder.build(device, dtype, seed)?, method.budget(base.outline())?);
+        for Place { site, key, .. } in &places.sites {
+            if let Attached::Linear(adapter) = &places.attached[key]
+                && let Some(w) = base.tensor(&format!("{site}.weight"))
+            {
+                adapter.begin(&mut params, w)?;
+            }
+        }
         if let Some(budget) = &mut budget {
             budget.bind(&params)?;
         }

@@ -5,6 +5,9 @@ use lora_kernels::{Device, axpby};
 use super::{Adapted, Adapter, Attached, Linear, LinearAdapter, Outline};
 use crate::{Error, Params, Result, Tape, Tensor, Var};
 
+/// Rows that one head serves, and what it belongs to.
+pub type HeadRows<'a> = (Range<usize>, &'a Adapted);
+
 impl Adapted {
     /// Several adapters over one base in one pass, for inference: sequence i of every batch has adapter `of[i]` of these, or
     /// none. What they adapt may differ, and so may their ranks. The base's product is computed for all rows at once; an
@@ -45,7 +48,7 @@ impl Adapted {
     ///
     /// # Errors
     /// [`Error::Structure`] where nothing says whose the rows are.
-    pub fn heads(&self, t: &Tape, name: &str, rows: usize) -> Result<Option<Vec<(Range<usize>, &Adapted)>>> {
+    pub fn heads(&self, t: &Tape, name: &str, rows: usize) -> Result<Option<Vec<HeadRows<'_>>>> {
         let Some(Several { adapters, .. }) = &self.several else { return Ok(None) };
         let has_own = |adapter: &Adapted| {
             let beside = adapter.attached(module(name)).is_some_and(|a| matches!(a, Attached::Head(_)));
@@ -55,7 +58,7 @@ impl Adapted {
             return Ok(None);
         }
         let shares = t.shares().ok_or_else(|| of_all(module(name)))?;
-        let (mut heads, mut at): (Vec<(Range<usize>, &Adapted)>, usize) = (Vec::new(), 0);
+        let (mut heads, mut at): (Vec<HeadRows<'_>>, usize) = (Vec::new(), 0);
         for share in shares.iter().filter(|share| has_own(&adapters[share.adapter])) {
             heads.push((at..share.rows.start, self));
             heads.push((share.rows.clone(), &adapters[share.adapter]));

@@ -55,6 +55,7 @@ pub use lin::Lin;
 pub use ln_tuning::LnTuning;
 pub use lokr::{LoKr, LoKrConfig};
 pub use lora::{Bias, InitLoraWeights, Lora, LoraConfig};
+pub use mixed::HeadRows;
 pub use modules::{Modules, Pattern, names, saves};
 pub use options::{Frozen, Options};
 pub use outline::{Base, BaseTensor, Layers, LinearSite, Outline, Part, Site, SiteKind};
@@ -208,6 +209,11 @@ pub trait LinearAdapter: Adapter {
     /// computes the rows.
     fn add(&self, _params: &Params, _x: Mat, _y: MatMut) -> Result<bool> {
         Ok(false)
+    }
+
+    /// Sets what of the fresh parameters follows from others that were drawn, and from the base's weight w.
+    fn begin(&self, _params: &mut Params, _w: &Tensor) -> Result<()> {
+        Ok(())
     }
 
     /// The weight that gives the adapted output without an adapter. `w` is not written.

@@ -805,6 +805,23 @@ fn an_unknown_target_is_answered_with_what_there_is() {
 }
 
 /// Lengths of their own: the base at the beginning, and afterwards what a weight of those lengths and directions computes.
+/// Whatever A and B begin at: the lengths are those of the sum then, so that DoRA begins where LoRA does.
+#[test]
+fn dora_begins_where_lora_does() {
+    let base = Toy::new(DType::F32);
+    for init in [InitLoraWeights::Random, InitLoraWeights::Gaussian, InitLoraWeights::Orthogonal] {
+        let out = |use_dora: bool| {
+            let adapted = lora(&base, |o| (o.use_dora, o.init_lora_weights) = (use_dora, init));
+            base.output(&adapted).to_f64().unwrap()
+        };
+        let error = relative(&out(true), &out(false));
+        assert!(error < 1e-6, "{init:?}: DoRA begins {error} from LoRA");
+    }
+    let bare = base.output(&Adapted::none(&CPU).unwrap()).to_f64().unwrap();
+    let drawn = lora(&base, |o| (o.use_dora, o.init_lora_weights) = (true, InitLoraWeights::Random));
+    assert!(relative(&base.output(&drawn).to_f64().unwrap(), &bare) > 1e-3);
+}
+
 #[test]
 fn dora_splits_weights_into_lengths_and_directions() {
     let base = Toy::new(DType::F32);

@@ -18,7 +18,13 @@ pub(super) struct PeftConfig {
 }
 
 /// What PEFT adds to the modules to save of every classifier, whatever its head is called.
-pub(super) const HEADS: [&str; 2] = ["classifier", "score"];
+const HEADS: [&str; 2] = ["classifier", "score"];
+
+/// The modules to save that are no head of a classifier, which is none of the adapter's options.
+pub(super) fn without_heads(modules: &[String], task_type: Option<&str>) -> Vec<String> {
+    let is_head = |m: &&String| task_type == Some("SEQ_CLS") && HEADS.contains(&m.as_str());
+    modules.iter().filter(|m| !is_head(m)).cloned().collect()
+}
 
 /// PEFT's rule for the keys of patterns, for keys of plain names: a dot in the key stands for any character.
 fn pattern_names(key: &str, module: &str) -> bool {
@@ -177,8 +183,6 @@ impl PeftConfig {
         check_alpha(raw, "lora_alpha", alpha)?;
         let task_type = raw.str("task_type")?.map(str::to_owned);
         let modules_to_save = strings(raw, "modules_to_save")?.unwrap_or_default();
-        // The base's own head is none of the adapter's options.
-        let is_head = |m: &String| task_type.as_deref() == Some("SEQ_CLS") && HEADS.contains(&m.as_str());
         let lora = LoraConfig {
             rank,
             alpha,
@@ -195,7 +199,7 @@ impl PeftConfig {
                 .collect(),
             rank_pattern: pattern(raw, "rank_pattern", "a whole number", |v| v.as_u64()?.try_into().ok())?,
             alpha_pattern: pattern(raw, "alpha_pattern", "a number", Value::as_f64)?,
-            modules_to_save: modules_to_save.iter().filter(|m| !is_head(m)).cloned().collect(),
+            modules_to_save: without_heads(&modules_to_save, task_type.as_deref()),
             bias: match raw.str("bias")? {
                 Some(word) => Bias::parse(word).map_err(|e| refused(raw, e))?,
                 None => Bias::None,

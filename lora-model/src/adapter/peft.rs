@@ -125,8 +125,8 @@ pub(super) fn complete(tensors: &mut BTreeMap<String, Tensor>, wanted: &BTreeMap
 }
 
 /// What PEFT puts behind the name of a module, for A and B: of a linear map, and of an embedding.
-const LINEAR: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
-const EMBEDDING: [&str; 2] = ["lora_embedding_A", "lora_embedding_B"];
+pub(super) const LINEAR: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+pub(super) const EMBEDDING: [&str; 2] = ["lora_embedding_A", "lora_embedding_B"];
 
 /// Module, kind and factor (0: A, 1: B) that a key means: `base_model.model.{module}.lora_A.weight`, or with the adapter's
 /// name before `.weight`; of an embedding `….lora_embedding_A`, or with the name behind it.

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{
     ARCHITECTURE_KEY, AdapterFile, AdapterTensors, PREFIX, check_rank,
-    config::{HEADS, modules, one_or_more, read_modules, some, some_modules},
+    config::{modules, one_or_more, read_modules, some, some_modules, without_heads},
     finite,
     options::HARMLESS,
     own::strings,
@@ -198,8 +198,7 @@ impl Kind {
                 }
                 options.targets = read_modules(&raw, "target_modules")?.unwrap_or_default();
                 options.exclude_modules = some_modules(&raw, "exclude_modules")?;
-                let is_head = |m: &String| task_type.as_deref() == Some("SEQ_CLS") && HEADS.contains(&m.as_str());
-                options.modules_to_save = saved.iter().filter(|m| !is_head(m)).cloned().collect();
+                options.modules_to_save = without_heads(&saved, task_type.as_deref());
             }
             Kind::Prompt | Kind::Prefix => {
                 let needed = || raw.error("num_virtual_tokens", "missing; it says how the adapter was made");

@@ -14,6 +14,7 @@ use super::{
     ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE,
     config::{PeftConfig, init_value, unconverted},
     own::strings,
+    peft::{EMBEDDING, LINEAR},
 };
 use crate::{
     Error, Result,
@@ -21,10 +22,6 @@ use crate::{
     error::List,
     files,
 };
-
-/// What PEFT puts behind the name of a module, for A and B: of a linear map, and of an embedding.
-const LINEAR: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
-const EMBEDDING: [&str; 2] = [".lora_embedding_A", ".lora_embedding_B"];
 
 /// An adapter's update of one module.
 #[derive(Clone, Debug, PartialEq)]
@@ -110,7 +107,7 @@ impl AdapterFile {
                 updates.whole.insert(name.clone(), tensor.clone());
                 continue;
             };
-            let second = format!("{module}{}", if embedding { EMBEDDING[1] } else { LINEAR[1] });
+            let second = format!("{module}.{}", if embedding { EMBEDDING[1] } else { LINEAR[1] });
             let missing = || lora_core::Error::Missing { name: format!("{PREFIX}{second}") };
             let (a, b) = (tensor.to_array()?, self.tensors.get(&second).ok_or_else(missing)?.to_array()?);
             let refused = |e: lowrank::Error| Error::Weights {
@@ -136,8 +133,8 @@ impl AdapterFile {
 
 /// The module of factor A (0) or B (1), and whether it is an embedding.
 fn part(name: &str, factor: usize) -> Option<(&str, bool)> {
-    let linear = name.strip_suffix(LINEAR[factor]).map(|module| (module, false));
-    linear.or_else(|| name.strip_suffix(EMBEDDING[factor]).map(|module| (module, true)))
+    let of = |factors: [&str; 2]| name.strip_suffix(factors[factor])?.strip_suffix('.');
+    of(LINEAR).map(|module| (module, false)).or_else(|| of(EMBEDDING).map(|module| (module, true)))
 }
 
 impl Updates {
@@ -169,8 +166,8 @@ impl Updates {
             let a = Array2::from_shape_fn((rank, cols), |i| (scale * f64::from(at(delta.a(), i))) as f32);
             let b = Array2::from_shape_fn((out, rank), |i| at(delta.b(), i));
             let [a_name, b_name] = if *embedding { EMBEDDING } else { LINEAR };
-            tensors.insert(format!("{PREFIX}{module}{a_name}"), tensor(&a)?);
-            tensors.insert(format!("{PREFIX}{module}{b_name}"), tensor(&b)?);
+            tensors.insert(format!("{PREFIX}{module}.{a_name}"), tensor(&a)?);
+            tensors.insert(format!("{PREFIX}{module}.{b_name}"), tensor(&b)?);
         }
         tensors.extend(self.whole.iter().map(|(name, t)| (format!("{PREFIX}{name}"), t.clone())));
         let specs: Vec<TensorSpec> = tensors.iter().map(|(n, t)| TensorSpec::new(n.as_str(), t.shape())).collect();

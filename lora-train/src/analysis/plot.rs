@@ -163,14 +163,23 @@ pub(super) fn similarities(
     })
 }
 
+/// Most cells of a map in a direction: a panel has not much more dots, and every cell costs its bytes.
+const MOST_CELLS: usize = 64;
+
+/// Which of n directions a map shows: all, or as many as it has cells, up to the last.
+fn shown(n: usize) -> impl Iterator<Item = usize> + Clone {
+    let cells = n.min(MOST_CELLS);
+    (1..=cells).map(move |cell| cell * n / cells - 1)
+}
+
 /// One map: i downwards, j to the right.
 fn map(root: &Area, (x, y): (i32, i32), phi: &[Vec<f64>]) -> Drawn {
     let (rows, cols) = (phi.len(), phi[0].len());
-    let edge = |i: usize, n: usize| (f64::from(PANEL) * i as f64 / n as f64).round() as i32;
-    for (i, row) in phi.iter().enumerate() {
-        for (j, value) in row.iter().enumerate() {
-            let cell = [(x + edge(j, cols), y + edge(i, rows)), (x + edge(j + 1, cols), y + edge(i + 1, rows))];
-            root.draw(&Rectangle::new(cell, shade(*value).filled())).ok()?;
+    let edge = |cell: usize, n: usize| (f64::from(PANEL) * cell as f64 / n.min(MOST_CELLS) as f64).round() as i32;
+    for (a, i) in shown(rows).enumerate() {
+        for (b, j) in shown(cols).enumerate() {
+            let cell = [(x + edge(b, cols), y + edge(a, rows)), (x + edge(b + 1, cols), y + edge(a + 1, rows))];
+            root.draw(&Rectangle::new(cell, shade(phi[i][j]).filled())).ok()?;
         }
     }
     let tick = |n: usize, at: (i32, i32), side| text(root, &n.to_string(), at, 12, GREY, side);
@@ -216,6 +225,14 @@ fn shade(value: f64) -> RGBColor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_map_shows_all_directions_or_some_up_to_the_last() {
+        assert!(shown(5).eq(0..5) && shown(64).eq(0..64));
+        let many: Vec<usize> = shown(1000).collect();
+        assert_eq!((many.len(), many[63]), (64, 999));
+        assert!(many.windows(2).all(|w| (15..=16).contains(&(w[1] - w[0]))), "{many:?}");
+    }
 
     #[test]
     fn modules_have_a_layer_and_a_name_in_it() {

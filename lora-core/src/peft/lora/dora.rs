@@ -12,22 +12,25 @@ use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::La
 /// ```text
 /// y = (m / ‖W₀ + s·B·A‖) ∘ (W₀ + s·B·A)·x + b        ‖·‖ of each row of a weight [out, in], m [out]
 /// ```
-/// m begins at ‖W₀‖. No gradient flows through the norm, as its section 4.3 and PEFT have it.
+/// m begins at ‖W₀ + s·B·A‖: at ‖W₀‖ but where both factors begin at random. No gradient flows through the norm, as its section 4.3 and PEFT have it.
 #[derive(Debug)]
 pub(super) struct Dora {
     /// m.
     m: ParamId,
     /// ‖W₀‖² of each output [1, out].
     squares: Tensor,
+    /// Whether A and B begin at random, so that m follows from them.
+    drawn: bool,
 }
 
 impl Dora {
-    /// For a site whose weights are those of the plan's base, where it has one.
-    pub(super) fn new(site: &Site, linear: &LinearSite, plan: &mut Plan) -> Result<Dora> {
+    /// For a site whose weights are those of the plan's base, where it has one; with factors that are drawn at random, or whose
+    /// product begins at zero.
+    pub(super) fn new(site: &Site, linear: &LinearSite, drawn: bool, plan: &mut Plan) -> Result<Dora> {
         let name = format!("{}.{MAGNITUDE}", site.name);
         let Some(w) = plan.base_tensor(&format!("{}.weight", site.name)) else {
             let m = plan.add(name, &[linear.outputs], Init::Ones);
-            return Ok(Dora { m, squares: Tensor::unbacked(&[1, linear.outputs])? });
+            return Ok(Dora { m, squares: Tensor::unbacked(&[1, linear.outputs])?, drawn });
         };
         let squares = squares(&w.to_f64()?, linear);
         let place = |values: &[f64], shape: &[usize]| -> Result<Tensor> {
@@ -36,7 +39,18 @@ impl Dora {
         };
         let norms: Vec<f64> = squares.iter().map(|n| n.sqrt()).collect();
         let m = plan.add(name, &[linear.outputs], Init::Copy(place(&norms, &[linear.outputs])?));
-        Ok(Dora { m, squares: place(&squares, &[1, linear.outputs])? })
+        Ok(Dora { m, squares: place(&squares, &[1, linear.outputs])?, drawn })
+    }
+
+    /// Whether m follows from A and B as they begin.
+    pub(super) fn is_drawn(&self) -> bool {
+        self.drawn
+    }
+
+    /// Lets m begin at the lengths of W₀ + s·B·A.
+    pub(super) fn begin(&self, params: &mut Params, sum: &Tensor, linear: &LinearSite) -> Result<()> {
+        let norms: Vec<f64> = squares(&sum.to_f64()?, linear).iter().map(|n| n.sqrt()).collect();
+        params.set(self.m, &Tensor::from_slice(&lora_kernels::Device::Cpu, &[linear.outputs], &norms)?)
     }
 
     /// The parameter m.

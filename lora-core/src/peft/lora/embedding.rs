@@ -1,8 +1,11 @@
 use std::collections::BTreeMap;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 
-use super::super::{Adapter, EmbeddingAdapter, Plan, Site, take};
+use super::{
+    super::{Adapter, EmbeddingAdapter, Plan, Site, take},
+    update::tensor,
+};
 use crate::{
     Error, Init, ParamId, Params, Result, Tape, Tensor, Var,
     lowrank::{self, Layout, LowRank},
@@ -62,11 +65,6 @@ impl EmbeddingAdapter for EmbeddingUpdate {
         let (table, update) = (table.to_array()?, LowRank::new(a, b, self.scale)?);
         tensor(params, lowrank::merge(table.view(), &update, Layout::InOut)?.weight())
     }
-}
-
-fn tensor(like: &Params, a: ArrayView2<'_, f32>) -> Result<Tensor> {
-    let data: Vec<f32> = a.iter().copied().collect();
-    Tensor::from_slice(&like.device(), a.shape(), &data)
 }
 
 impl Adapter for EmbeddingUpdate {

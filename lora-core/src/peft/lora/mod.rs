@@ -183,7 +183,8 @@ impl Lora {
             let b = plan.add(format!("{prefix}.lora_B.weight"), &[cols.len(), r], b);
             terms.push(Term { a, b, cols, origin });
         }
-        let dora = self.config.use_dora.then(|| Dora::new(site, linear, plan)).transpose()?;
+        let drawn = self.config.init_lora_weights == InitLoraWeights::Random;
+        let dora = self.config.use_dora.then(|| Dora::new(site, linear, drawn, plan)).transpose()?;
         Ok(Some(Update { terms, scale, dropout, layout, outputs, rank: r, dora }))
     }
 }

@@ -1,7 +1,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use lora_kernels::{Mat, MatMut, gemm};
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, ArrayView2, Axis};
 
 use super::{
     super::{Adapter, HeadAdapter, Linear, LinearAdapter, LinearSite, take},
@@ -87,7 +87,8 @@ impl Update {
     }
 }
 
-fn tensor(like: &Params, a: &Array2<f32>) -> Result<Tensor> {
+/// An array as a tensor where the parameters lie.
+pub(super) fn tensor(like: &Params, a: ArrayView2<'_, f32>) -> Result<Tensor> {
     let data: Vec<f32> = a.iter().copied().collect();
     Tensor::from_slice(&like.device(), a.shape(), &data)
 }
@@ -127,7 +128,25 @@ impl LinearAdapter for Update {
         Ok(true)
     }
 
+    fn begin(&self, params: &mut Params, w: &Tensor) -> Result<()> {
+        let Some(dora) = self.dora.as_ref().filter(|dora| dora.is_drawn()) else { return Ok(()) };
+        let sum = self.sum(params, w)?;
+        let linear = self.linear(params);
+        dora.begin(params, &sum, &linear)
+    }
+
     fn merge(&self, params: &Params, w: &Tensor) -> Result<Tensor> {
+        let sum = self.sum(params, w)?;
+        match &self.dora {
+            None => Ok(sum),
+            Some(dora) => dora.rescale(params, &sum, &self.linear(params)),
+        }
+    }
+}
+
+impl Update {
+    /// W₀ + s·B·A.
+    fn sum(&self, params: &Params, w: &Tensor) -> Result<Tensor> {
         let mut w = w.to_array()?;
         let outputs = match self.layout {
             Layout::OutIn => Axis(0),
@@ -141,15 +160,13 @@ impl LinearAdapter for Update {
             let merged = lowrank::merge(block.view(), &update, self.layout)?.into_weight();
             block.assign(&merged);
         }
-        let merged = tensor(params, &w)?;
-        match &self.dora {
-            None => Ok(merged),
-            Some(dora) => {
-                let inputs = params.shape(self.terms[0].a)[1];
-                let linear = LinearSite { inputs, outputs: self.outputs, layout: self.layout, parts: Vec::new() };
-                dora.rescale(params, &merged, &linear)
-            }
-        }
+        tensor(params, w.view())
+    }
+
+    /// The map that is adapted.
+    fn linear(&self, params: &Params) -> LinearSite {
+        let inputs = params.shape(self.terms[0].a)[1];
+        LinearSite { inputs, outputs: self.outputs, layout: self.layout, parts: Vec::new() }
     }
 }
 
@@ -178,8 +195,10 @@ impl HeadAdapter for Update {
 impl Adapter for Update {
     fn save(&self, params: &Params) -> Result<Vec<(String, Tensor)>> {
         let (a, b) = self.pair(params)?;
-        let mut saved =
-            vec![("lora_A.weight".into(), tensor(params, &a)?), ("lora_B.weight".into(), tensor(params, &b)?)];
+        let mut saved = vec![
+            ("lora_A.weight".into(), tensor(params, a.view())?),
+            ("lora_B.weight".into(), tensor(params, b.view())?),
+        ];
         saved.extend(self.dora.as_ref().map(|dora| (MAGNITUDE.into(), params.tensor(dora.magnitude()))));
         Ok(saved)
     }
@@ -194,8 +213,8 @@ impl Adapter for Update {
             let rows = i * saved..(i + 1) * saved;
             let part = a.slice(ndarray::s![rows.clone(), ..]);
             let mut block = b.slice_mut(ndarray::s![term.cols.clone(), rows]);
-            params.set(term.a, &tensor(params, &part.slice(ndarray::s![..r, ..]).to_owned())?)?;
-            params.set(term.b, &tensor(params, &block.slice(ndarray::s![.., ..r]).to_owned())?)?;
+            params.set(term.a, &tensor(params, part.slice(ndarray::s![..r, ..]))?)?;
+            params.set(term.b, &tensor(params, block.slice(ndarray::s![.., ..r]))?)?;
             if term.arrays(params)? != (part.to_owned(), block.to_owned()) {
                 let why = "the half of it that is constant is not what an adapter of this base begins at; attach it as an \
                            adapter that begins at zero, of twice the rank";
