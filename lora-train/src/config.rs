@@ -148,7 +148,7 @@ pub struct TrainConfig {
     /// Micro-batches that a step's batch is split into: less memory, the same result.
     pub grad_accum: usize,
     /// Keep nothing of the inside of layers for the backward pass, which computes them once more: less memory for the
-    /// activations of long sequences, in about a third more time, and the same result.
+    /// activations of long sequences, for the time of a second forward pass, and the same result.
     #[serde(alias = "gradient-checkpointing")]
     pub checkpoint: bool,
     /// Peak learning rate.

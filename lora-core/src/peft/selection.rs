@@ -200,13 +200,17 @@ impl Selection {
     }
 
     /// The sites that are adapted.
-    fn adapted<'a>(&self, outline: &'a Outline) -> Result<Vec<&'a str>> {
+    pub(super) fn adapted<'a>(&self, outline: &'a Outline) -> Result<Vec<&'a Site>> {
         let mut sites = Vec::new();
         for (site, linear) in outline.linear_sites() {
-            sites.extend((!self.of(site, linear, outline)?.is_empty()).then_some(site.name.as_str()));
+            if !self.of(site, linear, outline)?.is_empty() {
+                sites.push(site);
+            }
         }
         for site in other_sites(outline) {
-            sites.extend(self.takes_other(site, outline)?.then_some(site.name.as_str()));
+            if self.takes_other(site, outline)? {
+                sites.push(site);
+            }
         }
         Ok(sites)
     }
@@ -342,7 +346,7 @@ impl Options {
                 modules_to_save: &fitting.modules_to_save,
                 others: true,
             })?;
-            let adapted = selection.adapted(outline)?;
+            let adapted: Vec<&str> = selection.adapted(outline)?.into_iter().map(|site| site.name.as_str()).collect();
             left.extend(unused("rank-pattern", &mut fitting.rank_pattern, &adapted)?);
             left.extend(unused("alpha-pattern", &mut fitting.alpha_pattern, &adapted)?);
         }

@@ -12,7 +12,8 @@ use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::La
 /// ```text
 /// y = (m / ‖W₀ + s·B·A‖) ∘ (W₀ + s·B·A)·x + b        ‖·‖ of each row of a weight [out, in], m [out]
 /// ```
-/// m begins at ‖W₀ + s·B·A‖: at ‖W₀‖ but where both factors begin at random. No gradient flows through the norm, as its section 4.3 and PEFT have it.
+/// m begins at ‖W₀ + s·B·A‖: at ‖W₀‖ but where both factors begin at random. No gradient flows through the norm, as its
+/// section 4.3 and PEFT have it.
 #[derive(Debug)]
 pub(super) struct Dora {
     /// m.

@@ -8,7 +8,7 @@ mod update;
 
 use super::{
     Attached, BaseTensor, LinearSite, Method, Outline, Pattern, Plan, Site, SiteKind, Start,
-    selection::{Match, Selection, Wanted, other_sites},
+    selection::{Match, Selection, Wanted},
     whole::WholeModules,
 };
 use crate::{
@@ -77,25 +77,9 @@ impl Lora {
         if self.config.rslora { Scaling::RsLora } else { Scaling::Lora }
     }
 
-    /// The sites that are adapted.
-    fn sites<'a>(&self, outline: &'a Outline) -> Result<Vec<&'a Site>> {
-        let mut sites = Vec::new();
-        for (site, linear) in outline.linear_sites() {
-            if !self.selection.of(site, linear, outline)?.is_empty() {
-                sites.push(site);
-            }
-        }
-        for site in other_sites(outline) {
-            if self.selection.takes_other(site, outline)? {
-                sites.push(site);
-            }
-        }
-        Ok(sites)
-    }
-
     /// Refuses keys of a pattern that would change nothing.
     fn check_patterns(&self, outline: &Outline) -> Result<()> {
-        let sites = self.sites(outline)?;
+        let sites = self.selection.adapted(outline)?;
         let modules: Vec<&str> = sites.iter().map(|s| s.name.as_str()).collect();
         self.ranks.check_used("rank-pattern", &modules)?;
         self.alphas.check_used("alpha-pattern", &modules)
@@ -104,7 +88,7 @@ impl Lora {
     /// Refuses a `fan_in_fan_out` that is not how the adapted weights are stored.
     fn check_fan_in_fan_out(&self, outline: &Outline) -> Result<()> {
         let Some(given) = self.config.fan_in_fan_out else { return Ok(()) };
-        let adapted = self.sites(outline)?;
+        let adapted = self.selection.adapted(outline)?;
         let wrong = adapted.iter().find_map(|site| match &site.kind {
             SiteKind::Linear(linear) if (linear.layout == Layout::InOut) != given => Some((site, linear.layout)),
             _ => None,

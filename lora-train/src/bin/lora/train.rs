@@ -79,7 +79,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", help_heading = "Course")]
     grad_accum: Option<usize>,
     /// Keep nothing of the inside of layers for the way back, which computes them once more: less memory for long sequences,
-    /// about a third more time, the same result
+    /// the time of a second forward pass, the same result
     #[arg(long, alias = "gradient-checkpointing", value_name = "true|false", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", hide_possible_values = true, help_heading = "Course")]
     checkpoint: Option<bool>,
