@@ -280,7 +280,7 @@ impl AdapterFile {
         for (option, name) in left {
             tracing::warn!("{}: {option} {name} matches nothing on this base", self.raw.path().display());
         }
-        let method = (self.row()?.build)(&options).map_err(|e| self.refused(e))?;
+        let method = self.build_with(&options)?;
         self.check_size(&*method, base.outline())?;
         let adapted = Adapted::new(&*method, base, device, base.dtype(), 0);
         let mut adapted = adapted.map_err(|e| self.refused(e))?;
@@ -369,7 +369,11 @@ impl AdapterFile {
 
     /// The method with its options.
     fn build(&self) -> Result<Box<dyn Method>> {
-        (self.row()?.build)(&self.options).map_err(|e| self.refused(e))
+        self.build_with(&self.options)
+    }
+
+    fn build_with(&self, options: &Options) -> Result<Box<dyn Method>> {
+        (self.row()?.build)(options).map_err(|e| self.refused(e))
     }
 
     fn refused(&self, e: lora_core::Error) -> Error {
