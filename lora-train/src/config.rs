@@ -80,7 +80,7 @@ pub struct TrainConfig {
     pub init_lora_weights: InitLoraWeights,
     /// Whether LoRA's weights are stored [in, out], as GPT-2's are; the base knows, and what is said has to agree.
     pub fan_in_fan_out: Option<bool>,
-    /// Among the targets of (IA)³ those whose inputs are multiplied.
+    /// Among the targets of (IA)³ those whose inputs are multiplied; PEFT's for the architecture where none are named.
     #[serde(with = "modules")]
     pub feedforward_modules: Modules,
     /// Width of the bottleneck of adapters.

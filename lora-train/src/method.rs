@@ -1,8 +1,11 @@
 //! The options of methods in a run's configuration: made into a method, and taken over from an adapter.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
-use lora_core::peft::{self, Bias, Layers, Modules};
+use lora_core::peft::{self, Bias, InitLoraWeights, Layers, Modules};
 use lora_kernels::Activation;
 use lora_model::adapter::AdapterFile;
 
@@ -190,117 +193,98 @@ impl TrainConfig {
             ..self
         }
     }
+}
 
-    /// An option of methods, for comparison and messages.
-    fn shown(&self, option: &str) -> String {
-        let layers = |text: &str| Layers::parse("layers", text).map_or(text.to_owned(), |l| l.to_string());
-        // In any order they mean the same.
-        let sorted = |list: &[String]| list.iter().cloned().collect::<std::collections::BTreeSet<_>>();
-        let listed = |list: &[String]| sorted(list).into_iter().collect::<Vec<_>>().join(",");
-        let modules = |modules: &Modules| match modules {
-            Modules::Names(names) => listed(names),
-            other => other.to_string(),
-        };
-        match option {
-            "rank" => self.rank.to_string(),
-            "alpha" => self.alpha.to_string(),
-            "dropout" => self.dropout.to_string(),
-            "rslora" => self.rslora.to_string(),
-            "targets" => modules(&self.targets),
-            "exclude-modules" => modules(&self.exclude_modules),
-            "layers-to-transform" => Layers::Of(self.layers_to_transform.clone()).to_string(),
-            "layers-pattern" => self.layers_pattern.join(","),
-            "rank-pattern" => pattern(&self.rank_pattern),
-            "alpha-pattern" => pattern(&self.alpha_pattern),
-            "modules-to-save" => listed(&self.modules_to_save),
-            "bias" => self.bias.clone(),
-            "use-dora" => self.use_dora.to_string(),
-            "init-lora-weights" => self.init_lora_weights.word(),
-            "fan-in-fan-out" => self.fan_in_fan_out.map_or("the base's".into(), |b| b.to_string()),
-            "feedforward-modules" => modules(&self.feedforward_modules),
-            "bottleneck" => self.bottleneck.to_string(),
-            "non-linearity" => {
-                let known =
-                    |name: &str| peft::non_linearity(name).map_or(name.to_owned(), |kind| kind.hf_name().into());
-                self.non_linearity.as_deref().map_or("the default".into(), known)
+/// The options of methods: each one's field, and how it is told in comparisons and messages.
+macro_rules! options {
+    ($($option:literal: $field:ident, $told:expr;)*) => {
+        impl TrainConfig {
+            /// An option of methods, for comparison and messages.
+            fn shown(&self, option: &str) -> String {
+                match option {
+                    $($option => $told(&self.$field),)*
+                    other => panic!("an option of a method that the configuration does not know: {other}"),
+                }
             }
-            "train-norms" => self.train_norms.to_string(),
-            "layers" => layers(&self.layers),
-            "drop-layers" => self.drop_layers.as_deref().map_or("the default".into(), layers),
-            "prefix" => self.prefix.to_string(),
-            "infix" => self.infix.to_string(),
-            "count-prefix" => self.count_prefix.to_string(),
-            "classify-prefix" => self.classify_prefix.to_string(),
-            "reparam" => self.reparam.to_string(),
-            "decompose-both" => self.decompose_both.to_string(),
-            "decompose-factor" => self.decompose_factor.to_string(),
-            "d-initial" => self.d_initial.to_string(),
-            "projection-prng-key" => self.projection_prng_key.to_string(),
-            "save-projection" => self.save_projection.to_string(),
-            "init-r" => self.init_r.to_string(),
-            "target-r" => self.target_r.to_string(),
-            "tinit" => self.tinit.to_string(),
-            "tfinal" => self.tfinal.to_string(),
-            "delta-t" => self.delta_t.to_string(),
-            "total-step" => self.total_step.map_or("that of the run".into(), |n| n.to_string()),
-            "adalora-beta1" => self.adalora_beta1.to_string(),
-            "adalora-beta2" => self.adalora_beta2.to_string(),
-            "orth-reg-weight" => self.orth_reg_weight.to_string(),
-            other => panic!("an option of a method that the configuration does not know: {other}"),
-        }
-    }
 
-    /// Takes an option of methods from another configuration.
-    fn take(&mut self, option: &str, from: &TrainConfig) {
-        match option {
-            "rank" => self.rank = from.rank,
-            "alpha" => self.alpha = from.alpha,
-            "dropout" => self.dropout = from.dropout,
-            "rslora" => self.rslora = from.rslora,
-            "targets" => self.targets.clone_from(&from.targets),
-            "exclude-modules" => self.exclude_modules.clone_from(&from.exclude_modules),
-            "layers-to-transform" => self.layers_to_transform.clone_from(&from.layers_to_transform),
-            "layers-pattern" => self.layers_pattern.clone_from(&from.layers_pattern),
-            "rank-pattern" => self.rank_pattern.clone_from(&from.rank_pattern),
-            "alpha-pattern" => self.alpha_pattern.clone_from(&from.alpha_pattern),
-            "modules-to-save" => self.modules_to_save.clone_from(&from.modules_to_save),
-            "bias" => self.bias.clone_from(&from.bias),
-            "use-dora" => self.use_dora = from.use_dora,
-            "init-lora-weights" => self.init_lora_weights = from.init_lora_weights,
-            "fan-in-fan-out" => self.fan_in_fan_out = from.fan_in_fan_out,
-            "feedforward-modules" => self.feedforward_modules.clone_from(&from.feedforward_modules),
-            "bottleneck" => self.bottleneck = from.bottleneck,
-            "non-linearity" => self.non_linearity.clone_from(&from.non_linearity),
-            "train-norms" => self.train_norms = from.train_norms,
-            "layers" => self.layers.clone_from(&from.layers),
-            "drop-layers" => self.drop_layers.clone_from(&from.drop_layers),
-            "prefix" => self.prefix = from.prefix,
-            "infix" => self.infix = from.infix,
-            "count-prefix" => self.count_prefix = from.count_prefix,
-            "classify-prefix" => self.classify_prefix = from.classify_prefix,
-            "reparam" => self.reparam = from.reparam,
-            "decompose-both" => self.decompose_both = from.decompose_both,
-            "decompose-factor" => self.decompose_factor = from.decompose_factor,
-            "d-initial" => self.d_initial = from.d_initial,
-            "projection-prng-key" => self.projection_prng_key = from.projection_prng_key,
-            "save-projection" => self.save_projection = from.save_projection,
-            "init-r" => self.init_r = from.init_r,
-            "target-r" => self.target_r = from.target_r,
-            "tinit" => self.tinit = from.tinit,
-            "tfinal" => self.tfinal = from.tfinal,
-            "delta-t" => self.delta_t = from.delta_t,
-            "total-step" => self.total_step = from.total_step,
-            "adalora-beta1" => self.adalora_beta1 = from.adalora_beta1,
-            "adalora-beta2" => self.adalora_beta2 = from.adalora_beta2,
-            "orth-reg-weight" => self.orth_reg_weight = from.orth_reg_weight,
-            other => panic!("an option of a method that the configuration does not know: {other}"),
+            /// Takes an option of methods from another configuration.
+            fn take(&mut self, option: &str, from: &TrainConfig) {
+                match option {
+                    $($option => self.$field.clone_from(&from.$field),)*
+                    other => panic!("an option of a method that the configuration does not know: {other}"),
+                }
+            }
         }
-    }
+    };
+}
+
+options! {
+    "rank": rank, usize::to_string;
+    "alpha": alpha, f64::to_string;
+    "dropout": dropout, f64::to_string;
+    "rslora": rslora, bool::to_string;
+    "targets": targets, modules;
+    "exclude-modules": exclude_modules, modules;
+    "layers-to-transform": layers_to_transform, |layers: &Vec<usize>| Layers::Of(layers.clone()).to_string();
+    "layers-pattern": layers_pattern, |names: &Vec<String>| names.join(",");
+    "rank-pattern": rank_pattern, pattern;
+    "alpha-pattern": alpha_pattern, pattern;
+    "modules-to-save": modules_to_save, listed;
+    "bias": bias, String::clone;
+    "use-dora": use_dora, bool::to_string;
+    "init-lora-weights": init_lora_weights, |init: &InitLoraWeights| init.word();
+    "fan-in-fan-out": fan_in_fan_out, |given: &Option<bool>| given.map_or("the base's".into(), |b| b.to_string());
+    "feedforward-modules": feedforward_modules, modules;
+    "bottleneck": bottleneck, usize::to_string;
+    "non-linearity": non_linearity, non_linearity;
+    "train-norms": train_norms, bool::to_string;
+    "layers": layers, |text: &String| layers(text);
+    "drop-layers": drop_layers, |given: &Option<String>| given.as_deref().map_or("the default".into(), layers);
+    "prefix": prefix, usize::to_string;
+    "infix": infix, usize::to_string;
+    "count-prefix": count_prefix, bool::to_string;
+    "classify-prefix": classify_prefix, bool::to_string;
+    "reparam": reparam, usize::to_string;
+    "decompose-both": decompose_both, bool::to_string;
+    "decompose-factor": decompose_factor, i64::to_string;
+    "d-initial": d_initial, f64::to_string;
+    "projection-prng-key": projection_prng_key, u64::to_string;
+    "save-projection": save_projection, bool::to_string;
+    "init-r": init_r, usize::to_string;
+    "target-r": target_r, usize::to_string;
+    "tinit": tinit, u64::to_string;
+    "tfinal": tfinal, u64::to_string;
+    "delta-t": delta_t, u64::to_string;
+    "total-step": total_step, |given: &Option<u64>| given.map_or("that of the run".into(), |n| n.to_string());
+    "adalora-beta1": adalora_beta1, f64::to_string;
+    "adalora-beta2": adalora_beta2, f64::to_string;
+    "orth-reg-weight": orth_reg_weight, f64::to_string;
 }
 
 /// Options that an adapter may train on with other values of.
 const OF_TRAINING: [&str; 8] =
     ["dropout", "fan-in-fan-out", "tinit", "tfinal", "delta-t", "adalora-beta1", "adalora-beta2", "orth-reg-weight"];
+
+/// Module names, which mean the same in any order.
+fn modules(modules: &Modules) -> String {
+    match modules {
+        Modules::Names(names) => listed(names),
+        other => other.to_string(),
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    names.iter().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(",")
+}
+
+fn layers(text: &str) -> String {
+    Layers::parse("layers", text).map_or(text.to_owned(), |layers| layers.to_string())
+}
+
+fn non_linearity(name: &Option<String>) -> String {
+    let known = |name: &str| peft::non_linearity(name).map_or(name.to_owned(), |kind| kind.hf_name().into());
+    name.as_deref().map_or("the default".into(), known)
+}
 
 fn pattern<T: ToString>(pattern: &[(String, T)]) -> String {
     pattern.iter().map(|(key, value)| format!("{key}={}", value.to_string())).collect::<Vec<_>>().join(",")

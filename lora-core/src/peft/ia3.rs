@@ -15,14 +15,15 @@ use crate::{Error, Init, ParamId, Params, Result, Tape, Tensor, Var, lowrank::La
 /// y = l ∘ (W·x + b)        l [out], after keys and values
 /// y = W·(l ∘ x) + b        l [in], of feed-forward modules, before their second map
 /// ```
-/// Every l begins at one. Which maps these are is PEFT's `target_modules` and, among them, `feedforward_modules`; without any
-/// they are PEFT's for the architecture.
+/// Every l begins at one. Which maps these are is PEFT's `target_modules` and, among them, `feedforward_modules`; in place of
+/// what is not named stand PEFT's for the architecture.
 #[derive(Clone, Debug)]
 pub struct Ia3 {
-    feedforward: Matcher,
+    /// None: the architecture's.
+    feedforward: Option<Matcher>,
     selection: Selection,
     whole: WholeModules,
-    is_default: bool,
+    default_targets: bool,
 }
 
 /// The configuration of [`Ia3`], under PEFT's names but for targets (`target_modules`).
@@ -32,7 +33,7 @@ pub struct Ia3Config {
     pub targets: Modules,
     /// What is not adapted, although a target says so.
     pub exclude_modules: Modules,
-    /// Among the targets those whose inputs are multiplied; read when there are targets.
+    /// Among the targets those whose inputs are multiplied; [`Modules::nothing`] where there are none.
     pub feedforward_modules: Modules,
     /// Modules of the base that train whole.
     pub modules_to_save: Vec<String>,
@@ -57,12 +58,14 @@ impl Ia3 {
     /// [`Error::Option`] for what makes no sense on any.
     pub fn new(config: &Ia3Config) -> Result<Ia3> {
         let Ia3Config { targets, exclude_modules, feedforward_modules, modules_to_save } = config;
-        let is_default = targets.is_default();
+        let default_targets = targets.is_default();
         let bad =
             |value: String, why: &str| Err(Error::Option { option: "feedforward-modules", value, why: why.into() });
         match feedforward_modules {
             Modules::AllLinear => return bad("all-linear".into(), "are some of the targets; name those"),
-            all if is_default && !all.is_default() => return bad(all.to_string(), "go with targets; name those too"),
+            all if default_targets && !all.is_default() => {
+                return bad(all.to_string(), "go with targets; name those too");
+            }
             _ => {}
         }
         if let (Modules::Names(names), Modules::Names(targets)) = (feedforward_modules, targets)
@@ -79,36 +82,44 @@ impl Ia3 {
             others: false,
         })?;
         Ok(Ia3 {
-            feedforward: Matcher::new("feedforward-modules", feedforward_modules)?,
+            feedforward: match feedforward_modules.is_default() {
+                true => None,
+                false => Some(Matcher::new("feedforward-modules", feedforward_modules)?),
+            },
             selection,
             whole: WholeModules::new(modules_to_save)?,
-            is_default,
+            default_targets,
         })
     }
 
-    /// The targets, and the feed-forward modules among them, on a base that looks like this when none are named.
+    /// PEFT's targets and feed-forward modules for a base that looks like this.
     pub fn defaults(outline: &Outline) -> Option<[Modules; 2]> {
         let (_, outputs, inputs) = DEFAULTS.iter().find(|(architecture, ..)| *architecture == outline.architecture)?;
         Some([outputs.iter().chain(*inputs).copied().collect(), inputs.iter().copied().collect()])
     }
 
-    /// The method with targets that were named, or the architecture's.
-    fn on(&self, outline: &Outline) -> Result<Option<Ia3>> {
-        if !self.is_default {
-            return Ok(Some(self.clone()));
-        }
-        let Some([targets, feedforward]) = Ia3::defaults(outline) else { return Ok(None) };
-        let selection = self.selection.with_targets(&targets)?;
-        let feedforward = Matcher::new("feedforward-modules", &feedforward)?;
-        Ok(Some(Ia3 { feedforward, selection, is_default: false, ..self.clone() }))
+    /// The selection and the feed-forward modules: what was named, and the architecture's for what was not.
+    fn on(&self, outline: &Outline) -> Result<Option<(Selection, Matcher)>> {
+        let defaults = Ia3::defaults(outline);
+        let selection = match (self.default_targets, &defaults) {
+            (false, _) => self.selection.clone(),
+            (true, Some([targets, _])) => self.selection.with_targets(targets)?,
+            (true, None) => return Ok(None),
+        };
+        let feedforward = match (&self.feedforward, &defaults) {
+            (Some(named), _) => named.clone(),
+            (None, Some([_, feedforward])) => Matcher::new("feedforward-modules", feedforward)?,
+            (None, None) => return Ok(None),
+        };
+        Ok(Some((selection, feedforward)))
     }
+}
 
-    /// PEFT's rule: the end of a module's name, with or without a dot before it, or a whole regular expression.
-    fn is_feedforward(&self, module: &str) -> Result<bool> {
-        match &self.feedforward {
-            Matcher::Names(names) => Ok(names.iter().any(|name| module.ends_with(name.as_str()))),
-            other => other.matches(module),
-        }
+/// PEFT's rule: the end of a module's name, with or without a dot before it, or a whole regular expression.
+fn is_feedforward(feedforward: &Matcher, module: &str) -> Result<bool> {
+    match feedforward {
+        Matcher::Names(names) => Ok(names.iter().any(|name| module.ends_with(name.as_str()))),
+        other => other.matches(module),
     }
 }
 
@@ -122,22 +133,22 @@ impl Method for Ia3 {
     }
 
     fn check(&self, outline: &Outline) -> Result<()> {
-        let Some(method) = self.on(outline)? else {
-            let why = "PEFT has no targets for it; name them, and feedforward-modules among them";
+        let Some((selection, _)) = self.on(outline)? else {
+            let why = "PEFT has none for it; name targets, and feedforward-modules among them";
             return Err(Error::Option { option: "targets", value: "none".into(), why: why.into() });
         };
-        method.selection.check(outline)?;
-        method.whole.check(outline)?;
-        method.selection.whole_modules(outline).map(drop)
+        selection.check(outline)?;
+        self.whole.check(outline)?;
+        selection.whole_modules(outline).map(drop)
     }
 
     fn attach(&self, site: &Site, plan: &mut Plan) -> Result<Option<Attached>> {
         let SiteKind::Linear(linear) = &site.kind else { return Ok(None) };
-        let Some(method) = self.on(plan.outline())? else { return Ok(None) };
-        if method.selection.of(site, linear, plan.outline())?.is_empty() {
+        let Some((selection, feedforward)) = self.on(plan.outline())? else { return Ok(None) };
+        if selection.of(site, linear, plan.outline())?.is_empty() {
             return Ok(None);
         }
-        let feedforward = method.is_feedforward(&site.name)?;
+        let feedforward = is_feedforward(&feedforward, &site.name)?;
         let shape = if feedforward { [1, linear.inputs] } else { [linear.outputs, 1] };
         let l = plan.add(format!("{}.ia3_l", site.name), &shape, Init::Ones);
         let LinearSite { layout, .. } = *linear;

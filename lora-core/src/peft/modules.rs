@@ -36,6 +36,11 @@ impl Modules {
         }
     }
 
+    /// No module at all, where [`Modules::default`] is whatever is the default.
+    pub fn nothing() -> Modules {
+        Modules::Regex("(?!)".into())
+    }
+
     /// Whether nothing was said.
     pub fn is_default(&self) -> bool {
         matches!(self, Modules::Names(names) if names.is_empty())

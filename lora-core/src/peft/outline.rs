@@ -75,7 +75,7 @@ impl Outline {
     }
 
     /// The embeddings' tensor, where it is the matrix of the output head too.
-    pub(crate) fn tied_embedding(&self) -> Option<&str> {
+    pub fn tied_embedding(&self) -> Option<&str> {
         let table = self.sites.iter().find_map(|s| match &s.kind {
             SiteKind::Tokens { table, .. } => Some(table.as_str()),
             _ => None,

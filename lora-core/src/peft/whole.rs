@@ -26,7 +26,9 @@ impl WholeModules {
     pub(super) fn check(&self, outline: &Outline) -> Result<()> {
         for module in &self.0 {
             if !outline.tensors.iter().any(|t| saves(module, &t.name)) {
-                return refused(module.clone(), "names no module of this model that has weights of its own".into());
+                let tied = outline.tied_embedding().map(|table| format!(" (the output head's matrix is {table})"));
+                let why = "names no module of this model that has weights of its own";
+                return refused(module.clone(), format!("{why}{}", tied.unwrap_or_default()));
             }
         }
         if let Some(table) = outline.tied_embedding().filter(|table| self.trains(table)) {

@@ -2,14 +2,15 @@
 //!
 //! Modules that only some of them adapt are merged from those. As in PEFT the result has the rank that all have
 //! (combinations of factors), the sum of the ranks (`cat`), or the highest, or a given one (`svd` and the like). Where PEFT
-//! loses something without a word, this differs: a first adapter with rsLoRA does not scale the result by √r, and a module
-//! that one of the adapters trained whole is taken over.
+//! loses something without a word, this differs: a first adapter with rsLoRA does not scale the result by √r, a module that
+//! one of the adapters trained whole is taken over as it is, and biases that trained are refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use lora_core::{
     hash::fnv1a,
     lowrank::{self, Combination, LowRank, MajoritySign, Rule},
+    peft::Bias,
 };
 use rayon::prelude::*;
 
@@ -188,7 +189,17 @@ pub fn combine(parts: &[Weighted], recipe: &Recipe) -> Result<Combined> {
     let mut modules: BTreeMap<&str, Vec<(f64, &Update)>> = BTreeMap::new();
     for part in parts {
         for (module, update) in &part.updates.modules {
-            modules.entry(module).or_default().push((part.weight, update));
+            let of_module = modules.entry(module).or_default();
+            if let Some((_, other)) = of_module.first().filter(|(_, other)| other.delta.dim() != update.delta.dim()) {
+                let owner = parts.iter().find(|p| p.updates.modules.contains_key(module)).map_or("", |p| &p.name);
+                return refused(format!(
+                    "{owner} has an update {:?} of module {module}, and {} one of {:?}; they belong to different models",
+                    <[usize; 2]>::from(other.delta.dim()),
+                    part.name,
+                    <[usize; 2]>::from(update.delta.dim())
+                ));
+            }
+            of_module.push((part.weight, update));
         }
     }
     let one = |(module, updates): (&str, Vec<(f64, &Update)>)| -> Result<(String, Update, f64, f64)> {
@@ -238,6 +249,14 @@ fn described(parts: &[Weighted]) -> Result<Updates> {
     if check_one_base(parts).is_err() {
         result.base_fingerprint = None;
     }
+    if let Some(part) = parts.iter().find(|p| parts.len() > 1 && p.updates.bias != Bias::None) {
+        return refused(format!(
+            "{} trained biases (bias = {}), of which there is no weighted sum; merge adapters that trained none",
+            part.name,
+            part.updates.bias.word()
+        ));
+    }
+    result.bias = first.bias;
     let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
     for part in parts {
         let own = part.updates.whole.keys().map(|name| (name.as_str(), part.name.as_str()));
@@ -267,7 +286,7 @@ fn described(parts: &[Weighted]) -> Result<Updates> {
         }
     }
     for (name, owner) in &owners {
-        let module = name.rsplit_once('.').map_or(*name, |(module, _)| module);
+        let Some(module) = name.strip_suffix(".weight") else { continue };
         if let Some(other) = parts.iter().find(|p| p.updates.modules.contains_key(module)) {
             return refused(format!(
                 "{owner} trained {module} as a whole, and {} has an update of it, which has no meaning beside other weights",

@@ -280,8 +280,8 @@ pub(super) fn read_init(raw: &RawConfig) -> Result<InitLoraWeights> {
 /// Why an adapter that changed its base is refused.
 pub(super) fn unconverted(word: &Value) -> String {
     format!(
-        "{word} changed the base's weights when training began, in a way that the base and this file do not tell, so the \
-         adapter does not fit the base as it is; convert it with PEFT's \
+        "{word} changed the base's weights when training began, in a way that this file alone does not tell, so the adapter \
+         does not fit the base as it is; convert it with PEFT's \
          save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     )
 }

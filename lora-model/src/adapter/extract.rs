@@ -55,19 +55,35 @@ impl Extraction {
     }
 }
 
+/// A module that an update can be of.
+#[derive(Clone)]
+struct Place<'a> {
+    site: &'a str,
+    weight: String,
+    layout: Layout,
+    embedding: bool,
+}
+
+impl Place<'_> {
+    fn new(site: &str, layout: Layout, embedding: bool) -> Place<'_> {
+        Place { site, weight: format!("{site}.weight"), layout, embedding }
+    }
+}
+
 fn ratio(error: f64, change: f64) -> f64 {
     if change > 0.0 { (error / change).sqrt() } else { 0.0 }
 }
 
-/// The adapter of rank `rank` that is nearest to what `tuned` changed in `base`: of each linear map that `targets` name, the
-/// singular directions of W' − W with the largest values (Eckart and Young 1936). Without targets these are all linear maps
-/// that changed in at least one layer. `watch` is told of each module that is done.
+/// The adapter of rank `rank` that is nearest to what `tuned` changed in `base`: of each module that `targets` name, the
+/// singular directions of W' − W with the largest values (Eckart and Young 1936), or all where it has fewer. Targets are linear
+/// maps, an output head with a matrix of its own, and embeddings that are not the head's matrix too; without any they are
+/// all linear maps but the head that changed in at least one layer. `watch` is told of each module that is done.
 ///
 /// Takes an SVD of each weight, O(out·in·min(out, in)).
 ///
 /// # Errors
 /// [`Error::Adapters`] for models that differ in more than their numbers, for targets that name nothing or only a part of a
-/// module, and when nothing changed; a rank above what a module can have; a weight that is no number.
+/// module, and when nothing changed; for a rank of 0; for a weight that is no number.
 pub fn extract(
     base: &dyn Base,
     tuned: &dyn Base,
@@ -75,6 +91,9 @@ pub fn extract(
     targets: &[String],
     watch: &(dyn Fn(&str) + Sync),
 ) -> Result<Extraction> {
+    if rank == 0 {
+        return refused("a rank is at least 1".into());
+    }
     let outline = base.outline();
     check_alike(outline, tuned.outline())?;
     let before: BTreeMap<&str, &Tensor> = base.tensors().collect();
@@ -89,12 +108,18 @@ pub fn extract(
             left.insert(name, change);
         }
     }
-    let sites: Vec<(&str, Layout)> =
-        outline.linear_sites().map(|(site, linear)| (site.name.as_str(), linear.layout)).collect();
-    let changed = |site: &str| left.contains_key(format!("{site}.weight").as_str());
+    let linear: Vec<Place> =
+        outline.linear_sites().map(|(s, linear)| Place::new(&s.name, linear.layout, false)).collect();
+    let head = outline.head_site().map(|(s, linear)| Place::new(&s.name, linear.layout, false));
+    // An embedding's weight is stored [tokens, width]: as inputs and outputs.
+    let embeddings = outline.embedding_sites().map(|(s, _)| Place::new(&s.name, Layout::InOut, true));
+    let tied = outline.tied_embedding();
+    let embeddings = embeddings.filter(|place| tied != Some(place.weight.as_str()));
+    let places: Vec<Place> = linear.iter().cloned().chain(head).chain(embeddings).collect();
     let targets = match targets {
         [] => {
-            let of_changed: BTreeSet<&str> = sites.iter().filter(|s| changed(s.0)).map(|s| short_name(s.0)).collect();
+            let changed = linear.iter().filter(|place| left.contains_key(place.weight.as_str()));
+            let of_changed: BTreeSet<&str> = changed.map(|place| short_name(place.site)).collect();
             of_changed.into_iter().map(str::to_owned).collect()
         }
         named => named.to_vec(),
@@ -109,15 +134,18 @@ pub fn extract(
         });
     }
     for target in &targets {
-        if !sites.iter().any(|s| names(target, s.0)) {
-            let all: BTreeSet<&str> = sites.iter().map(|s| short_name(s.0)).collect();
+        if !places.iter().any(|place| names(target, place.site)) {
+            let all: BTreeSet<&str> = places.iter().map(|place| short_name(place.site)).collect();
             let all: Vec<&str> = all.into_iter().collect();
-            return refused(format!("target {target} names no linear map of this model; it has {}", all.join(", ")));
+            return refused(format!(
+                "target {target} names nothing that LoRA could hold of this model; that is {}",
+                all.join(", ")
+            ));
         }
     }
-    let chosen: Vec<&(&str, Layout)> = sites.iter().filter(|s| targets.iter().any(|t| names(t, s.0))).collect();
-    let one = |&&(site, layout): &&(&str, Layout)| -> Result<(String, Update, Extracted)> {
-        let name = format!("{site}.weight");
+    let chosen: Vec<&Place> = places.iter().filter(|place| targets.iter().any(|t| names(t, place.site))).collect();
+    let one = |&&Place { site, ref weight, layout, embedding }: &&Place| -> Result<(String, Update, Extracted)> {
+        let name = weight;
         let bad = |reason| Error::Core(lora_core::Error::Merge { name: name.clone(), reason });
         let w = before[name.as_str()].to_array()?.mapv(f64::from);
         let delta = after[name.as_str()].to_array()?.mapv(f64::from) - &w;
@@ -126,10 +154,11 @@ pub fn extract(
             Layout::InOut => delta.t(),
         };
         let norm = |m: &mut dyn Iterator<Item = &f64>| m.map(|x| x * x).sum::<f64>().sqrt();
+        let rank = rank.min(delta.nrows()).min(delta.ncols());
         let Truncated { adapter, error } = lowrank::truncate(delta, rank).and_then(narrow).map_err(bad)?;
         let extracted = Extracted { base: norm(&mut w.iter()), change: norm(&mut delta.iter()), error };
         watch(site);
-        Ok((site.to_owned(), Update { delta: adapter, embedding: false }, extracted))
+        Ok((site.to_owned(), Update { delta: adapter, embedding }, extracted))
     };
     // Of several errors always the first is told.
     let done: Vec<Result<_>> = chosen.par_iter().map(one).collect();
@@ -139,7 +168,7 @@ pub fn extract(
         architecture: Some(outline.architecture.clone()),
         task_type: outline.task_type.map(str::to_owned),
         base_fingerprint: Some(fingerprint::of_base(base)?),
-        fan_in_fan_out: chosen.iter().any(|s| s.1 == Layout::InOut),
+        fan_in_fan_out: chosen.iter().any(|place| place.layout == Layout::InOut && !place.embedding),
         modules_to_save: outline.modules_to_save.clone(),
         targets,
         ..Updates::default()

@@ -323,7 +323,7 @@ impl AdapterFile {
         for (name, t) in &self.repeated {
             let module = name.strip_suffix(".weight").unwrap_or(name);
             let factors = ["A", "B"].map(|f| wanted.get(&format!("{module}.lora_{f}.weight")));
-            let same = match (base.tensor(name), factors) {
+            let same = match (updates::repeated_of(base, name), factors) {
                 (Some(own), _) if own.shape() != t.shape() => false,
                 (Some(own), [Some(a), Some(b)]) if self.options.init_lora_weights.takes_from_base() => {
                     self.is_left(own, t, module, (a, b))?
@@ -332,7 +332,8 @@ impl AdapterFile {
                 (None, _) => false,
             };
             if !same {
-                return Err(Error::Weights { file: self.weights.clone(), problem: updates::other_values(name) });
+                let problem = updates::other_values(base, name);
+                return Err(Error::Weights { file: self.weights.clone(), problem });
             }
         }
         Ok(())

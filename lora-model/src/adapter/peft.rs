@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use lora_core::{
     Tensor,
-    peft::{Bias, Lora, LoraConfig, Modules, Options, Outline, saves},
+    peft::{Bias, Lora, LoraConfig, Modules, Options, Outline, names, saves},
 };
 use lora_kernels::Device;
 use ndarray::{Axis, concatenate};
@@ -230,10 +230,20 @@ enum Other {
     Of(String),
     /// What stands in the file once more under another name, or is the base's own.
     Copy,
-    /// This tensor of the base as the base has it: PEFT adds it to an adapter of embeddings.
+    /// This tensor of the base as the base has it: PEFT adds it to an adapter of embeddings, and where it is asked to.
     OfBase(String),
     /// Nothing that the configuration speaks of.
     Strange,
+}
+
+/// The modules whose weights PEFT adds to any adapter where it is asked to, or where it thinks that the vocabulary was resized
+/// (`save_embedding_layers`): trained or not.
+const TABLES: [&str; 4] = ["wte", "embed_tokens", "word_embeddings", "lm_head"];
+
+/// Whether a tensor is one of those.
+pub(super) fn is_table(name: &str) -> bool {
+    let module = name.strip_suffix(".weight");
+    module.is_some_and(|module| TABLES.iter().any(|table| names(table, module)))
 }
 
 /// The tensor of the base that one of the file is.
@@ -255,6 +265,7 @@ fn own_name(key: &str, config: &PeftConfig) -> Other {
         Some(module) if config.lora.bias != Bias::None => {
             Other::Of(format!("{}.bias", module.strip_suffix(".base_layer").unwrap_or(module)))
         }
+        _ if is_table(name) => Other::OfBase(name.to_owned()),
         _ => Other::Strange,
     }
 }

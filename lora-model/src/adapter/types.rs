@@ -20,6 +20,7 @@ use super::{
     finite,
     options::HARMLESS,
     own::strings,
+    peft::is_table,
     twice,
 };
 use crate::{Error, Result, config::RawConfig, error::List};
@@ -111,14 +112,15 @@ impl Kind {
         let excluded = (!options.exclude_modules.is_default()).then(|| modules(&options.exclude_modules));
         match self {
             Kind::Ia3 => {
-                let named = [options.targets.clone(), options.feedforward_modules.clone()];
-                let defaults = || Ia3::defaults(outline).unwrap_or_default();
-                let [targets, feedforward] = if options.targets.is_default() { defaults() } else { named };
+                let or = |named: &Modules, default| if named.is_default() { default } else { named.clone() };
+                let [targets, feedforward] = Ia3::defaults(outline).unwrap_or_default();
+                let targets = or(&options.targets, targets);
+                let feedforward = or(&options.feedforward_modules, feedforward);
                 more(&mut saved);
                 keys.extend([
                     ("exclude_modules", json!(excluded)),
                     ("fan_in_fan_out", json!(outline.linear_sites().any(|(_, l)| l.layout == Layout::InOut))),
-                    ("feedforward_modules", modules(&sorted(feedforward))),
+                    ("feedforward_modules", among(feedforward, &targets)),
                     ("init_ia3_weights", json!(true)),
                     ("target_modules", modules(&sorted(targets))),
                 ]);
@@ -194,7 +196,9 @@ impl Kind {
                     read_selected(&raw, &mut options)?;
                 }
                 if self == Kind::Ia3 {
-                    options.feedforward_modules = some_modules(&raw, "feedforward_modules")?;
+                    let none = raw.value("feedforward_modules") == Some(&json!([]));
+                    let named = || some_modules(&raw, "feedforward_modules");
+                    options.feedforward_modules = if none { Modules::nothing() } else { named()? };
                 }
                 options.targets = read_modules(&raw, "target_modules")?.unwrap_or_default();
                 options.exclude_modules = some_modules(&raw, "exclude_modules")?;
@@ -207,11 +211,19 @@ impl Kind {
                 options.classify_prefix = self == Kind::Prompt && task_type.as_deref() == Some("SEQ_CLS");
             }
         }
-        let (mut tensors, mut strange) = (BTreeMap::new(), Vec::new());
+        let (mut tensors, mut repeated, mut strange) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         let mut keys: BTreeMap<String, &str> = BTreeMap::new();
         for key in file.names() {
             let (Some(own), Some(info)) = (self.own_name(key, &saved), file.info(key)) else {
-                strange.push(key.to_owned());
+                let name = key.strip_prefix(PREFIX).unwrap_or(key);
+                if let Some(module) = name.strip_suffix(".base_layer.weight") {
+                    let problem = format!("{module}: this type has no adapters of embeddings and output heads here");
+                    return Err(raw.error("target_modules", problem));
+                }
+                match file.info(key).filter(|_| is_table(name)) {
+                    Some(info) => drop(repeated.insert(name.to_owned(), finite(file, &info)?)),
+                    None => strange.push(key.to_owned()),
+                }
                 continue;
             };
             if let Some(first) = keys.insert(own.clone(), key) {
@@ -242,7 +254,7 @@ impl Kind {
             architecture: file.metadata().get(ARCHITECTURE_KEY).cloned(),
             task_type,
             base_fingerprint: None,
-            repeated: BTreeMap::new(),
+            repeated,
             weights: file.path().to_owned(),
             raw,
         };
@@ -315,6 +327,21 @@ fn sorted(modules: Modules) -> Modules {
             Modules::Names(names)
         }
         other => other,
+    }
+}
+
+/// `feedforward_modules`: of a list PEFT takes only what is among the targets by the same name, so that other names of
+/// targets stand in an expression.
+fn among(feedforward: Modules, targets: &Modules) -> Value {
+    let (mut names, targets) = match (feedforward, targets) {
+        (Modules::Names(names), Modules::Names(targets)) => (names, targets),
+        (other, _) if other == Modules::nothing() => return json!([]),
+        (other, _) => return modules(&sorted(other)),
+    };
+    names.retain(|n| targets.iter().any(|t| t.ends_with(n.as_str()) || n.ends_with(t.as_str())));
+    match names.iter().all(|n| targets.contains(n)) {
+        true => modules(&sorted(Modules::Names(names))),
+        false => json!(format!(".*({})", names.join("|").replace('.', r"\."))),
     }
 }
 

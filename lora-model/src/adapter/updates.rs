@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use lora_core::{
     Tensor,
     lowrank::{self, Layout, LowRank, Scaling},
-    peft::{Base, Lora, LoraConfig, Modules, Outline, names, saves, untied_head},
+    peft::{Base, Bias, Lora, LoraConfig, Modules, Outline, names, saves, untied_head},
 };
 use lora_kernels::{DType, Device};
 use ndarray::{Array2, ArrayView2};
@@ -14,7 +14,7 @@ use super::{
     ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE,
     config::{PeftConfig, init_value, unconverted},
     own::strings,
-    peft::{EMBEDDING, LINEAR},
+    peft::{EMBEDDING, LINEAR, stored_name},
 };
 use crate::{
     Error, Result,
@@ -38,8 +38,10 @@ pub struct Update {
 pub struct Updates {
     /// By the base's name of the module: `transformer.h.0.attn.c_attn`.
     pub modules: BTreeMap<String, Update>,
-    /// Tensors of modules that were trained whole, under the base's names.
+    /// Tensors of modules that were trained whole, and biases that were, under the base's names.
     pub whole: BTreeMap<String, Tensor>,
+    /// Which biases those are.
+    pub bias: Bias,
     /// PEFT's `target_modules`: names of modules, or ends of them, that mean exactly [`modules`](Updates::modules).
     pub targets: Vec<String>,
     /// PEFT's `modules_to_save`.
@@ -91,6 +93,7 @@ impl AdapterFile {
             task_type: self.task_type.clone(),
             fan_in_fan_out: raw.bool("fan_in_fan_out")?.unwrap_or(false),
             modules_to_save,
+            bias: lora.config().bias,
             repeated: self.repeated.clone(),
             ..Updates::default()
         };
@@ -100,7 +103,8 @@ impl AdapterFile {
                 continue;
             }
             let Some((module, embedding)) = a else {
-                if !updates.modules_to_save.iter().any(|m| saves(m, name)) {
+                let is_bias = updates.bias != Bias::None && name.ends_with(".bias");
+                if !is_bias && !updates.modules_to_save.iter().any(|m| saves(m, name)) {
                     let problem = format!("tensor {PREFIX}{name} is no part of an update of a weight");
                     return Err(Error::Weights { file: self.weights.clone(), problem });
                 }
@@ -169,7 +173,8 @@ impl Updates {
             tensors.insert(format!("{PREFIX}{module}.{a_name}"), tensor(&a)?);
             tensors.insert(format!("{PREFIX}{module}.{b_name}"), tensor(&b)?);
         }
-        tensors.extend(self.whole.iter().map(|(name, t)| (format!("{PREFIX}{name}"), t.clone())));
+        let stored = |name: &String| stored_name(name, |module| self.modules.contains_key(module));
+        tensors.extend(self.whole.iter().map(|(name, t)| (stored(name), t.clone())));
         let specs: Vec<TensorSpec> = tensors.iter().map(|(n, t)| TensorSpec::new(n.as_str(), t.shape())).collect();
         let metadata = [
             ("format", Some("pt")),
@@ -185,7 +190,7 @@ impl Updates {
     /// The text of `adapter_config.json`.
     fn config(&self, rank: usize) -> Result<String> {
         let targets = Modules::Names(self.targets.clone());
-        let config = LoraConfig { rank, alpha: rank as f64, targets, ..LoraConfig::default() };
+        let config = LoraConfig { rank, alpha: rank as f64, targets, bias: self.bias, ..LoraConfig::default() };
         let sites = self.modules.keys().map(|module| (module.as_str(), 1)).collect();
         const TASKS: [&str; 2] = ["CAUSAL_LM", "SEQ_CLS"];
         let outline = Outline {
@@ -244,9 +249,9 @@ impl Updates {
     /// [`Error::Adapters`].
     pub fn check_repeated(&self, base: &dyn Base) -> Result<()> {
         for (name, t) in &self.repeated {
-            let same = base.tensor(name).map_or(Ok(false), |own| repeats(own, t))?;
+            let same = repeated_of(base, name).map_or(Ok(false), |own| repeats(own, t))?;
             if !same {
-                return Err(Error::Adapters { problem: other_values(name) });
+                return Err(Error::Adapters { problem: other_values(base, name) });
             }
         }
         Ok(())
@@ -303,16 +308,28 @@ impl Updates {
     }
 }
 
+/// The tensor of the base that an adapter repeats under this name: of an output head without a matrix of its own, the
+/// embeddings'.
+pub(super) fn repeated_of<'a>(base: &'a dyn Base, name: &str) -> Option<&'a Tensor> {
+    let tied = || base.outline().tied_embedding().filter(|_| name == "lm_head.weight");
+    base.tensor(name).or_else(|| base.tensor(tied()?))
+}
+
 /// Whether an adapter's copy of a tensor has the values that the base has, which may keep them in fewer digits.
 pub(super) fn repeats(own: &Tensor, copy: &Tensor) -> Result<bool> {
     Ok(own.shape() == copy.shape() && own.to_f64()? == copy.to_dtype(own.dtype())?.to_f64()?)
 }
 
 /// What is wrong with a base where it has not.
-pub(super) fn other_values(name: &str) -> String {
-    format!(
-        "it repeats tensor {name} of its base with other values than this base has; give the base that it was trained on"
-    )
+pub(super) fn other_values(base: &dyn Base, name: &str) -> String {
+    match repeated_of(base, name) {
+        None => format!("it repeats tensor {name} of its base, which this base does not have"),
+        Some(own) => format!(
+            "it repeats tensor {name} of its base with other values than this base has, of shape {:?}; give the base that it \
+             was trained on",
+            own.shape()
+        ),
+    }
 }
 
 /// The name of a module within its layer: what follows the last number in its path.

@@ -4,7 +4,8 @@
 //! projection of which `enable_lora` says the adapted parts: with n of them `lora_A` is [n·r, in] and `lora_B` [n·w, r], where
 //! w is the width of a part, and part k gets s·B_k·A_k of its own rows (loralib computes them as a convolution in n groups).
 //! That is what parts of a fused projection are here (`c_attn.q`, `c_attn.v`), and for PEFT one update of the whole module of
-//! rank n·r and α·n, with B zero outside of its blocks. The file holds neither α nor `enable_lora`.
+//! rank n·r and α·n, with B zero outside of its blocks. The file holds neither α nor `enable_lora`. Biases that trained
+//! (`bias="lora_only"` and `"all"`) stand beside the factors under the model's names, and so does a classifier's head.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,7 +15,7 @@ use std::{
 use lora_core::{
     Tensor,
     lowrank::Scaling,
-    peft::{Adapted, Base, LinearSite, Lora, LoraConfig, Modules, Outline, Site, names},
+    peft::{Adapted, Base, Bias, LinearSite, Lora, LoraConfig, Modules, Outline, Site, names},
 };
 use lora_kernels::{DType, Device};
 
@@ -30,7 +31,7 @@ const FACTORS: [&str; 2] = [".lora_A", ".lora_B"];
 /// An adapter in loralib's form.
 #[derive(Clone, Debug)]
 pub struct Loralib {
-    /// `lora_A` and `lora_B` of every module.
+    /// `lora_A` and `lora_B` of every module; biases that trained, and the tensors of a classifier's head.
     pub tensors: BTreeMap<String, Tensor>,
     /// `r`.
     pub r: usize,
@@ -49,7 +50,9 @@ pub struct Loralib {
 pub fn from_loralib(path: &Path, base: &dyn Base, alpha: f64, parts: &[String]) -> Result<(LoraConfig, Adapted)> {
     let state = tensors_of(path)?;
     let bad = |problem: String| Error::Weights { file: path.to_owned(), problem };
+    let outline = base.outline();
     let mut found: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+    let (mut heads, mut biases) = (BTreeMap::new(), BTreeMap::new());
     let mut strange = state.others;
     for (name, tensor) in state.tensors {
         // As a model that was trained on several devices names them.
@@ -59,19 +62,28 @@ pub fn from_loralib(path: &Path, base: &dyn Base, alpha: f64, parts: &[String]) 
                 let module = own[..own.len() - FACTORS[i].len()].to_owned();
                 found.entry(module).or_default()[i] = Some(tensor);
             }
+            None if outline.is_saved_module(own) => drop(heads.insert(own.to_owned(), tensor)),
+            None if own.ends_with(".bias") && outline.tensors.iter().any(|t| t.name == own) => {
+                biases.insert(own.to_owned(), tensor);
+            }
             None => strange.push(name),
         }
     }
     if !strange.is_empty() {
-        let biases = strange.iter().all(|n| n.ends_with(".bias"));
-        let why = if biases { "trained biases are not converted" } else { "save lora.lora_state_dict(model) alone" };
-        return Err(bad(format!("it holds what is no lora_A or lora_B: {}; {why}", List(&strange))));
+        return Err(bad(format!(
+            "it holds what is no lora_A or lora_B, no bias and no head of this base: {}; save lora.lora_state_dict(model) \
+             alone, and name the labels of a classifier (--labels)",
+            List(&strange)
+        )));
     }
-    let outline = base.outline();
     let sites: BTreeMap<&str, &LinearSite> = outline.linear_sites().map(|(s, l)| (s.name.as_str(), l)).collect();
     let unknown: Vec<String> = found.keys().filter(|m| !sites.contains_key(m.as_str())).cloned().collect();
     if !unknown.is_empty() {
-        return Err(bad(format!("the base has no linear maps {}; it belongs to another model", List(&unknown))));
+        let embedding = outline.embedding_sites().find(|(site, _)| unknown.contains(&site.name));
+        return Err(bad(match embedding {
+            Some((site, _)) => format!("{} is a lora.Embedding, which is not converted", site.name),
+            None => format!("the base has no linear maps {}; it belongs to another model", List(&unknown)),
+        }));
     }
     let mut rank = None;
     let (mut tensors, mut targets) = (BTreeMap::new(), BTreeMap::<String, Vec<&str>>::new());
@@ -108,17 +120,44 @@ pub fn from_loralib(path: &Path, base: &dyn Base, alpha: f64, parts: &[String]) 
         tensors.insert(format!("{module}.lora_B.weight"), b);
     }
     let Some(rank) = rank else { return Err(bad("it holds no tensors".into())) };
+    let bias = bias_of(&biases, &targets, outline).map_err(bad)?;
     let targets = named(outline, &targets);
-    let config = LoraConfig { rank, alpha, targets: Modules::Names(targets), ..LoraConfig::default() };
+    let config = LoraConfig { rank, alpha, bias, targets: Modules::Names(targets), ..LoraConfig::default() };
     let mut adapted = Adapted::new(&Lora::new(config.clone())?, base, &Device::Cpu, DType::F32, 0)?;
-    // What the base's head has is as the base begins it.
-    for (name, tensor) in adapted.adapter_tensors()? {
-        if outline.is_saved_module(&name) {
-            tensors.insert(name, tensor);
-        }
+    let mut left = Vec::new();
+    for (name, tensor) in adapted.adapter_tensors()?.into_iter().filter(|(name, _)| outline.is_saved_module(name)) {
+        let head = heads.remove(&name).unwrap_or_else(|| {
+            left.push(name.clone());
+            tensor
+        });
+        tensors.insert(name, head);
     }
-    adapted.load_adapter_tensors(tensors)?;
+    if !left.is_empty() {
+        tracing::warn!("{}: it holds no {}, which stay as the base has them", path.display(), List(&left));
+    }
+    tensors.extend(biases);
+    adapted.load_adapter_tensors(tensors).map_err(|e| bad(e.to_string()))?;
     Ok((config, adapted))
+}
+
+/// Which biases those are that trained.
+fn bias_of(
+    biases: &BTreeMap<String, Tensor>,
+    adapted: &BTreeMap<String, Vec<&str>>,
+    outline: &Outline,
+) -> std::result::Result<Bias, String> {
+    let all = || outline.tensors.iter().filter(|t| t.name.ends_with(".bias") && !outline.is_saved_module(&t.name));
+    let of_adapted = |name: &str| name.strip_suffix(".bias").is_some_and(|module| adapted.contains_key(module));
+    let are = |is: &dyn Fn(&str) -> bool| all().all(|t| is(&t.name) == biases.contains_key(&t.name));
+    match () {
+        () if biases.is_empty() => Ok(Bias::None),
+        () if are(&|_| true) => Ok(Bias::All),
+        () if are(&of_adapted) => Ok(Bias::LoraOnly),
+        () => Err(format!(
+            "its biases are neither those of all modules nor those of the adapted ones: {}",
+            List(&biases.keys().cloned().collect::<Vec<_>>())
+        )),
+    }
 }
 
 /// Which parts of a fused projection n updates with `outputs` rows in all are of; `None` for the whole module.
@@ -194,15 +233,17 @@ fn named(outline: &Outline, targets: &BTreeMap<String, Vec<&str>>) -> Vec<String
 /// A LoRA adapter in loralib's form, for the base that it belongs to.
 ///
 /// # Errors
-/// Those of [`AdapterFile::attach`]; [`Error::Adapters`] for an adapter that is no LoRA, has a trained head beside it, or
-/// ranks or parts that differ by module, which loralib's file has no place for.
+/// Those of [`AdapterFile::attach`]; [`Error::Adapters`] for an adapter that is no LoRA, has trained other modules than a head
+/// as a whole, or ranks or parts that differ by module, which loralib's file has no place for.
 pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
     let refused = |problem: String| Err(Error::Adapters { problem });
     if file.method != "lora" {
         return refused(format!("loralib knows LoRA alone, not method {}", file.method));
     }
     let adapted = file.attach(base, &Device::Cpu)?;
-    if let Some(tensor) = adapted.trained().next() {
+    let outline = base.outline();
+    let has_place = |name: &str| outline.is_saved_module(name) || name.ends_with(".bias");
+    if let Some(tensor) = adapted.trained().find(|name| !has_place(name)) {
         return refused(format!("it has trained {tensor} as a whole, which a file of loralib has no place for"));
     }
     let init = file.options.init_lora_weights;
@@ -219,17 +260,21 @@ pub fn to_loralib(file: &AdapterFile, base: &dyn Base) -> Result<Loralib> {
         };
         base.outline().linear_sites().any(of)
     };
+    let whole: BTreeSet<&str> = adapted.trained().collect();
     let strange = adapted.params.ids().map(|id| adapted.params.name(id)).find(|name| {
-        !FACTORS.iter().any(|factor| name.strip_suffix(&format!("{factor}.weight")).is_some_and(of_linear))
+        !whole.contains(name)
+            && !FACTORS.iter().any(|factor| name.strip_suffix(&format!("{factor}.weight")).is_some_and(of_linear))
     });
     if let Some(name) = strange {
-        return refused(format!("a file of loralib has no place for {name}"));
+        let embedding = if name.contains("lora_embedding_") { "; a lora.Embedding is not converted" } else { "" };
+        return refused(format!("a file of loralib has no place for {name}{embedding}"));
     }
     let values: BTreeMap<&str, Tensor> =
         adapted.params.ids().map(|id| (adapted.params.name(id), adapted.params.tensor(id))).collect();
     let lora = Lora::new(LoraConfig::from(&file.options))?;
     let scaling = if file.options.rslora { Scaling::RsLora } else { Scaling::Lora };
-    let mut tensors = BTreeMap::new();
+    let mut tensors: BTreeMap<String, Tensor> =
+        whole.iter().map(|name| (name.to_string(), values[name].clone())).collect();
     // The first site's name, rank, α and scale; and by name within a layer the first site's parts.
     let mut common: Option<(&str, usize, f64, f64)> = None;
     let mut parts_of: BTreeMap<&str, (&str, Option<Vec<bool>>)> = BTreeMap::new();

@@ -8,7 +8,7 @@ mod torch;
 
 use std::path::Path;
 
-use lora_kernels::Device;
+use lora_kernels::{Device, all_finite};
 use serde_json::{Value, json};
 
 pub use adapterhub::{from_adapterhub, to_adapterhub};
@@ -18,7 +18,7 @@ pub use sentencepiece::Vocabulary;
 pub use torch::{StateDict, read_state_dict, write_state_dict};
 
 use crate::{
-    Result,
+    Error, Result,
     checkpoint::TensorFile,
     config::{CONFIG_FILE, RawConfig},
     files,
@@ -57,11 +57,22 @@ pub fn write(model: &Llama2c, vocabulary: &Vocabulary, dir: &Path) -> Result<()>
     write("generation_config.json", &ids)
 }
 
-/// The tensors of a file of safetensors or of `torch.save`, in f32.
+/// The tensors of an adapter's file, of safetensors or of `torch.save`, in f32; they have to be all numbers.
 fn tensors_of(path: &Path) -> Result<StateDict> {
-    if path.extension().is_none_or(|e| e != "safetensors") {
-        return read_state_dict(path);
+    let state = match path.extension().is_some_and(|e| e == "safetensors") {
+        true => safetensors_of(path)?,
+        false => read_state_dict(path)?,
+    };
+    for (name, t) in &state.tensors {
+        if !all_finite(t.mat())? {
+            let problem = format!("tensor {name} holds a NaN or an infinity; its training failed");
+            return Err(Error::Weights { file: path.to_owned(), problem });
+        }
     }
+    Ok(state)
+}
+
+fn safetensors_of(path: &Path) -> Result<StateDict> {
     let file = TensorFile::open(path)?;
     let mut state = StateDict::default();
     for info in file.names().filter_map(|name| file.info(name)) {

@@ -178,6 +178,35 @@ fn ranks_above_the_smaller_side_of_a_matrix_are_merged() {
     }
 }
 
+/// Biases that trained are no part of an update, and stay what they are beside it.
+#[test]
+fn biases_that_trained_stay_beside_an_update() {
+    let model = load(&goldens().join("gpt2/model"), &CPU).unwrap();
+    let none = Adapted::none(&CPU).unwrap();
+    for (variant, biases) in [("bias_lora_only", 4), ("bias_all", 13)] {
+        let golden = goldens().join("peft/gpt2").join(variant);
+        let beside = adapter::attach(&golden, &*model, &CPU).unwrap();
+        let batch = model.batch(&beside, &Texts::new(&[3, 1, 4, 1, 5], &[5])).unwrap();
+        let wanted = model.logits(&beside, &batch).unwrap();
+        let updates = Updates::load(&golden).unwrap();
+        assert_eq!(updates.whole.len(), biases, "{variant}: {:?}", updates.whole.keys());
+
+        let folder = tempfile::tempdir().unwrap();
+        model.save(folder.path(), &updates.merged(&*model).unwrap()).unwrap();
+        let inside = load(folder.path(), &CPU).unwrap();
+        let batch = inside.batch(&none, &Texts::new(&[3, 1, 4, 1, 5], &[5])).unwrap();
+        let far = relative(&inside.logits(&none, &batch).unwrap(), &wanted);
+        assert!(far < 1e-5, "{variant} merged: {far:e}");
+
+        let dir = tempfile::tempdir().unwrap();
+        updates.save(dir.path()).unwrap();
+        let again = adapter::attach(dir.path(), &*model, &CPU).unwrap();
+        let batch = model.batch(&again, &Texts::new(&[3, 1, 4, 1, 5], &[5])).unwrap();
+        let far = relative(&model.logits(&again, &batch).unwrap(), &wanted);
+        assert!(far < 1e-5, "{variant} saved: {far:e}");
+    }
+}
+
 #[test]
 fn adapters_that_do_not_belong_together_are_refused() {
     let ab = || vec![part("gpt2", "a", 0.7), part("gpt2", "b", 0.3)];
@@ -218,6 +247,11 @@ fn adapters_that_do_not_belong_together_are_refused() {
         needed.iter().for_each(|part| assert!(e.contains(part), "{part:?} in {e}"));
     }
     let llama = load(&goldens().join("llama2/model"), &CPU).unwrap();
+    let mut biased = ab();
+    let golden = goldens().join("peft/gpt2/bias_lora_only");
+    biased.push(Weighted { name: "c".into(), weight: 1.0, updates: Updates::load(&golden).unwrap() });
+    let e = adapter::combine(&biased, &recipe("cat")).unwrap_err().to_string();
+    assert!(e.contains("c trained biases (bias = lora_only)"), "{e}");
     let e = part("gpt2", "a", 1.0).updates.merged(&*llama).unwrap_err().to_string();
     assert!(e.contains("no such modules") && e.contains("c_attn"), "{e}");
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use lora_core::{
     Tensor,
-    peft::{Adapted, Lora, LoraConfig, Options},
+    peft::{Adapted, Bias, Lora, LoraConfig, Options, find},
 };
 use lora_kernels::{Activation, DType};
 use lora_model::{
@@ -153,12 +153,41 @@ fn an_alpha_of_a_module_goes_into_its_factor() {
         let path = dir.path().join("lora.pt");
         convert::write_state_dict(&path, &out.tensors).unwrap();
         let (_, back) = convert::from_loralib(&path, &*model, out.alpha, &[]).unwrap();
-        let logits = |adapted: &Adapted| {
-            let batch = model.batch(adapted, &Texts::new(&[5, 17, 9, 3, 42], &[5])).unwrap();
-            model.logits(adapted, &batch).unwrap()
-        };
-        let far = relative(&logits(&back), &logits(&adapted));
+        let far = relative(&logits(&*model, &back), &logits(&*model, &adapted));
         assert!(far < 1e-6, "rslora {rslora}: {far:e}");
+    }
+}
+
+/// The logits of a short text, of one sequence.
+fn logits(model: &dyn Model, adapted: &Adapted) -> Tensor {
+    let batch = model.batch(adapted, &Texts::new(&[5, 17, 9, 3, 42], &[5])).unwrap();
+    model.logits(adapted, &batch).unwrap()
+}
+
+#[test]
+fn biases_and_heads_go_to_loralib_and_back() {
+    for (name, bias, of_head, biases) in [
+        ("gpt2", Bias::All, 0, 13),
+        ("gpt2", Bias::LoraOnly, 0, 2),
+        ("bert_classification", Bias::None, 2, 0),
+        ("roberta_classification", Bias::LoraOnly, 4, 2),
+    ] {
+        let model = base(name);
+        let target = if name == "gpt2" { "c_attn" } else { "query" };
+        let targets = [target].into_iter().collect();
+        let (dir, adapted) = saved(&*model, LoraConfig { rank: 4, bias, targets, ..LoraConfig::default() });
+        let out = convert::to_loralib(&adapter::load(dir.path()).unwrap(), &*model).unwrap();
+        let is_of_head = |name: &&String| model.outline().is_saved_module(name);
+        let is_bias = |name: &&String| name.ends_with(".bias") && !is_of_head(name);
+        let count = |is: &dyn Fn(&&String) -> bool| out.tensors.keys().filter(is).count();
+        assert_eq!((count(&is_of_head), count(&is_bias)), (of_head, biases), "{name} {bias:?}");
+
+        let path = dir.path().join("lora.pt");
+        convert::write_state_dict(&path, &out.tensors).unwrap();
+        let (config, back) = convert::from_loralib(&path, &*model, out.alpha, &[]).unwrap();
+        assert_eq!(config.bias, bias, "{name}");
+        let [ours, theirs] = [&adapted, &back].map(|adapted| logits(&*model, adapted).to_vec::<f32>().unwrap());
+        assert_eq!(ours, theirs, "{name} {bias:?}");
     }
 }
 
@@ -174,7 +203,8 @@ fn what_loralib_has_no_place_for_is_refused() {
         ),
         (config(&["h.0.attn.c_attn.q", "h.1.attn.c_attn.v"]), &["h.0.attn.c_attn", "h.1.attn.c_attn", "enable_lora"]),
         (config(&["h.0.attn.c_attn", "h.1.attn.c_attn.v"]), &["h.0.attn.c_attn", "h.1.attn.c_attn", "enable_lora"]),
-        (config(&["c_attn", "wte"]), &["no place for transformer.wte"]),
+        (config(&["c_attn", "wte"]), &["no place for transformer.wte", "lora.Embedding"]),
+        (LoraConfig { modules_to_save: vec!["ln_f".into()], ..config(&["c_attn"]) }, &["ln_f", "as a whole"]),
     ] {
         let (dir, _) = saved(&*model, config);
         let e = convert::to_loralib(&adapter::load(dir.path()).unwrap(), &*model).unwrap_err().to_string();
@@ -208,11 +238,40 @@ fn what_is_not_loralibs_is_refused() {
     tensors.insert("transformer.h.0.attn.c_attn.bias".into(), bias);
     let with_bias = dir.path().join("bias.pt");
     convert::write_state_dict(&with_bias, &tensors).unwrap();
-    assert!(refused(&with_bias, &*gpt2, &["q", "v"]).contains("trained biases"));
+    let e = refused(&with_bias, &*gpt2, &["q", "v"]);
+    assert!(e.contains("h.0.attn.c_attn.bias") && e.contains("neither those of all modules nor"), "{e}");
+    // What failed to train.
+    let name = "transformer.h.1.attn.c_attn.lora_B";
+    let shape = tensors[name].shape().to_vec();
+    let mut values = tensors[name].to_vec::<f32>().unwrap();
+    values[3] = f32::NAN;
+    let sound = tensors.insert(name.into(), Tensor::from_slice(&CPU, &shape, &values).unwrap());
+    convert::write_state_dict(&with_bias, &tensors).unwrap();
+    let e = refused(&with_bias, &*gpt2, &["q", "v"]);
+    assert!(e.contains("h.1.attn.c_attn.lora_B holds a NaN"), "{e}");
+    tensors.extend(sound.map(|t| (name.to_owned(), t)));
     // One module's A alone.
     tensors.retain(|name, _| name.ends_with("h.0.attn.c_attn.lora_A"));
     convert::write_state_dict(&with_bias, &tensors).unwrap();
     assert!(refused(&with_bias, &*gpt2, &["q", "v"]).contains("only one of lora_A and lora_B"));
+}
+
+/// A classifier's head goes into AdapterHub's file of the head, under the names that its model has.
+#[test]
+fn heads_go_to_adapterhub_and_back() {
+    let model = base("bert_classification");
+    let options = Options { bottleneck: 3, ..Options::default() };
+    let method = (find("adapter-p").unwrap().build)(&options).unwrap();
+    let mut adapted = Adapted::new(&*method, &*model, &CPU, DType::F32, 3).unwrap();
+    disturb(&mut adapted.params, 0.3);
+    let (ours, hub) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    adapter::save(ours.path(), "adapter-p", &options, &adapted, &*model, None).unwrap();
+    convert::to_adapterhub(&adapter::load(ours.path()).unwrap(), &*model, "golden", hub.path()).unwrap();
+    let head = read_state_dict(&hub.path().join("pytorch_model_head.bin")).unwrap().tensors;
+    assert_eq!(head.keys().collect::<Vec<_>>(), ["classifier.bias", "classifier.weight"]);
+    let (_, _, back) = convert::from_adapterhub(hub.path(), &*model).unwrap();
+    let [ours, theirs] = [&adapted, &back].map(|adapted| logits(&*model, adapted).to_vec::<f32>().unwrap());
+    assert_eq!(ours, theirs);
 }
 
 #[test]

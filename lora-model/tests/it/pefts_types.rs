@@ -1,11 +1,15 @@
 //! PEFT's types of adapters and their options beside what the goldens of `peft` have: what is refused, by its key or the
 //! tensor's name, and what is another spelling of the same.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
-use lora_core::peft::{Lora, LoraConfig, METHODS, parameters};
-use lora_model::{Model, Texts, adapter, convert, load};
-use serde_json::{Value, json};
+use lora_core::{
+    Tensor,
+    peft::{Adapted, Lora, LoraConfig, METHODS, Modules, Options, find, parameters},
+};
+use lora_kernels::DType;
+use lora_model::{Model, Texts, adapter, checkpoint::TensorFile, convert, load};
+use serde_json::{Value, from_slice, json};
 
 use crate::common::{CPU, copied, edit, goldens, refused, rename, set};
 
@@ -130,6 +134,43 @@ fn weights_of_the_base_that_a_file_repeats_have_to_be_the_bases() {
     refused(dir.path(), &*base, &["adapter_model.safetensors", "repeats", "model.embed_tokens.weight"]);
 }
 
+/// PEFT adds the weights of embeddings and the output head to any adapter where it is asked to, and where it thinks that the
+/// vocabulary was resized: they have to be the base's, which of a head without a matrix of its own has the embeddings'.
+#[test]
+fn embeddings_that_a_file_repeats_have_to_be_the_bases() {
+    for (model, variant, module, table) in [
+        ("gpt2", "default", "transformer.wte", "transformer.wte.weight"),
+        ("gpt2", "ia3", "lm_head", "transformer.wte.weight"),
+        ("llama3", "vera", "model.embed_tokens", "model.embed_tokens.weight"),
+        ("bert_classification", "lokr", "bert.embeddings.word_embeddings", "bert.embeddings.word_embeddings.weight"),
+    ] {
+        let (dir, base) = case(model, variant);
+        let before = logits(dir.path(), &*base);
+        let file = TensorFile::open(&dir.path().join(adapter::WEIGHTS_FILE)).unwrap();
+        let tensor = |name: &str| file.tensor(name, &file.info(name).unwrap().shape, &CPU).unwrap();
+        let mut tensors: BTreeMap<String, Tensor> = file.names().map(|n| (n.to_owned(), tensor(n))).collect();
+        let own = base.tensor(table).unwrap();
+        let name = format!("{}{module}.weight", adapter::PREFIX);
+        tensors.insert(name.clone(), own.clone());
+        fs::remove_file(dir.path().join(adapter::WEIGHTS_FILE)).unwrap();
+        convert::write_state_dict(&dir.path().join("adapter_model.bin"), &tensors).unwrap();
+        assert!(logits(dir.path(), &*base) == before, "{model} {variant}");
+
+        let mut values = own.to_vec::<f32>().unwrap();
+        values[3] += 0.5;
+        tensors.insert(name, Tensor::from_slice(&CPU, own.shape(), &values).unwrap());
+        convert::write_state_dict(&dir.path().join("adapter_model.bin"), &tensors).unwrap();
+        refused(dir.path(), &*base, &["adapter_model.bin", "repeats", module, "other values"]);
+    }
+    // An adapter of a head that has no matrix of its own.
+    let (dir, base) = case("gpt2", "ia3");
+    edit(
+        dir.path(),
+        rename("base_model.model.transformer.h.0.attn.c_attn.ia3_l", "base_model.model.lm_head.base_layer.weight"),
+    );
+    refused(dir.path(), &*base, &["adapter_config.json", "target_modules", "lm_head", "output heads"]);
+}
+
 /// Another spelling of the same adapter computes the same.
 #[test]
 fn what_means_the_same_is_the_same() {
@@ -189,6 +230,43 @@ fn whole_names_are_adapted_in_any_layer() {
         let wanted = [format!("h.0.attn.{end}"), "h.1.mlp.c_fc".into()];
         assert_eq!(adapted, wanted.map(|module| format!("transformer.{module}.lora_A.weight")));
     }
+}
+
+/// Targets that are named without feed-forward modules have PEFT's for the architecture among them, by the ends of names;
+/// what is written PEFT reads as that, which takes of a list only the targets' own names.
+#[test]
+fn feedforward_modules_that_nobody_named_are_pefts() {
+    const REGEX: &str = r".*\.(k|down)_proj";
+    for (model, targets, feedforward, written) in [
+        ("gpt2", "c_attn", "", json!([])),
+        ("gpt2", "c_attn,mlp.c_proj", "mlp.c_proj", json!(["mlp.c_proj"])),
+        ("gpt2", "c_attn,c_proj", "mlp.c_proj", json!(r".*(mlp\.c_proj)")),
+        ("llama3", "k_proj,down_proj", "down_proj", json!(["down_proj"])),
+        ("llama3", "k_proj,up_proj", "", json!([])),
+        ("llama3", REGEX, "down_proj", json!(["down_proj"])),
+    ] {
+        let (_, base) = case(model, "default");
+        let options = Options { targets: Modules::of_line(targets), ..Options::default() };
+        let method = (find("ia3").unwrap().build)(&options).unwrap();
+        let adapted = Adapted::new(&*method, &*base, &CPU, DType::F32, 0).unwrap();
+        let of_inputs = |adapted: &Adapted| -> Vec<String> {
+            let ids = adapted.params.ids().filter(|id| adapted.params.shape(*id)[0] == 1);
+            ids.map(|id| adapted.params.name(id).trim_end_matches(".ia3_l").to_owned()).collect()
+        };
+        let found = of_inputs(&adapted);
+        assert_eq!(found.len(), if feedforward.is_empty() { 0 } else { 2 }, "{model} {targets}: {found:?}");
+        assert!(found.iter().all(|name| name.ends_with(feedforward)), "{model} {targets}: {found:?}");
+
+        let dir = tempfile::tempdir().unwrap();
+        adapter::save(dir.path(), "ia3", &options, &adapted, &*base, None).unwrap();
+        let config: Value = from_slice(&fs::read(dir.path().join(adapter::CONFIG_FILE)).unwrap()).unwrap();
+        assert_eq!(config["feedforward_modules"], written, "{model} {targets}");
+        assert_eq!(of_inputs(&adapter::attach(dir.path(), &*base, &CPU).unwrap()), found, "{model} {targets}");
+    }
+    // An empty list is PEFT's word for none, whatever the architecture has.
+    let (dir, base) = case("gpt2", "ia3");
+    set(dir.path(), "feedforward_modules", json!([]));
+    refused(dir.path(), &*base, &["mlp.c_proj.ia3_l", "shape"]);
 }
 
 /// What a type cannot be, or does not fit, is told by the key that says the type.

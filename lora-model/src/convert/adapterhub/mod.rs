@@ -112,11 +112,12 @@ pub fn from_adapterhub(dir: &Path, base: &dyn Base) -> Result<(&'static str, Opt
     Ok((method, options, adapted))
 }
 
-/// Writes an adapter as AdapterHub's of this name into a folder.
+/// Writes an adapter as AdapterHub's of this name into a folder; a classifier's head beside it, under the names that the class
+/// of the model has for it.
 ///
 /// # Errors
-/// [`Error::Adapters`] for a method that AdapterHub does not have, a prefix that counts as positions, norms that train beside it, or a head, which AdapterHub
-/// names in another way; those of [`AdapterFile::attach`] and of writing.
+/// [`Error::Adapters`] for a method that AdapterHub does not have, a prefix that counts as positions, and norms that train
+/// beside it; those of [`AdapterFile::attach`] and of writing.
 pub fn to_adapterhub(file: &AdapterFile, base: &dyn Base, name: &str, dir: &Path) -> Result<()> {
     let refused = |problem: String| Err(Error::Adapters { problem });
     if !bottlenecks::writes(file.method) && file.method != prefix::METHOD {
@@ -129,11 +130,12 @@ pub fn to_adapterhub(file: &AdapterFile, base: &dyn Base, name: &str, dir: &Path
         return refused(format!("an adapter cannot be called {name:?} in AdapterHub: its tensors are named after it"));
     }
     let adapted = file.attach(base, &Device::Cpu)?;
-    if let Some(tensor) = adapted.trained().next() {
+    let outline = base.outline();
+    if let Some(tensor) = adapted.trained().find(|name| !outline.is_saved_module(name)) {
         return refused(format!("it has trained {tensor} as a whole, which AdapterHub's adapter has no place for"));
     }
-    let ours: BTreeMap<String, Tensor> = adapted.adapter_tensors()?.into_iter().collect();
-    let outline = base.outline();
+    let (head, ours): (BTreeMap<String, Tensor>, BTreeMap<String, Tensor>) =
+        adapted.adapter_tensors()?.into_iter().partition(|(name, _)| outline.is_saved_module(name));
     let width = outline.sites.iter().find_map(|s| match s.kind {
         SiteKind::Sublayer { width, .. } => Some(width),
         _ => None,
@@ -154,5 +156,8 @@ pub fn to_adapterhub(file: &AdapterFile, base: &dyn Base, name: &str, dir: &Path
     });
     files::create_folder(dir)?;
     write_state_dict(&dir.join(WEIGHTS[1]), &tensors)?;
+    if !head.is_empty() {
+        write_state_dict(&dir.join(HEAD[1]), &head)?;
+    }
     files::write_bytes(&dir.join(CONFIG), format!("{text:#}\n").as_bytes())
 }

@@ -11,10 +11,10 @@ use lora_model::{
 use lora_train::{
     analysis::{Analysis, analyse},
     tables::columns,
-    task,
+    task::{self, Fitted},
 };
 
-use crate::{base, ui};
+use crate::{base, new_folder::NewFolder, ui};
 
 #[derive(Args)]
 pub(crate) struct AnalyzeArgs {
@@ -30,7 +30,7 @@ pub(crate) struct AnalyzeArgs {
     /// Refuse a base or another adapter that is not of the base that the adapter was trained on, rather than warn of it
     #[arg(long)]
     strict: bool,
-    /// Folder for analysis.json and the pictures: singular_values.svg, and with --against similarity_a.svg and _b.svg
+    /// Folder, new or empty, for analysis.json and the pictures: singular_values.svg, and with --against similarity_a.svg and _b.svg
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Print all measures as JSON, singular values and every φ(i, j) included
@@ -39,11 +39,15 @@ pub(crate) struct AnalyzeArgs {
 }
 
 pub(crate) fn run(args: AnalyzeArgs) -> anyhow::Result<()> {
+    let folder = args.out.as_deref().map(NewFolder::new).transpose()?;
     let adapter = Updates::load(&args.adapter)?;
     let against = args.against.as_deref().map(Updates::load).transpose()?;
     let loaded = match &args.model {
         None => None,
-        Some(model) => Some(base::load_for_task(model, task::of_adapter(&args.adapter)?.as_ref())?),
+        Some(model) => {
+            let task = task::of_adapter(&args.adapter)?;
+            Some(base::load_with_head(model, task.as_ref().map(Fitted::head), true)?)
+        }
     };
     let mut same_base = loaded.as_ref().map_or(Ok(()), |l| adapter.check_same_base(&*l.model));
     if let (Ok(()), Some(other)) = (&same_base, &against) {
@@ -73,24 +77,24 @@ pub(crate) fn run(args: AnalyzeArgs) -> anyhow::Result<()> {
         let n = analysis.not_compared.len();
         ui::note(format_args!("{n} of {} modules are not in the other adapter", analysis.modules.len()));
     }
-    if let Some(out) = &args.out {
-        write(out, &analysis)?;
+    if let (Some(folder), Some(out)) = (folder, &args.out) {
+        folder.write(|dir| write(dir, out, &analysis))?;
     }
     if args.json { ui::print_json(&analysis) } else { ui::print(table(&analysis)) }
 }
 
-fn write(out: &Path, analysis: &Analysis) -> anyhow::Result<()> {
-    files::create_folder(out)?;
+/// Writes into `dir`, which is going to be `out`.
+fn write(dir: &Path, out: &Path, analysis: &Analysis) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(analysis)?;
-    files::write_bytes(&out.join("analysis.json"), format!("{text}\n").as_bytes())?;
+    files::write_bytes(&dir.join("analysis.json"), format!("{text}\n").as_bytes())?;
     let pictures = analysis.pictures();
     for (name, svg) in &pictures {
-        files::write_bytes(&out.join(name), svg.as_bytes())?;
+        files::write_bytes(&dir.join(name), svg.as_bytes())?;
     }
     let names: Vec<&str> = pictures.iter().map(|(name, _)| *name).collect();
     ui::say(format_args!(
-        "analysis.json{} are in {}",
-        names.iter().map(|n| format!(", {n}")).collect::<String>(),
+        "{} in {}",
+        std::iter::once("analysis.json").chain(names).collect::<Vec<_>>().join(", "),
         out.display()
     ));
     Ok(())

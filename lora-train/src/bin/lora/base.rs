@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use lora_core::peft::{Adapted, Layers};
+use lora_kernels::Device;
 use lora_model::{LoadOptions, Model, Task, adapter, config::CONFIG_FILE};
 use lora_train::{
     Place,
@@ -120,9 +121,12 @@ pub(crate) fn load(model: &Path, adapter: Option<&Path>, place: &Place, strict: 
     load_for(hub::resolve(model)?, adapter, place, task.map(|task| task.head()), strict)
 }
 
-/// Reads a model, with a head for a task.
-pub(crate) fn load_for_task(model: &Path, task: Option<&Fitted>) -> anyhow::Result<Loaded> {
-    load_for(hub::resolve(model)?, None, &Place::CPU, task.map(Fitted::head), false)
+/// Reads a model on the CPU, with a head for a task, which `head_follows` says that something else brings.
+pub(crate) fn load_with_head(model: &Path, task: Option<Task>, head_follows: bool) -> anyhow::Result<Loaded> {
+    let dir = hub::resolve(model)?;
+    let model =
+        lora_model::load_with(&dir, &Device::Cpu, &LoadOptions { task, head_follows, ..LoadOptions::default() })?;
+    Ok(Loaded { dir, model, adapted: Adapted::none(&Device::Cpu)? })
 }
 
 fn load_for(
@@ -156,7 +160,7 @@ fn attach(dir: &Path, model: &dyn Model, strict: bool) -> anyhow::Result<Adapted
 /// Says of an adapter that remembers no base that --strict could not check it.
 pub(crate) fn say_unchecked(dir: &Path, base_fingerprint: Option<&str>) {
     if base_fingerprint.is_none() {
-        ui::say(format_args!("--strict: {}: {}", dir.display(), adapter::UNCHECKED));
+        ui::note(format_args!("--strict: {}: {}", dir.display(), adapter::UNCHECKED));
     }
 }
 

@@ -8,14 +8,15 @@ use indicatif::{HumanBytes, HumanCount};
 use lora_core::peft::{Adapted, Modules, Options};
 use lora_kernels::Device;
 use lora_model::{
-    Model, adapter,
+    Model, Task, adapter,
     convert::{self, Llama2c, Vocabulary},
     tokenizer::Tokenizer,
 };
+use lora_train::task::{self, Fitted};
 use serde_json::{Value, json};
 
 use crate::{
-    base::load_for_task,
+    base::load_with_head,
     new_folder::{NewFolder, go_on, size},
     part::check_writable,
     ui,
@@ -53,9 +54,12 @@ pub(crate) struct ConvertArgs {
     /// loralib: the parts of fused projections that enable_lora enabled
     #[arg(long, value_name = "q,k,v", value_delimiter = ',')]
     parts: Vec<String>,
-    /// adapterhub: what the adapter is called there
-    #[arg(long, default_value = "adapter")]
-    name: String,
+    /// Adapters that are read for a classifier: how many labels it tells apart; 1 is for a number
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    labels: Option<u32>,
+    /// adapterhub: what the adapter is called there [default: adapter]
+    #[arg(long)]
+    name: Option<String>,
     /// Folder for the result, new or empty; with --to loralib a file
     #[arg(long, value_name = "DIR|FILE")]
     out: PathBuf,
@@ -83,49 +87,82 @@ enum To {
     Adapterhub,
 }
 
+impl ConvertArgs {
+    /// Refuses what this conversion would not read.
+    fn check(&self) -> anyhow::Result<()> {
+        let reads = self.from.is_some_and(|from| !matches!(from, From::Llama2c));
+        let from_loralib = matches!(self.from, Some(From::Loralib));
+        let rows = [
+            ("tokenizer", self.tokenizer.is_some(), matches!(self.from, Some(From::Llama2c)), "--from llama2.c"),
+            ("model", self.model.is_some(), reads || self.to.is_some(), "adapters"),
+            ("alpha", self.alpha.is_some(), from_loralib, "--from loralib"),
+            ("parts", !self.parts.is_empty(), from_loralib, "--from loralib"),
+            ("labels", self.labels.is_some(), reads, "--from loralib and --from adapterhub"),
+            ("name", self.name.is_some(), matches!(self.to, Some(To::Adapterhub)), "--to adapterhub"),
+        ];
+        match rows.into_iter().find(|(_, given, read, _)| *given && !read) {
+            None => Ok(()),
+            Some((flag, _, _, of)) => anyhow::bail!("--{flag} is for {of}; leave it out"),
+        }
+    }
+}
+
 pub(crate) fn run(args: ConvertArgs) -> anyhow::Result<()> {
+    args.check()?;
     match (args.from, args.to) {
         (Some(From::Llama2c), _) => llama2c(&args),
         (Some(From::Loralib), _) => {
             let alpha = args.alpha.context("--alpha is missing")?;
             let folder = NewFolder::new(&args.out)?;
-            let base = base(&args, None)?;
+            let base = foreign_base(&args)?;
             let (config, adapted) = convert::from_loralib(&args.input, &*base, alpha, &args.parts)?;
             adapter_folder(&args, folder, &*base, "lora", &Options::from(&config), &adapted)
         }
         (Some(From::Adapterhub), _) => {
             let folder = NewFolder::new(&args.out)?;
-            let base = base(&args, None)?;
+            let base = foreign_base(&args)?;
             let (method, options, adapted) = convert::from_adapterhub(&args.input, &*base)?;
             adapter_folder(&args, folder, &*base, method, &options, &adapted)
         }
         (None, Some(To::Loralib)) => to_loralib(&args),
         (None, Some(To::Adapterhub)) => {
             let folder = NewFolder::new(&args.out)?;
-            let base = base(&args, Some(()))?;
+            let base = own_base(&args)?;
             let file = adapter::load(&args.input)?;
+            let name = args.name.as_deref().unwrap_or("adapter");
             let bytes = folder.write(|dir| {
-                convert::to_adapterhub(&file, &*base, &args.name, dir)?;
+                convert::to_adapterhub(&file, &*base, name, dir)?;
                 size(dir)
             })?;
             let method = file.method;
             ui::say(format_args!(
-                "converted {method} to AdapterHub's {}; {} in {}",
-                args.name,
+                "converted {method} to AdapterHub's {name}; {} in {}",
                 HumanBytes(bytes),
                 args.out.display()
             ));
-            summary(&args, json!({"out": args.out, "method": method, "name": args.name, "bytes": bytes}))
+            summary(&args, json!({"out": args.out, "method": method, "name": name, "bytes": bytes}))
         }
         (None, None) => anyhow::bail!("name a format: --from or --to"),
     }
 }
 
-/// The base; with the head of the adapter's task when the adapter is one of this program.
-fn base(args: &ConvertArgs, own: Option<()>) -> anyhow::Result<Box<dyn Model>> {
+/// The base of an adapter of another program, with the head that --labels asks for.
+fn foreign_base(args: &ConvertArgs) -> anyhow::Result<Box<dyn Model>> {
+    let task = args.labels.map(|labels| match labels {
+        1 => Task::Regression,
+        labels => Task::Classification { labels: labels as usize },
+    });
+    base(args, task)
+}
+
+/// The base of an adapter of this program, with the head of the adapter's task.
+fn own_base(args: &ConvertArgs) -> anyhow::Result<Box<dyn Model>> {
+    base(args, task::of_adapter(&args.input)?.as_ref().map(Fitted::head))
+}
+
+fn base(args: &ConvertArgs, task: Option<Task>) -> anyhow::Result<Box<dyn Model>> {
     let model = args.model.as_deref().context("--model is missing: name the base that the adapter belongs to")?;
-    let task = own.map(|()| lora_train::task::of_adapter(&args.input)).transpose()?.flatten();
-    Ok(load_for_task(model, task.as_ref())?.model)
+    Ok(load_with_head(model, task, true)?.model)
 }
 
 fn adapter_folder(
@@ -145,9 +182,10 @@ fn adapter_folder(
     })?;
     let parameters = adapted.params.count() as u64;
     ui::say(format_args!(
-        "converted {} parameters of {method} at {} places; {} in {}",
+        "converted {} parameters of {method} at {} place{}; {} in {}",
         HumanCount(parameters),
         adapted.site_count(),
+        if adapted.site_count() == 1 { "" } else { "s" },
         HumanBytes(bytes),
         args.out.display()
     ));
@@ -164,7 +202,7 @@ fn adapter_folder(
 fn to_loralib(args: &ConvertArgs) -> anyhow::Result<()> {
     check_writable("out", &args.out)?;
     ensure!(!args.out.exists(), "{} is there already; name a new file", args.out.display());
-    let base = base(args, Some(()))?;
+    let base = own_base(args)?;
     let converted = convert::to_loralib(&adapter::load(&args.input)?, &*base)?;
     convert::write_state_dict(&args.out, &converted.tensors)?;
     let enabled = |flags: &Vec<bool>| {

@@ -30,7 +30,7 @@ pub(crate) struct ExtractArgs {
     /// Rank of the adapter
     #[arg(long, value_name = "R")]
     rank: usize,
-    /// Modules to adapt, as PEFT's target_modules [default: all linear maps that changed]
+    /// Names of modules to adapt, or the ends of them [default: all linear maps that changed, but the output head]
     #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
     targets: Vec<String>,
     /// Folder for the adapter: new, or empty

@@ -215,6 +215,7 @@ fn adapter_of(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
         info["labels"] = json!(fitted.labels.as_ref().map(Labels::names));
     }
     info["base_model_name_or_path"] = json!(adapter.base_model_name_or_path);
+    info["base_fingerprint"] = json!(adapter.base_fingerprint);
     summarise(&mut info, &adapter::stored_tensors(dir)?, args);
     let named = adapter.base_model_name_or_path.as_ref().map(PathBuf::from).filter(|p| p.join(CONFIG_FILE).exists());
     let beside = |base: &Path| base::load(base, Some(dir), &Place::CPU, false);

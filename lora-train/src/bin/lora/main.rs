@@ -21,7 +21,7 @@ mod prompts;
 mod train;
 mod ui;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
@@ -86,11 +86,21 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(std::env::args_os().map(spelt));
     ui::init(&cli.global);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => ui::report(&e),
+    }
+}
+
+/// A flag as it is spelt here, where scripts for PEFT have `--lora_alpha`.
+fn spelt(arg: OsString) -> OsString {
+    let Some(flag) = arg.to_str().filter(|text| text.starts_with("--")) else { return arg };
+    let (name, value) = flag.split_at(flag.find('=').unwrap_or(flag.len()));
+    match name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)) {
+        true => (name.replace('_', "-") + value).into(),
+        false => arg,
     }
 }
 

@@ -114,14 +114,14 @@ enum Sign {
 
 /// `DIR:WEIGHT`, or `DIR` for a weight of 1.
 fn weighted(text: &str) -> Result<(PathBuf, f64), String> {
-    let (dir, weight) = match text.rsplit_once(':').map(|(dir, weight)| (dir, weight.parse::<f64>())) {
+    let (dir, weight) = match text.rsplit_once(':').map(|(dir, weight)| (dir, weight.trim().parse::<f64>())) {
         Some((dir, Ok(weight))) => (dir, weight),
         Some((_, Err(_))) | None => (text, 1.0),
     };
     match () {
-        () if dir.is_empty() => Err("name an adapter's folder before the weight".into()),
+        () if dir.trim().is_empty() => Err("name an adapter's folder before the weight".into()),
         () if !weight.is_finite() => Err("a weight is a number".into()),
-        () => Ok((dir.into(), weight)),
+        () => Ok((dir.trim().into(), weight)),
     }
 }
 
@@ -163,6 +163,7 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         Sign::Frequency => MajoritySign::Frequency,
     });
     let how = how.as_deref().unwrap_or("linear");
+    anyhow::ensure!(seed.is_none() || how.starts_with("dare"), "--seed is for what dare drops; {how} drops nothing");
     let recipe = Recipe { how: how.to_owned(), density: *density, sign, rank: *svd_rank, seed: seed.unwrap_or(0) };
     recipe.check()?;
     let mut task: Option<Fitted> = None;
@@ -179,16 +180,23 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         parts.push(Weighted { name: dir.display().to_string(), weight: *weight, updates });
     }
     same(args, adapter::check_one_base(&parts))?;
+    for part in parts.iter().filter(|part| part.weight != 1.0 && !part.updates.whole.is_empty()) {
+        let Weighted { name, weight, updates } = part;
+        ui::note(format_args!(
+            "{name}: its weight {weight} is for its updates; what it trained whole is taken as it is: {}",
+            updates.whole.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+        ));
+    }
     let Combined { updates, cut } = adapter::combine(&parts, &recipe)?;
     if cut > 0.0 {
-        ui::say(format_args!("cutting to rank {} leaves out {:.2}% of the sum", updates.rank(), 100.0 * cut));
+        ui::note(format_args!("cutting to rank {} leaves out {:.2}% of the sum", updates.rank(), 100.0 * cut));
     }
     let names = parts.iter().map(|p| json!({"adapter": p.name, "weight": p.weight}));
     let about = json!({"adapters": names.collect::<Vec<_>>(), "how": how, "rank": updates.rank(), "cut": cut});
     let loaded = match &args.model {
         None => None,
         Some(model) => {
-            let loaded = base::load_for_task(model, task.as_ref())?;
+            let loaded = base::load_with_head(model, task.as_ref().map(Fitted::head), !updates.whole.is_empty())?;
             let at = || format!("{} with the merged adapter", model.display());
             updates.check_base(loaded.model.outline()).with_context(at)?;
             for part in &parts {
@@ -201,7 +209,7 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
     match loaded.filter(|_| args.into != Some(Written::Adapter)) {
         Some(loaded) => {
             let changed = updates.merged(&*loaded.model)?;
-            let what = format!("{} adapters", parts.len());
+            let what = format!("{} adapter{}", parts.len(), if parts.len() == 1 { "" } else { "s" });
             write_model(args, folder, &loaded, &changed, task.as_ref(), &what, about)
         }
         None => {
@@ -214,8 +222,8 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
             })?;
             let modules = updates.modules.len();
             ui::say(format_args!(
-                "merged {} adapters into one of rank {} on {modules} modules; {} in {}",
-                parts.len(),
+                "merged {} into one adapter of rank {} on {modules} modules; {} in {}",
+                parts.iter().map(|p| p.name.as_str()).collect::<Vec<_>>().join(", "),
                 updates.rank(),
                 HumanBytes(bytes),
                 args.out.display()
@@ -260,8 +268,9 @@ fn write_model(
         && let Some(Rounding { share, worst: (name, most), largest }) =
             adapter::rounding(&*loaded.model, changed, dtype)?
     {
-        ui::say(format_args!(
-            "rounding to {dtype:?} changes the update by {:.2}% of it, at most by {:.2}% ({name}); no weight of what the update \
+        let word = args.dtype.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
+        ui::note(format_args!(
+            "rounding to {word} changes the update by {:.2}% of it, at most by {:.2}% ({name}); no weight of what the update \
              changes by more than {largest:.1e}",
             100.0 * share,
             100.0 * most

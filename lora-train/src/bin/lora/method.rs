@@ -80,7 +80,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true",
           hide_possible_values = true)]
     fan_in_fan_out: Option<bool>,
-    /// ia3: among the targets those whose inputs are multiplied, not the outputs [default: with the default targets PEFT's]
+    /// ia3: among the targets those whose inputs are multiplied, not the outputs [default: PEFT's]
     #[arg(long, value_name = "NAME,...|REGEX", value_parser = modules)]
     #[serde(serialize_with = "as_list_or_text")]
     feedforward_modules: Option<Modules>,

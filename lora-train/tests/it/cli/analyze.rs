@@ -118,6 +118,7 @@ fn what_cannot_be_analysed_is_refused() {
         ("a --model wide", &["a on wide", "c_attn"]),
         ("b --against c", &["b against c", "no module in common", "c_fc"]),
         ("a --out train.txt", &["train.txt"]),
+        ("a --out b", &["b is not empty"]),
     ] {
         lab.fails(&format!("analyze {args}"), parts);
     }

@@ -98,6 +98,18 @@ fn adapters_travel_to_other_programs_and_back() {
     lab.fails("convert run.pt --from loralib --alpha 6 --out nowhere", &["--model"]);
     lab.fails("convert run --to loralib --model base --out run.pt", &["run.pt", "there already"]);
     lab.fails("convert run --to loralib --from loralib --model base --out x.pt", &["--from"]);
+    for (flag, of) in [
+        ("--alpha 3", "--from loralib"),
+        ("--parts q", "--from loralib"),
+        ("--labels 2", "--from adapterhub"),
+        ("--name foo", "--to adapterhub"),
+        ("--tokenizer vocab.bin", "llama2.c"),
+    ] {
+        lab.fails(
+            &format!("convert run --to loralib --model base --out x.pt {flag}"),
+            &[flag.split_once(' ').unwrap().0, of],
+        );
+    }
 
     for method in ["adapter-p", "adapter-h"] {
         lab.train(method, &format!("--steps 4 --batch-size 4 --lr 0.05 --method {method} --bottleneck 5"));

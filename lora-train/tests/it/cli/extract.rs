@@ -50,6 +50,13 @@ fn an_adapter_out_of_a_tuned_model_is_as_near_as_its_rank_allows() {
     assert_eq!(found["left"], json!([]));
     let (one, other) = (loss("--model base --adapter lora"), loss("--model base --adapter back"));
     assert!((one - other).abs() < 1e-5, "{one} {other}");
+    // Of a rank above what a module can have no more is taken than that; and embeddings are held where they are named.
+    let above = lab.json("extract --model base --tuned tuned --rank 20 --targets c_attn,wpe --out above --json");
+    assert_eq!((&above["rank"], above["modules"].as_array().unwrap().len()), (&json!(16), 3));
+    assert!(above["relative_error"].as_f64().unwrap() < 1e-6, "{above}");
+    let left: Vec<&str> = above["left"].as_array().unwrap().iter().map(|t| t["tensor"].as_str().unwrap()).collect();
+    assert!(!left.contains(&"transformer.wpe.weight") && left.contains(&"transformer.wte.weight"), "{left:?}");
+    assert!(loss("--model base --adapter above") < before);
     // Of a module that is not among the targets nothing is held.
     let part = lab.json("extract --model base --tuned merged --rank 2 --targets h.0.attn.c_attn --out part --json");
     assert_eq!(part["left"][0]["tensor"], "transformer.h.1.attn.c_attn.weight");
@@ -69,8 +76,9 @@ fn what_cannot_be_extracted_is_refused_and_leaves_nothing() {
         ("--model base --tuned biases --rank 2", &["no linear map changed", "bias"]),
         ("--model base --tuned wide --rank 2", &["wide from base", "[48]", "[96]"]),
         ("--model base --tuned deep --rank 2", &["deep from base", "h.2"]),
-        ("--model base --tuned tuned --rank 17", &["rank 17"]),
-        ("--model base --tuned tuned --rank 0", &["rank 0"]),
+        ("--model base --tuned tuned --rank 0", &["a rank is at least 1"]),
+        // The head has the same matrix, and would stay as it is.
+        ("--model base --tuned tuned --rank 2 --targets wte", &["target wte", "wpe"]),
         ("--model base --tuned tuned --rank 2 --targets c_attn.q", &["c_attn.q", "attn.c_proj"]),
         ("--model base --tuned none --rank 2", &["none"]),
         ("--model base --tuned tuned", &["--rank"]),

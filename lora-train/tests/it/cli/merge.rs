@@ -116,6 +116,20 @@ fn a_merged_model_of_16_bits_says_what_rounding_costs() {
     lab.fails("merge --adapters a,c --dtype bf16 --out out", &["--dtype", "merged model"]);
 }
 
+/// What a person has to know is said without progress too.
+#[test]
+fn what_merging_leaves_out_is_said() {
+    let lab = lab();
+    lab.train("whole", "--steps 2 --batch-size 4 --rank 2 --targets c_attn --modules-to-save ln_f");
+    let said = |args: &str| String::from_utf8(lab.lora(&format!("merge --no-progress {args}")).stderr).unwrap();
+    let stderr = said("--adapters a,whole:0.5 --how cat --out one");
+    assert!(stderr.contains("note: whole: its weight 0.5") && stderr.contains("transformer.ln_f.weight"), "{stderr}");
+    assert!(said("--adapters a,c --how svd --svd-rank 1 --out two").contains("note: cutting to rank 1"));
+    assert!(said("--model base --adapter a --dtype bf16 --out three").contains("note: rounding to bf16"));
+    // As scripts for PEFT spell flags.
+    assert_eq!(said("--adapters a,c --how svd --svd_rank=2 --out four").lines().count(), 1);
+}
+
 /// Whatever a merged model would hold that is no number, by its name: in what an adapter changes, and elsewhere.
 #[test]
 fn what_is_no_number_is_not_written() {
@@ -163,6 +177,7 @@ fn what_cannot_be_merged_is_refused_and_leaves_nothing() {
         ("--adapters a,c --model wide", &["wide with the merged adapter", "[16, 48]", "[32, 96]"]),
         ("--model base", &["--adapter"]),
         ("--model base --adapter a --how cat", &["--adapters"]),
+        ("--adapters a,c --seed 3", &["--seed", "linear drops nothing"]),
     ] {
         lab.fails(&format!("merge {args} --out out"), parts);
         assert_eq!(names(&lab.path(".")), before, "{args}");
