@@ -73,6 +73,9 @@ pub const FINGERPRINT_KEY: &str = "base_fingerprint";
 pub const UNCHECKED: &str =
     "it holds no fingerprint of the base that it was trained on, so nothing tells whether this is that base";
 
+/// The output head that may have no matrix of its own.
+const HEAD: &str = "lm_head";
+
 /// What PEFT puts before the name of every module.
 pub const PREFIX: &str = "base_model.model.";
 
@@ -278,7 +281,9 @@ impl AdapterFile {
         }
         let (options, left) = self.options.fitting(base.outline()).map_err(|e| self.refused(e))?;
         for (option, name) in left {
-            tracing::warn!("{}: {option} {name} matches nothing on this base", self.raw.path().display());
+            let tied = base.outline().tied_embedding().filter(|_| name == HEAD);
+            let why = tied.map_or(String::new(), |table| format!(": its output head has no matrix but {table}"));
+            tracing::warn!("{}: {option} {name} matches nothing on this base{why}", self.raw.path().display());
         }
         let method = self.build_with(&options)?;
         self.check_size(&*method, base.outline())?;

@@ -11,7 +11,7 @@ use lora_kernels::{DType, Device};
 use ndarray::{Array2, ArrayView2};
 
 use super::{
-    ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, PREFIX, WEIGHTS_FILE,
+    ARCHITECTURE_KEY, AdapterFile, CONFIG_FILE, FINGERPRINT_KEY, HEAD, PREFIX, WEIGHTS_FILE,
     config::{PeftConfig, init_value, unconverted},
     own::strings,
     peft::{EMBEDDING, LINEAR, stored_name},
@@ -311,7 +311,7 @@ impl Updates {
 /// The tensor of the base that an adapter repeats under this name: of an output head without a matrix of its own, the
 /// embeddings'.
 pub(super) fn repeated_of<'a>(base: &'a dyn Base, name: &str) -> Option<&'a Tensor> {
-    let tied = || base.outline().tied_embedding().filter(|_| name == "lm_head.weight");
+    let tied = || base.outline().tied_embedding().filter(|_| name.strip_suffix(".weight") == Some(HEAD));
     base.tensor(name).or_else(|| base.tensor(tied()?))
 }
 

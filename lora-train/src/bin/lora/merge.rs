@@ -180,6 +180,7 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
         parts.push(Weighted { name: dir.display().to_string(), weight: *weight, updates });
     }
     same(args, adapter::check_one_base(&parts))?;
+    let Combined { updates, cut } = adapter::combine(&parts, &recipe)?;
     for part in parts.iter().filter(|part| part.weight != 1.0 && !part.updates.whole.is_empty()) {
         let Weighted { name, weight, updates } = part;
         ui::note(format_args!(
@@ -187,7 +188,6 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
             updates.whole.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
         ));
     }
-    let Combined { updates, cut } = adapter::combine(&parts, &recipe)?;
     if cut > 0.0 {
         ui::note(format_args!("cutting to rank {} leaves out {:.2}% of the sum", updates.rank(), 100.0 * cut));
     }
