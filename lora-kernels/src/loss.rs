@@ -9,7 +9,10 @@ use crate::{
 };
 
 /// Memory for one chunk of logits in [`loss_head`] on the CPU.
-const CHUNK_BYTES: usize = 32 << 20;
+const CHUNK_BYTES: usize = 48 << 20;
+
+/// Most rows of such a chunk where w trains: its gradient sums over them, in one step along them (`gemm::blocked`).
+const ROWS_OF_DW: usize = 192;
 
 /// The same on a CUDA device, whose products need many rows to keep all its multiprocessors busy.
 const DEVICE_CHUNK_BYTES: usize = 256 << 20;
@@ -85,7 +88,7 @@ pub fn nll(logits: Mat, targets: Mat, smoothing: f64, losses: MatMut) -> Result<
 /// ```
 ///
 /// w [d, V] may be the transpose of a stored [V, d] matrix (a tied embedding); dw has the layout that is stored, here
-/// [V, d]. b and db are [1, V]. Rows are taken in chunks of at most 32 MiB of logits (256 MiB on a CUDA device), so [n, V] is never held at
+/// [V, d]. b and db are [1, V]. Rows are taken in chunks of at most 48 MiB of logits (256 MiB on a CUDA device), so [n, V] is never held at
 /// once. With x and w of a 16-bit type, b is of that type or f32, logits and losses are f32, dz is rounded to the type of
 /// x, and dx, dw and db are either.
 ///
@@ -149,7 +152,8 @@ pub fn loss_head_of(
     let rows = if x.device().is_cpu() {
         // Before anything is written.
         checked("loss_head", v, targets);
-        chunk_rows(n, CHUNK_BYTES / bytes.max(1), 1)
+        let most = if terms.iter().any(|t| t.dw.is_some()) { ROWS_OF_DW } else { usize::MAX };
+        chunk_rows(n, most.min(CHUNK_BYTES / bytes.max(1)), 1)
     } else {
         chunk_rows(n, DEVICE_CHUNK_BYTES / bytes.max(1), TILE)
     };

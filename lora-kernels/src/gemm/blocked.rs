@@ -27,8 +27,14 @@ const WORDS: usize = 192;
 const NR: usize = 32;
 /// Rows of C that a kernel computes at a time: with two vectors each, 24 of the 32 registers hold sums.
 const MR: usize = 12;
-/// Most rows of a task.
-const ROWS: usize = 20 * MR;
+/// Most rows of a task: packed, one step of them along k fills less than half of the second cache.
+const ROWS: usize = 43 * MR;
+/// Words of A that are packed at once where a task's are no more: then its columns of C are done one panel after the other,
+/// and stay in the first cache from step to step along k.
+const DEEP: usize = 4 * 20 * MR * WORDS;
+
+/// Room for what a task packs of A; a kernel reads up to three rows past the last, whatever stands there.
+const LEFT: usize = if DEEP > ROWS * WORDS { DEEP } else { ROWS * WORDS } + 3 * WORDS;
 
 /// Whether this processor has what the products below need.
 pub(super) fn available() -> bool {
@@ -88,7 +94,9 @@ fn run<T: Arithmetic, A: Source<T>, B: Source<T>>(
     let (rows, cols) = (even(m, blocks, MR), even(n, stripes, NR));
     let firsts = |bounds: &[usize]| bounds[..bounds.len() - 1].to_vec();
     let places = firsts(&rows).into_iter().flat_map(|i| firsts(&cols).into_iter().map(move |j| (i, j)));
-    let tasks: Vec<_> = places.zip(c.grid(&rows, &cols)).collect();
+    let mut tasks: Vec<_> = places.zip(c.grid(&rows, &cols)).collect();
+    // Blocks may differ by some rows, stripes hardly: a thread that has a stripe's blocks has as much as the others.
+    tasks.sort_by_key(|((i, j), _)| (*j, *i));
     let one = |((i, j), c)| {
         with_scratch(|scratch| {
             // SAFETY: the products are only called where `available`.
@@ -123,15 +131,15 @@ fn cut(m: usize, n: usize, threads: usize) -> [usize; 2] {
     all.min_by_key(time).unwrap_or([least, 1])
 }
 
-/// Calls `f` with this thread's own room for [`ROWS`] packed rows of A and a panel of B, which it keeps.
+/// Calls `f` with this thread's own room for what a task packs of A and for a panel of B, which it keeps.
 fn with_scratch(f: impl FnOnce([&mut [u32]; 2])) -> Result<()> {
     thread_local!(static SCRATCH: RefCell<Option<Buffer>> = const { RefCell::new(None) });
     SCRATCH.with_borrow_mut(|scratch| {
         let buffer = match scratch {
             Some(buffer) => buffer,
-            None => scratch.insert(Buffer::empty(&Device::Cpu, DType::U32, (ROWS + NR) * WORDS)?),
+            None => scratch.insert(Buffer::empty(&Device::Cpu, DType::U32, LEFT + NR * WORDS)?),
         };
-        let (left, right) = buffer.host_mut().split_at_mut(ROWS * WORDS);
+        let (left, right) = buffer.host_mut().split_at_mut(LEFT);
         f([left, right]);
         Ok(())
     })
@@ -179,7 +187,7 @@ mod tests {
         }
         assert_eq!(
             [(1016, 768), (1016, 192), (192, 192), (146, 768)].map(|(m, n)| cut(m, n, 2)),
-            [[5, 2], [5, 2], [1, 2], [1, 2]]
+            [[2, 2], [2, 1], [1, 2], [1, 2]]
         );
     }
 }

@@ -14,7 +14,7 @@
 //! Activations are not estimated: the forward and backward pass is done with matrices that are only sizes (`plan/ops.rs`
 //! follows `lora_core::ops`, `plan/forward.rs` the architectures), whose memory the real pool's own rules hand out
 //! ([`DryPool`](lora_kernels::DryPool)). What counts is the most that the pool holds, with logits for one chunk of rows
-//! (32 MiB in f32, 256 MiB in 16 bits), dropout, the scores that attention over relative positions takes on one thread, and
+//! (48 MiB in f32, 256 MiB in 16 bits), dropout, the scores that attention over relative positions takes on one thread, and
 //! nothing kept below the lowest parameter that trains.
 //! `lora-train/tests/plan.rs` holds it against real training.
 
@@ -90,6 +90,8 @@ pub struct Plan {
     pub layers: usize,
     /// Scalars of the base, a classifier's head included.
     pub parameters: u64,
+    /// Whether it is planned as a classifier, whose head trains with every method.
+    pub classifier: bool,
     /// A row of [`peft::METHODS`].
     pub method: String,
     /// Sequences computed at a time.
@@ -217,6 +219,7 @@ pub fn plan(config: &PlanConfig) -> Result<Plan> {
         architecture: base.architecture.clone(),
         layers: base.layers,
         parameters: whole(base.parameters()),
+        classifier: matches!(task, Task::Classification { .. } | Task::Regression),
         method: method.name.into(),
         batch_size: c.batch_size,
         seq_len,

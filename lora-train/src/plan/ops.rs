@@ -277,10 +277,12 @@ pub(super) fn loss_head(t: &mut Tape, x: &Var, beside: Option<&Var>, classes: u1
     let du = beside.and_then(|u| Some((u.slot?, t.empty(n, u.value.cols), t.wide(classes, u.value.cols))));
     let dw = map.w.then(|| t.wide(classes, d));
     let db = map.b.then(|| t.wide(1, classes));
-    // As `lora_kernels::loss_head` has it: 32 MiB on the CPU, which computes in f32, and 256 MiB on a CUDA device.
+    // As `lora_kernels::loss_head` has it: 48 MiB on the CPU, which computes in f32, and 256 MiB on a CUDA device; 192 rows at
+    // most where the head trains, or something beside it.
     let narrow = t.size() < WIDE;
-    let most: u128 = if narrow { 256 << 20 } else { 32 << 20 };
-    let chunks = n.div_ceil((most / (WIDE * classes)).max(1)).max(1);
+    let most: u128 = if narrow { 256 << 20 } else { 48 << 20 };
+    let fewer = if !narrow && (dw.is_some() || du.is_some()) { 192 } else { u128::MAX };
+    let chunks = n.div_ceil((most / (WIDE * classes)).min(fewer).max(1)).max(1);
     let rows = n.div_ceil(chunks);
     let chunk = t.wide(rows, classes);
     let rounded = (narrow && (dx.is_some() || du.is_some() || dw.is_some())).then(|| t.empty(rows, classes));

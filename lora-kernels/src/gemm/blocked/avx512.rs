@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
-use super::{Form, MR, NR, WORDS};
+use super::{DEEP, Form, MR, NR, WORDS};
 use crate::{
     Element,
     mat::{HostMat, HostMut},
@@ -229,35 +229,98 @@ impl Source<Bf16> for bf16 {
     }
 }
 
-/// One block of C, whose first row and column stand beside A and B; with room for [`ROWS`](super::ROWS) packed rows of A
-/// and a panel of B.
+/// One block of C, whose first row and column stand beside A and B; with room for what is packed of A, and for a panel of B.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) fn block<T: Arithmetic, A: Source<T>, B: Source<T>>(
     form: Form,
     (a, i0): (HostMat<A>, usize),
     (b, j0): (HostMat<B>, usize),
     k: usize,
-    mut c: HostMut<f32>,
+    c: HostMut<f32>,
     [left, right]: [&mut [u32]; 2],
 ) {
-    let (tiles, step) = (c.rows.div_ceil(MR), WORDS * T::PER);
+    let (rows, step) = (i0..i0 + c.rows, WORDS * T::PER);
     // An empty sum is still a sum: C = β·C.
-    for k0 in (0..k.max(1)).step_by(step) {
-        let ks = k0..(k0 + step).min(k);
-        let beta = if k0 == 0 { form.beta } else { 1.0 };
-        let bias = form.bias.filter(|_| ks.end == k);
-        pack_rows(a, i0..i0 + c.rows, ks.clone(), left);
-        for j in (0..c.cols).step_by(NR) {
-            let [here, next, after] = [0, 1, 2].map(|panels| (j + panels * NR).min(c.cols));
-            pack_panel(b, ks.clone(), j0 + here..j0 + next, right);
-            for t in 0..tiles {
-                // The next panel is on its way while this one is used.
-                prefetch_panel(b, ks.clone(), j0 + next..j0 + after, (t, tiles));
-                let rows = t * MR..((t + 1) * MR).min(c.rows);
-                let packed = &left[rows.start * WORDS..];
-                let form = Form { beta, bias: bias.map(|bias| &bias[j0 + here..j0 + next]), ..form };
-                tile::<T>(ks.len().div_ceil(T::PER), packed, right, form, c.block_mut(rows, here..next));
+    let steps = k.div_ceil(step).max(1);
+    let ks = |q: usize| (q * step).min(k)..((q + 1) * step).min(k);
+    let mut block = Block { form, b, j0, k, c, right };
+    let packed = rows.len() * WORDS;
+    if packed * steps <= DEEP {
+        for q in 0..steps {
+            pack_rows(a, rows.clone(), ks(q), &mut left[q * packed..]);
+        }
+        for panel in 0..block.panels() {
+            for q in 0..steps {
+                // The next panel along k, or the first of the next columns.
+                let next = if q + 1 < steps { (ks(q + 1), panel) } else { (ks(0), panel + 1) };
+                block.panel(ks(q), panel, &left[q * packed..], next, |_, _| ());
             }
+        }
+        return;
+    }
+    for q in 0..steps {
+        pack_rows(a, rows.clone(), ks(q), left);
+        let panels = block.panels();
+        for panel in 0..panels {
+            // What is packed next of A is on its way while this is used.
+            let ahead = |tile, tiles| prefetch(a, rows.clone(), ks(q + 1), (panel * tiles + tile, panels * tiles));
+            block.panel(ks(q), panel, left, (ks(q), panel + 1), ahead);
+        }
+    }
+}
+
+/// What a task works on.
+struct Block<'a, B: Element> {
+    form: Form<'a>,
+    b: HostMat<'a, B>,
+    /// Column of B that belongs to the first of C.
+    j0: usize,
+    k: usize,
+    c: HostMut<'a, f32>,
+    /// Room for a panel of B.
+    right: &'a mut [u32],
+}
+
+impl<B: Element> Block<'_, B> {
+    fn panels(&self) -> usize {
+        self.c.cols.div_ceil(NR)
+    }
+
+    /// Columns of a panel in C; none past the last.
+    fn cols(&self, panel: usize) -> Range<usize> {
+        (panel * NR).min(self.c.cols)..((panel + 1) * NR).min(self.c.cols)
+    }
+
+    /// Adds what `ks` along k give to a panel, from packed rows of A. The panel that comes `next` is on its way while this one is
+    /// used; `ahead` is called for each tile, of how many, to ask for something else.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn panel<T: Arithmetic>(
+        &mut self,
+        ks: Range<usize>,
+        panel: usize,
+        left: &[u32],
+        next: (Range<usize>, usize),
+        ahead: impl Fn(usize, usize),
+    ) where
+        B: Source<T>,
+    {
+        let (cols, next) = (self.cols(panel), (next.0, self.cols(next.1)));
+        let of_b = |cols: &Range<usize>| self.j0 + cols.start..self.j0 + cols.end;
+        let (here, coming) = (of_b(&cols), of_b(&next.1));
+        pack_panel(self.b, ks.clone(), here.clone(), self.right);
+        let form = Form {
+            beta: if ks.start == 0 { self.form.beta } else { 1.0 },
+            bias: self.form.bias.filter(|_| ks.end == self.k).map(|bias| &bias[here]),
+            ..self.form
+        };
+        let tiles = self.c.rows.div_ceil(MR);
+        for t in 0..tiles {
+            prefetch(self.b, next.0.clone(), coming.clone(), (t, tiles));
+            ahead(t, tiles);
+            let rows = t * MR..((t + 1) * MR).min(self.c.rows);
+            let words = ks.len().div_ceil(T::PER);
+            tile::<T>(words, &left[rows.start * WORDS..], self.right, form, self.c.block_mut(rows, cols.clone()));
         }
     }
 }
@@ -325,15 +388,15 @@ pub(super) fn pack_panel<T: Arithmetic, B: Source<T>>(
     }
 }
 
-/// Asks for part `part` of `parts` of what [`pack_panel`] will read.
+/// Asks for part `part` of `parts` of what packing these rows and columns will read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn prefetch_panel<T: Element>(b: HostMat<T>, ks: Range<usize>, cols: Range<usize>, (part, parts): (usize, usize)) {
+fn prefetch<T: Element>(m: HostMat<T>, rows: Range<usize>, cols: Range<usize>, (part, parts): (usize, usize)) {
     let line = 64 / size_of::<T>();
     let share = |n: usize| (n * part / parts, n * (part + 1) / parts);
-    let (rows, cols, b) = if b.transposed { (cols, ks, b.t()) } else { (ks, cols, b) };
+    let (rows, cols, m) = if m.transposed { (cols, rows, m.t()) } else { (rows, cols, m) };
     let (from, to) = share(rows.len());
     for row in rows.start + from..rows.start + to {
-        for at in b.row(row)[cols.clone()].chunks(line) {
+        for at in m.row(row)[cols.clone()].chunks(line) {
             _mm_prefetch::<_MM_HINT_T1>(at.as_ptr().cast());
         }
     }
