@@ -124,7 +124,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Token`] for an id outside the vocabulary, [`Error::TooLong`] for a sequence longer than the positions,
-    /// [`Error::Label`] and [`Error::Segment`] for numbers that the model does not have.
+    /// [`Error::NoTokens`] for one without any, [`Error::Label`] and [`Error::Segment`] for numbers that the model does not have.
     ///
     /// # Panics
     /// When the lengths do not add up to the tokens, a target's row is not among them, there is not one label or number
@@ -204,6 +204,9 @@ impl<'a> Host<'a> {
         let Texts { tokens, lengths, segments, targets } = *texts;
         assert_eq!(lengths.iter().sum::<usize>(), tokens.len(), "the lengths add up to the tokens");
         assert!(segments.is_none_or(|s| s.len() == tokens.len()), "one segment per token");
+        if let Some(index) = lengths.iter().position(|&n| n == 0) {
+            return Err(Error::NoTokens { index });
+        }
         limits.check_tokens(tokens)?;
         limits.check_segments(segments.unwrap_or_default())?;
         let starts: Vec<usize> = lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();

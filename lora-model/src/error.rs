@@ -163,6 +163,12 @@ pub enum Error {
         /// The most that the model can place.
         max_positions: usize,
     },
+    /// A sequence without a token.
+    #[error("sequence {index} of the batch has no token; leave it out")]
+    NoTokens {
+        /// Its index in the batch.
+        index: usize,
+    },
     /// An option that makes no sense.
     #[error("{option} = {value}: {why}")]
     Option {

@@ -11,6 +11,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use lora_core::{Params, Tensor, hash::fnv1a};
@@ -262,6 +263,9 @@ pub fn state(checkpoint: &Path) -> Result<State> {
     if state.format != FORMAT {
         let problem = format!("format {} is not {FORMAT}, which this version reads", state.format);
         return Err(Error::Checkpoint { path, problem });
+    }
+    if Duration::try_from_secs_f64(state.spent.seconds).is_err() {
+        return Err(Error::Checkpoint { path, problem: format!("{} seconds are no time", state.spent.seconds) });
     }
     Ok(state)
 }

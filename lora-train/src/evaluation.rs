@@ -74,7 +74,7 @@ fn sequences(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: u
         Some(labels) => {
             let predicted: Vec<u32> = rows.iter().map(|row| largest(row) as u32).collect();
             let loss = rows.iter().zip(&labels).map(|(row, &label)| cross_entropy(row, label as usize)).sum::<f64>();
-            (loss, Scores::of(data.metrics, |m| m.of_labels(&predicted, &labels)))
+            (loss, Scores::of(data.metrics, |m| m.of_labels(&predicted, &labels, data.positive)))
         }
         None => {
             let value =

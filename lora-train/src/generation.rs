@@ -27,7 +27,10 @@ use lora_model::{
     tokenizer::Tokenizer,
 };
 
-use crate::{Encoder, Result, data::Encode};
+use crate::{
+    Encoder, Result,
+    data::{self, Encode, References},
+};
 
 /// The tokens that end a text of the model in a folder: what its files say, and what training puts there.
 ///
@@ -39,6 +42,32 @@ pub fn end_tokens(dir: &Path, encoder: &Encoder) -> Result<Vec<u32>> {
         ends.push(encoder.end_of_text());
     }
     Ok(ends)
+}
+
+/// The tokens of the prompts of a data file, each of which can be continued: what [`batches`] takes.
+///
+/// # Errors
+/// A tokenizer that fails, and those of [`generate::check`], with the prompt's line.
+pub fn prompts(
+    prompts: &[References],
+    file: &Path,
+    encoder: &Encoder,
+    (model, adapted): (&dyn Model, &Adapted),
+    config: &GenerationConfig,
+) -> Result<Vec<Vec<u32>>> {
+    let refused = |index: usize, problem: String| data::Error::Unprompted {
+        path: file.to_owned(),
+        line: prompts.get(index).map_or(0, |p| p.line),
+        problem,
+    };
+    let tokens =
+        |(i, p): (usize, &References)| data::encode_prompt(p.prompt, encoder).map_err(|e| refused(i, e.to_string()));
+    let tokens = prompts.iter().enumerate().map(tokens).collect::<data::Result<Vec<_>>>()?;
+    match generate::check(model, adapted, &tokens, config) {
+        Err(lora_model::Error::Prompt { index, problem }) => Err(refused(index, problem).into()),
+        Err(e) => Err(e.into()),
+        Ok(()) => Ok(tokens),
+    }
 }
 
 /// What prompts are continued with.

@@ -278,23 +278,26 @@ impl Run<'_> {
                 observer.note(&format!("no gradient reaches {names}: nothing trains them"));
             }
             let tokens_per_s = step.tokens as f64 / seconds;
-            if let Some(log) = &mut log {
-                log.step(&step, tokens_per_s)?;
-            }
+            written(&mut log, observer, |log| log.step(&step, tokens_per_s));
             observer.step(&step, tokens_per_s);
             (summary.loss, summary.steps) = (Some(step.loss), step.step);
             summary.spent.seconds += seconds;
-            summary.spent.tokens += step.tokens as u64;
+            summary.spent.tokens = summary.spent.tokens.saturating_add(step.tokens as u64);
             // On a device the host's memory says nothing of training.
             let peak = if model.device().is_cpu() { peak_memory() } else { None };
             summary.spent.peak_memory = summary.spent.peak_memory.max(peak);
             let last = step.step == trainer.total_steps();
             let every = if config.eval_every > 0 { config.eval_every } else { trainer.steps_per_epoch() };
             if let Some(valid) = valid.filter(|_| last || step.step % every == 0) {
-                let evaluation = trainer.evaluate(valid)?;
-                if let Some(log) = &mut log {
-                    log.evaluation(step.step, &evaluation)?;
-                }
+                let evaluation = match trainer.evaluate(valid) {
+                    Ok(evaluation) => evaluation,
+                    Err(e) => {
+                        // The steps are not lost with it. That this may fail, too, changes nothing.
+                        let _ = save(&trainer, summary.spent, observer);
+                        return Err(e);
+                    }
+                };
+                written(&mut log, observer, |log| log.evaluation(step.step, &evaluation));
                 observer.evaluation(step.step, &evaluation);
                 summary.evaluation = Some(evaluation);
             }
@@ -311,6 +314,16 @@ impl Run<'_> {
         }
         save_result(&config.out, &trainer.adapted)?;
         Ok(summary)
+    }
+}
+
+/// Writes into a log; one that cannot be written any more is noted and closed, and the run goes on.
+fn written(log: &mut Option<Log>, observer: &mut dyn Observer, write: impl FnOnce(&mut Log) -> Result<()>) {
+    if let Some(open) = log
+        && let Err(e) = write(open)
+    {
+        observer.note(&format!("{e}; the run goes on without its log"));
+        *log = None;
     }
 }
 

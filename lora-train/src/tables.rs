@@ -19,7 +19,8 @@ pub(crate) fn aligned(rows: &[Vec<String>], left: usize) -> Vec<Vec<String>> {
     let width = |i: usize| rows.iter().filter_map(|row| row.get(i)).map(|c| c.chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..count).map(width).collect();
     let cell = |i: usize, cell: &str| {
-        let width = widths[i];
+        // More is no width of the standard library's.
+        let width = widths[i].min(u16::MAX.into());
         if i < left { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
     };
     let padded = |row: &Vec<String>| (0..count).map(|i| cell(i, row.get(i).map_or("", String::as_str))).collect();

@@ -708,9 +708,12 @@ fn ways_to_begin_have_pefts_words() {
         ("lora_ga", "gradient"),
         ("mica", "A alone"),
     ];
-    for (word, why) in
-        words.into_iter().chain([("pissa_niter_", "pissa_niter_N"), ("pissa_niter_-1", "olora"), ("", "gaussian")])
-    {
+    for (word, why) in words.into_iter().chain([
+        ("pissa_niter_", "pissa_niter_N"),
+        ("pissa_niter_-1", "olora"),
+        ("pissa_niter_4000000000", "up to 1000"),
+        ("", "gaussian"),
+    ]) {
         let error = InitLoraWeights::parse(word).unwrap_err().to_string();
         assert!(error.contains("init-lora-weights") && error.contains(why) && error.contains(word), "{error}");
     }

@@ -84,6 +84,9 @@ pub struct Combined {
     pub cut: f64,
 }
 
+/// The largest rank of a result: as of an adapter that trains.
+const LARGEST_RANK: usize = 1 << 20;
+
 impl Recipe {
     /// The rule without its `_svd`, and whether it works on whole updates.
     fn parts(&self) -> (&str, bool) {
@@ -135,7 +138,9 @@ impl Recipe {
                 r.to_string(),
                 format!("{} cuts to no rank; svd and those that end in it do", self.how),
             ),
-            Some(0) => refused("svd-rank", "0".into(), "a rank is at least 1".into()),
+            Some(r) if r == 0 || r > LARGEST_RANK => {
+                refused("svd-rank", r.to_string(), format!("a rank is from 1 to {LARGEST_RANK}"))
+            }
             _ => Ok(()),
         }
     }

@@ -16,7 +16,8 @@ use crate::{Error, Result, files};
 const CHUNK: usize = 1 << 16;
 
 /// Writes a model's weights into `dir`, each in the type of its spec (whatever they were read from), spread over
-/// files and named there as `layout` says; tensors that it does not know go to its last file under their own names.
+/// files and named there as `layout` says; tensors that it does not know go to its last file under their own names. Then all
+/// have their own: a head beside a bare model's names (without `bert.`, say) is what Transformers 4 takes for damaged.
 ///
 /// `fetch` is asked for one tensor at a time, when its bytes are due, so that no second copy of the weights is ever
 /// held. Each file is written atomically and the index last: a folder that had no weights has either all of them or
@@ -45,8 +46,10 @@ pub fn save(
     let last = layout.files().len() - 1;
     let mut shards: Vec<Vec<TensorSpec>> = vec![Vec::new(); layout.files().len()];
     let mut names: BTreeMap<String, &str> = BTreeMap::new();
+    let own_names = tensors.iter().any(|t| layout.place(&t.name).is_none());
     for t in tensors {
         let (file, stored) = layout.place(&t.name).unwrap_or((last, &t.name));
+        let stored = if own_names { &t.name } else { stored };
         shards[file].push(TensorSpec { name: stored.to_owned(), ..t.clone() });
         names.insert(stored.to_owned(), &t.name);
     }

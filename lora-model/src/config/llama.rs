@@ -350,6 +350,12 @@ impl LlamaConfig {
             let problem = format!("{} is odd, but rotary positions turn a head's columns in pairs", self.head_dim);
             return Some(("head_dim", problem));
         }
+        // The cosines and sines of every position, which are made when the model is.
+        const MOST_TURNS: usize = 1 << 28;
+        if self.max_positions() * self.head_dim > MOST_TURNS {
+            let problem = format!("with head_dim = {} it is at most {}", self.head_dim, MOST_TURNS / self.head_dim);
+            return Some(("max_position_embeddings", problem));
+        }
         checks::probabilities(&[("attention_dropout", self.attention_dropout)])
             .or_else(|| checks::epsilon("rms_norm_eps", self.rms_norm_eps))
             .or_else(|| self.rope.problem())

@@ -97,8 +97,7 @@ impl Joiner {
     /// [`Error::Tokenizer`](crate::Error::Tokenizer): `max_length` leaves no room for text, or the second segment is not a run at the end.
     pub fn join(&self, text: &str, second: Option<&str>, max_length: usize) -> Result<Joined> {
         let failed = |e: tokenizers::Error| self.tokenizer.error(e.to_string());
-        let inner = &self.tokenizer.inner;
-        let encode = |text: &str| inner.encode_fast(text, false).map_err(failed);
+        let encode = |text: &str| self.tokenizer.caught(|inner| inner.encode_fast(text, false));
         let (a, b) = (encode(text)?, second.map(encode).transpose()?);
         let around = self.around(b.is_some());
         let room = max_length.checked_sub(around).filter(|room| *room > usize::from(b.is_some())).ok_or_else(|| {
@@ -129,7 +128,7 @@ impl Joiner {
                 (ids, second_from)
             }
             Around::PostProcessor => {
-                let joined = inner.post_process(a, b, true).map_err(failed)?;
+                let joined = self.tokenizer.caught(|inner| inner.post_process(a, b, true))?;
                 let types = joined.get_type_ids();
                 let second_from = types.iter().position(|t| *t != 0).unwrap_or(types.len());
                 if types[second_from..].iter().any(|t| *t != 1) {

@@ -1,5 +1,6 @@
 use std::{
     collections::HashSet,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -46,7 +47,23 @@ pub(super) fn byte_level(model: BPE) -> tokenizers::Tokenizer {
 fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
     let text = files::read_to_string(path)?;
     check_prefix(path, &text)?;
-    text.parse().map_err(|e: tokenizers::Error| bad(path, format!("not a tokenizer file: {e}")))
+    let mut inner: tokenizers::Tokenizer =
+        caught(|| text.parse()).map_err(|problem| bad(path, format!("not a tokenizer file: {problem}")))?;
+    // What the file says of lengths is of no use here, and may not even be possible.
+    inner.with_truncation(None).map_err(|e| bad(path, e.to_string()))?;
+    Ok(inner)
+}
+
+/// What `f` gives of the library, which panics over some damaged files rather than say what is wrong with them.
+pub(super) fn caught<T>(f: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(e)) => Err(e.to_string()),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(format!("a part of it makes no sense to the library ({}); correct it", said.unwrap_or("it panicked")))
+        }
+    }
 }
 
 /// Refuses a `continuing_subword_prefix` that a merge's second half does not begin with: the library would cut that
@@ -161,7 +178,7 @@ fn begin_of_text(dir: &Path, inner: &tokenizers::Tokenizer, path: &Path) -> Resu
         }
     }
     let ids = |special| {
-        let encoding = inner.encode_fast("a", special).map_err(|e| bad(path, e.to_string()))?;
+        let encoding = caught(|| inner.encode_fast("a", special)).map_err(|problem| bad(path, problem))?;
         Ok::<_, Error>(encoding.get_ids().to_vec())
     };
     let (with, without) = (ids(true)?, ids(false)?);

@@ -112,7 +112,7 @@ impl Tokenizer {
             match batch[..] {
                 [] => return Ok(ids),
                 [piece] => {
-                    let encoding = self.inner.encode_fast(piece, false).map_err(|e| self.error(e.to_string()))?;
+                    let encoding = self.caught(|inner| inner.encode_fast(piece, false))?;
                     ids.extend_from_slice(encoding.get_ids());
                 }
                 _ => self.encode_all(&batch)?.iter().for_each(|part| ids.extend_from_slice(part)),
@@ -125,13 +125,13 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Tokenizer::encode).
     pub fn encode_all(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
-        let encodings = self.inner.encode_batch_fast(texts.to_vec(), false).map_err(|e| self.error(e.to_string()))?;
+        let encodings = self.caught(|inner| inner.encode_batch_fast(texts.to_vec(), false))?;
         Ok(encodings.iter().map(|e| e.get_ids().to_vec()).collect())
     }
 
     /// [`encode`](Tokenizer::encode), with the bytes of `text` that each token stands for.
     fn encode_with_places(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let encoding = self.inner.encode(text, false).map_err(|e| self.error(e.to_string()))?;
+        let encoding = self.caught(|inner| inner.encode(text, false))?;
         let places = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
         Ok((encoding.get_ids().to_vec(), places))
     }
@@ -149,7 +149,7 @@ impl Tokenizer {
         if let Some(id) = ids.iter().find(|&&id| self.inner.id_to_token(id).is_none()) {
             return Err(self.error(format!("token {id} is not in the vocabulary of {} tokens", self.ids)));
         }
-        self.inner.decode(ids, skip_special).map_err(|e| self.error(e.to_string()))
+        self.caught(|inner| inner.decode(ids, skip_special))
     }
 
     /// The text of `ids` as it stands after the text of `before`: the space that some vocabularies put before a text, and
@@ -226,6 +226,11 @@ impl Tokenizer {
             files::copy(&from.join(name), &to.join(name))?;
         }
         Ok(())
+    }
+
+    /// What the library gives.
+    fn caught<T>(&self, f: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<T>) -> Result<T> {
+        load::caught(|| f(&self.inner)).map_err(|problem| self.error(problem))
     }
 
     fn error(&self, problem: String) -> Error {

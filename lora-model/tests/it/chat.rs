@@ -169,6 +169,7 @@ fn what_is_wrong_with_a_template_is_told_with_its_place() {
     let chat = [Message::new("user", "Hi"), Message::new("assistant", "Ho")];
     let config = |template: Value| json!({"chat_template": template}).to_string();
     type Files<'a> = &'a [(&'a str, &'a str)];
+    let nested = format!("{{{{ {}1 }}}}", "1+".repeat(100_000));
     let cases: &[(Files, &[&str])] = &[
         (&[], &["no chat template", "chat_template.jinja", "tokenizer_config.json"]),
         (&[("tokenizer_config.json", "{}")], &["no chat template"]),
@@ -185,6 +186,8 @@ fn what_is_wrong_with_a_template_is_told_with_its_place() {
             &["line 1", "the template refuses the conversation: only users"],
         ),
         (&[("chat_template.jinja", "{{ strftime_now('%K') }}")], &["line 1", "strftime_now(\"%K\")"]),
+        (&[("chat_template.jinja", "{{ messages | tojson(indent=3000000000) }}")], &["line 1", "at most 64"]),
+        (&[("chat_template.jinja", &nested)], &["chat_template.jinja", "a template of 200007 bytes"]),
         (&[("chat_template.jinja", "nothing is said")], &["turn 1", "writes nothing for it"]),
         (&[("chat_template.jinja", "{% generation %}{% endgeneration %}")], &["hold nothing"]),
         (

@@ -98,6 +98,13 @@ fn bare_encoders_get_the_head_that_is_asked_for() {
             );
         }
         assert_eq!(model.outline().modules_to_save, ["classifier"]);
+
+        // Beside a head, names without the prefix are what Transformers 4 takes for damaged.
+        let out = tempfile::tempdir().unwrap();
+        model.save(out.path(), &BTreeMap::new()).unwrap();
+        let saved = Checkpoint::open(out.path()).unwrap();
+        assert!(saved.names().all(|n| n.starts_with(root) || n.starts_with("classifier.")), "{case}");
+        assert_eq!(computed(&*load(out.path(), &CPU).unwrap()), computed(&*model), "{case}");
     }
 }
 

@@ -266,6 +266,30 @@ fn damaged_tokenizers_are_refused_by_name() {
     }
 }
 
+/// Parts over which the library panics: when a file is read, a text encoded, tokens decoded.
+#[test]
+fn parts_that_make_no_sense_are_refused_by_name() {
+    use serde_json::{Value, json};
+    for (key, part) in [
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": ""})),
+        ("normalizer", json!({"type": "Prepend", "prepend": ""})),
+        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
+        ("decoder", json!({"type": "Strip", "content": "H", "start": 0, "stop": 99})),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        trained(300).save(dir.path()).unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let mut file: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        file[key] = part.clone();
+        fs::write(&path, file.to_string()).unwrap();
+        let used = |t: Tokenizer| {
+            ["Hello wörld 12  x", "H"].into_iter().try_for_each(|text| t.decode(&t.encode(text)?, false).map(drop))
+        };
+        let error = Tokenizer::from_dir(dir.path()).and_then(used).expect_err(&part.to_string()).to_string();
+        assert!(error.contains("tokenizer.json"), "{part}: {error}");
+    }
+}
+
 #[test]
 fn the_end_of_a_text_is_found_where_it_is_told() {
     let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
@@ -300,11 +324,15 @@ fn truncation_and_padding_of_the_file_are_ignored() {
     t.save(dir.path()).unwrap();
     let path = dir.path().join("tokenizer.json");
     let mut file: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    file["truncation"] =
-        serde_json::json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
-    fs::write(&path, file.to_string()).unwrap();
-    let text = "a text of far more than three tokens";
-    assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().encode(text).unwrap(), t.encode(text).unwrap());
+    // The second is impossible.
+    for (max_length, stride) in [(3, 0), (1, 5)] {
+        file["truncation"] = serde_json::json!({
+            "direction": "Right", "max_length": max_length, "strategy": "LongestFirst", "stride": stride
+        });
+        fs::write(&path, file.to_string()).unwrap();
+        let text = "a text of far more than three tokens";
+        assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().encode(text).unwrap(), t.encode(text).unwrap());
+    }
 }
 
 #[test]

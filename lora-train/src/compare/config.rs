@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use lora_core::peft::METHODS;
 use toml::{Table, Value};
 
-use super::source::{Part, Source};
+use super::source::{Part, Source, option_of};
 use crate::{Error, Place, Result, TrainConfig, place, resources};
 
 /// What is compared on what.
@@ -88,7 +88,7 @@ impl Comparison {
         let mut shared = source.table()?;
         shared.extend(flags);
         let own = Own::take(&source, &mut shared)?;
-        source.check_keys(Part::Shared, &shared)?;
+        source.check_keys(Part::Shared, &shared, &OWN, &[&DECIDED, &["seed"]])?;
         let mut rows: Vec<Row> = Vec::new();
         for (i, run) in own.runs.iter().enumerate() {
             rows.push(row(&source, &shared, &own, run, i)?);
@@ -102,7 +102,7 @@ impl Comparison {
         }
         // The names of the device and the type that `auto` means here: cells of another are other cells.
         let first = &rows[0].config;
-        let place = Place::open(&first.device, &first.dtype)?;
+        let place = Place::open(&first.device, &first.dtype).map_err(|e| source.placed(Part::Shared, e))?;
         let (device, dtype) = (place.device.to_string(), place::name(place.dtype).to_owned());
         for row in &mut rows {
             (row.config.device, row.config.dtype) = (device.clone(), dtype.clone());
@@ -121,9 +121,9 @@ impl Comparison {
         };
         for (i, row) in comparison.rows.iter().enumerate() {
             let in_run = |e| source.placed(Part::Run(i), e);
-            let in_search = |e: Error| match e {
-                Error::Option { option, .. } if comparison.search.contains_key(option) => source.placed(SEARCH, e),
-                e => in_run(e),
+            let in_search = |e: Error| match option_of(&e) {
+                Some(option) if comparison.search.contains_key(option) => source.placed(SEARCH, e),
+                _ => in_run(e),
             };
             for &lr in &row.lrs {
                 TrainConfig { lr, ..row.config.clone() }.check().map_err(in_run)?;
@@ -227,7 +227,7 @@ impl Own {
             let problem = format!("key {key}: cannot be another while a learning rate is chosen; leave it out");
             return Err(source.problem(SEARCH, Some(key), problem));
         }
-        source.check_keys(SEARCH, &search)?;
+        source.check_keys(SEARCH, &search, &["hold-out", "seed"], &[&DECIDED, &SAME, &["lr", "method", "seed"]])?;
         if let Some(key) = JUDGED_BY.iter().find(|key| eval.contains_key(**key)) {
             return Err(source.problem(EVAL, Some(key), decided(key)));
         }
@@ -278,7 +278,7 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
         None => own.seeds.clone(),
         Some(value) => seeds(source, part, &value)?,
     };
-    source.check_keys(part, &run)?;
+    source.check_keys(part, &run, &["name", "seeds"], &[&DECIDED, &SAME, &["seed"]])?;
     let named = run.clone();
     let mut table = shared.clone();
     for (flag, other) in [("steps", "epochs"), ("epochs", "steps")] {

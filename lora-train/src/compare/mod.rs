@@ -13,6 +13,7 @@
 //! its death is not the comparison's.
 
 mod cell;
+mod check;
 mod config;
 mod inputs;
 mod plot;

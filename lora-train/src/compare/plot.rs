@@ -41,8 +41,12 @@ pub(super) fn svg(table: &Table) -> Option<String> {
         .lines
         .iter()
         .filter_map(|line| point(line).map(|(trainable, score)| Point { name: &line.name, trainable, score }))
-        .filter(|p| p.trainable > 0.0 && p.score.mean.is_finite())
+        // Scores beyond f32 come from no run, and from axes that nothing can draw.
+        .filter(|p| p.trainable > 0.0 && (p.score.mean.abs() + p.score.sd.unwrap_or(0.0)) < f32::MAX.into())
         .collect();
+    if points.is_empty() {
+        return None;
+    }
     let mut text = String::new();
     {
         let root = SVGBackend::with_string(&mut text, SIZE).into_drawing_area();
@@ -88,15 +92,19 @@ fn draw(root: &DrawingArea<SVGBackend<'_>, Shift>, metric: &str, points: &[Point
         let line = [(p.trainable, p.score.mean - sd), (p.trainable, p.score.mean + sd)];
         chart.draw_series([PathElement::new(line, color.stroke_width(2))]).ok()?;
         chart.draw_series([Circle::new((p.trainable, p.score.mean), 5, color.filled())]).ok()?;
-        // The name stands beside its point, moved down where another stands there already.
-        let (x, mut y) = chart.backend_coord(&(p.trainable, p.score.mean));
+        // The name stands beside its point; where another stands there already, at the nearest free height, with a line
+        // to its point.
+        let (x, at) = chart.backend_coord(&(p.trainable, p.score.mean));
         let width = 8 * p.name.chars().count() as i32 + 16;
-        while taken.iter().any(|&(tx, ty, tw)| (ty - y).abs() < 16 && x < tx + tw && tx < x + width) {
-            y += 4;
+        let free = |y: i32| !taken.iter().any(|&(tx, ty, tw)| (ty - y).abs() < 16 && x < tx + tw && tx < x + width);
+        let near = (0..SIZE.1 as i32).flat_map(|off| [at - off, at + off]);
+        let y = near.into_iter().find(|y| (16..SIZE.1 as i32 - 80).contains(y) && free(*y)).unwrap_or(at);
+        if (y - at).abs() > 6 {
+            root.draw(&PathElement::new([(x, at), (x + 9, y)], color.stroke_width(1))).ok()?;
         }
         taken.push((x, y, width));
         let style = (FONT, 15).into_font().color(&BLACK).pos(Pos::new(HPos::Left, VPos::Center));
-        root.draw(&Text::new(p.name.to_owned(), (x + 9, y), style)).ok()?;
+        root.draw(&Text::new(p.name.to_owned(), (x + 11, y), style)).ok()?;
     }
     Some(())
 }

@@ -1,7 +1,7 @@
 //! One run: the command as a process of its own, trained and judged.
 
 use std::{
-    io,
+    fs, io,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
 };
@@ -13,7 +13,7 @@ use super::{
     Comparison, Row,
     cell::{Cell, Judged, Trained},
 };
-use crate::{Error, RUN_FILE, Result, TrainConfig, data::TaskKind, weight_bytes};
+use crate::{Error, RUN_FILE, Result, TrainConfig, checkpoint, data::TaskKind, weight_bytes};
 
 /// How the command ends when training diverged.
 pub const DIVERGED: u8 = 3;
@@ -45,7 +45,11 @@ impl Program {
         let mut train = self.command();
         train.arg("train").arg("--config").arg(&file).arg("--json");
         if dir.join(RUN_FILE).exists() {
-            train.arg("--resume");
+            match dir.join(checkpoint::FOLDER).exists() {
+                true => drop(train.arg("--resume")),
+                // Finished, and its cell was removed, perhaps because it was of other settings.
+                false => remove(dir)?,
+            }
         }
         let summary = match answer(&mut train)? {
             Answer::Json(json) => json,
@@ -126,6 +130,16 @@ fn beside(dir: &Path, extension: &str) -> PathBuf {
     name.push(".");
     name.push(extension);
     name.into()
+}
+
+/// Removes a folder, where it is there.
+pub(super) fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(reason) if reason.kind() != io::ErrorKind::NotFound => {
+            Err(lora_model::Error::Io { action: "remove", path: dir.to_owned(), reason }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What came of the attempt to make a cell.

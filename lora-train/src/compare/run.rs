@@ -1,29 +1,23 @@
 //! Running what is not there yet.
 
 use std::{
-    fmt, fs, io,
+    fmt,
     ops::ControlFlow,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use lora_core::peft::parameters;
-use lora_model::{LoadOptions, config::RawConfig, files, fingerprint, outline};
+use lora_model::{files, fingerprint};
 
 use super::{
-    Comparison, Row, Table,
+    Comparison, Line, Row, Table,
     cell::{self, Cell, settings},
+    check::check,
     config::folder,
     inputs::Inputs,
-    process::{Made, Program, eval_args},
+    process::{Made, Program, eval_args, remove},
 };
-use crate::{
-    Error, Result, TrainConfig,
-    data::{self, Corpus, Format, TaskKind},
-    hub,
-    output::lock,
-    task::{self, Fitted},
-};
+use crate::{Error, Result, TrainConfig, hub, output::lock};
 
 /// A cell that is run, or was.
 #[derive(Clone, Debug, PartialEq)]
@@ -99,7 +93,7 @@ pub enum Failure {
         /// Why.
         why: String,
     },
-    /// A row that has no learning rate, because training diverged with each of them.
+    /// A row without a result, because training diverged with each of its learning rates, or seeds.
     Diverged {
         /// The row's name.
         row: String,
@@ -111,7 +105,7 @@ impl fmt::Display for Failure {
         match self {
             Failure::Run { job, why } => write!(f, "{job}: {why}"),
             Failure::Diverged { row } => {
-                write!(f, "{row}: training diverged with every learning rate; give lower ones")
+                write!(f, "{row}: training diverged with every learning rate and seed; give a lower rate")
             }
         }
     }
@@ -143,6 +137,8 @@ pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut
     }
     finished.table = store.table()?;
     finished.table.write(out)?;
+    let lost = |line: &&Line| line.diverged > 0 && line.diverged == line.seeds;
+    finished.failed.extend(finished.table.lines.iter().filter(lost).map(|l| Failure::Diverged { row: l.name.clone() }));
     Ok(finished)
 }
 
@@ -157,39 +153,6 @@ pub fn finished(comparison: &Comparison, out: &Path) -> Result<Table> {
     }
     let nothing = Program { path: PathBuf::new(), options: Vec::new() };
     Store::open(comparison, out, &nothing)?.table()
-}
-
-/// Reads the data and looks at the base, so that what is wrong with them, or with a row on them, is told before anything is
-/// trained.
-fn check(comparison: &Comparison) -> Result<()> {
-    let config = &comparison.rows[0].config;
-    let base = hub::resolve(&config.model)?;
-    let task = config.task_row()?;
-    let read = |path: &Path| match task {
-        None => Ok(data::read(path, config.format.unwrap_or_else(|| Format::of_path(path)))?),
-        Some(task) => task::read(path, task, config.format),
-    };
-    let (training, test) = (read(&config.data)?, read(&comparison.test)?);
-    let raw = RawConfig::from_dir(&base)?;
-    for row in &comparison.rows {
-        let head = match task.filter(|task| task.kind != TaskKind::Completions) {
-            None => {
-                task::check_causal(&base, task)?;
-                None
-            }
-            Some(task) => {
-                let fitted = Fitted::to_train(task, &base, row.config.init_adapter.as_deref(), &training)?;
-                let check = |corpus: &Corpus| fitted.labels.as_ref().map_or(Ok(()), |labels| labels.check(corpus));
-                check(&training)?;
-                check(&test)?;
-                Some(fitted.head())
-            }
-        };
-        let outline = outline(&raw, &LoadOptions { task: head, ..LoadOptions::default() })?;
-        parameters(&*row.config.method_options()?, &outline)
-            .map_err(|e| Error::Config { path: row.name.clone().into(), problem: e.to_string() })?;
-    }
-    Ok(())
 }
 
 /// Where a comparison is kept.
@@ -402,12 +365,6 @@ impl Store<'_> {
     fn clear(&self, row: &Row, kind: Kind, dir: &Path) -> Result<()> {
         let searched = matches!(kind, Kind::Search { .. });
         let all = searched || row.config.row()?.whole_model && !self.comparison.keep_models;
-        let gone = if all { dir.to_owned() } else { dir.join(crate::checkpoint::FOLDER) };
-        match fs::remove_dir_all(&gone) {
-            Err(reason) if reason.kind() != io::ErrorKind::NotFound => {
-                Err(lora_model::Error::Io { action: "remove", path: gone, reason }.into())
-            }
-            _ => Ok(()),
-        }
+        if all { remove(dir) } else { remove(&dir.join(crate::checkpoint::FOLDER)) }
     }
 }

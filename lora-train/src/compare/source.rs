@@ -75,16 +75,28 @@ impl<'a> Source<'a> {
         Ok(table)
     }
 
-    /// Tries each key of training alone, so that the one at fault is named.
+    /// Tries each key of training alone, so that the one at fault is named. Of an unknown one it is said which there are:
+    /// the part's `own`, and those of training but for `others`.
     ///
     /// # Errors
     /// A key that training does not know, a value of another type.
-    pub(super) fn check_keys(&self, part: Part, table: &Table) -> Result<()> {
+    pub(super) fn check_keys(&self, part: Part, table: &Table, own: &[&str], others: &[&[&str]]) -> Result<()> {
         for (key, value) in table.iter().filter(|(key, _)| *key != "lr") {
             let alone: Table = [(key.clone(), value.clone())].into_iter().collect();
             if let Err(e) = Value::Table(alone).try_into::<TrainConfig>() {
-                let problem = format!("key {key}: {}", e.message().trim().replace('\n', " "));
-                return Err(self.problem(part, Some(key), problem));
+                let said = e.message().trim();
+                let said = match said.strip_prefix("unknown field ") {
+                    // The names that are quoted after that of the key.
+                    Some(names) => {
+                        let of_training = names.split('`').skip(3).step_by(2);
+                        let named_so = of_training.filter(|name| our_name(name) == **name);
+                        let of_part = named_so.filter(|name| !others.iter().any(|o| o.contains(name)));
+                        let names: Vec<&str> = own.iter().copied().chain(of_part).collect();
+                        format!("unknown field; there are {}", names.join(", "))
+                    }
+                    None => said.replace('\n', " "),
+                };
+                return Err(self.problem(part, Some(key), format!("key {key}: {said}")));
             }
         }
         Ok(())
@@ -95,14 +107,9 @@ impl<'a> Source<'a> {
         self.problem(part, Some(key), format!("key {key}: is {found} in place of {wanted}"))
     }
 
-    /// The error of an option, with its place in the file.
+    /// An error with its place in the file.
     pub(super) fn placed(&self, part: Part, e: Error) -> Error {
-        match e {
-            Error::Option { option, value, why } => {
-                self.problem(part, Some(option), format!("{option} = {value}: {why}"))
-            }
-            e => e,
-        }
+        self.problem(part, option_of(&e), e.to_string())
     }
 
     /// What is wrong in a part of the file, with the line of the key (or of the part, where it has none of that name).
@@ -123,6 +130,16 @@ impl<'a> Source<'a> {
         let tables = [own.and_then(|(_, value)| value.as_table()), Some(&self.keys)].into_iter().flatten();
         let found = key.and_then(|key| tables.filter_map(|table| find(table, key)).next());
         found.map(|(at, _)| at).or(own.map(|(at, _)| at))
+    }
+}
+
+/// The option that an error is about.
+pub(super) fn option_of(e: &Error) -> Option<&'static str> {
+    use lora_model::Error::{Core, Option as OfModel};
+    match e {
+        Error::Option { option, .. }
+        | Error::Model(OfModel { option, .. } | Core(lora_core::Error::Option { option, .. })) => Some(option),
+        _ => None,
     }
 }
 

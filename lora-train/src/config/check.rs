@@ -58,6 +58,17 @@ impl TrainConfig {
         within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
         within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
         within("label-smoothing", self.label_smoothing, 0.0, 1.0, "label smoothing is in [0, 1)")?;
+        // Whether or not the method reads them: checkpoints hold them.
+        for (option, v) in [
+            ("d-initial", self.d_initial),
+            ("adalora-beta1", self.adalora_beta1),
+            ("adalora-beta2", self.adalora_beta2),
+            ("orth-reg-weight", self.orth_reg_weight),
+        ] {
+            if !v.is_finite() {
+                return Err(Error::option(option, v, "is a finite number"));
+            }
+        }
         const LARGEST: u64 = i64::MAX as u64;
         for (option, v, most) in [
             ("steps", self.steps.unwrap_or(0), u64::from(u32::MAX)),
@@ -81,6 +92,11 @@ impl TrainConfig {
             ("batch-size", self.batch_size),
             ("max-length", self.max_length),
             ("keep", self.keep),
+            ("prefix", self.prefix),
+            ("infix", self.infix),
+            ("reparam", self.reparam),
+            ("init-r", self.init_r),
+            ("target-r", self.target_r),
         ] {
             if v > u32::MAX as usize {
                 return Err(Error::option(option, v, format!("is at most {}", u32::MAX)));

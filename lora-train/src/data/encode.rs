@@ -120,6 +120,8 @@ pub struct Dataset {
     pub dropped: usize,
     /// What predictions are judged by besides the loss.
     pub metrics: &'static [Metric],
+    /// The label that F₁ is of.
+    pub positive: u32,
 }
 
 impl Dataset {

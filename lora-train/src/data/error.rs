@@ -30,8 +30,8 @@ pub enum Error {
     /// The bytes are not UTF-8.
     #[error(
         "{}:{line}: the file is not UTF-8: byte 0x{byte:02x} at offset {offset} starts no valid character; convert it, for \
-         example with iconv -f LATIN1 -t UTF-8",
-        path.display()
+         example with iconv -f {} -t UTF-8",
+        path.display(), likely_encoding(*offset, *byte)
     )]
     NotUtf8 {
         /// The file.
@@ -99,7 +99,20 @@ pub enum Error {
         array: bool,
     },
 
-    /// A line of a JSONL file is JSON, but not an example.
+    /// A line of a JSONL file is JSON, but no object.
+    #[error("{}:{line}: found {found} in place of an object{}", path.display(), hint(*array))]
+    NotAnObject {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
+        /// What stands there instead.
+        found: &'static str,
+        /// The file begins with `[`, so it is likely one JSON array.
+        array: bool,
+    },
+
+    /// A line of a JSONL file is a JSON object, but not an example.
     #[error(
         "{}:{line}: {found}; each line must be an object with the strings \"prompt\" and \"completion\", with the string \
          \"text\", or with the list \"messages\"",
@@ -264,6 +277,17 @@ pub enum Error {
         found: &'static str,
     },
 
+    /// A prompt that cannot be continued.
+    #[error("{}:{line}: {problem}", path.display())]
+    Unprompted {
+        /// The file.
+        path: PathBuf,
+        /// The line of the first example with this prompt.
+        line: usize,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+
     /// There are not as many predictions as prompts.
     #[error(
         "{}: {found} predictions for the {prompts} prompts of {}: there must be one line for each, in their order (equal \
@@ -345,6 +369,15 @@ pub enum Error {
         task: &'static str,
         /// What is missing, or stands there instead.
         found: String,
+    },
+
+    /// A text of which the tokenizer makes nothing.
+    #[error("{}:{line}: the tokenizer makes no token of the text; delete the line", path.display())]
+    NoTokens {
+        /// The file.
+        path: PathBuf,
+        /// The line.
+        line: usize,
     },
 
     /// A label is empty.
@@ -435,6 +468,12 @@ pub enum Error {
         /// Micro-batches in a step.
         grad_accum: usize,
     },
+}
+
+/// What a file is likely written in whose first byte that is no UTF-8 is this one.
+fn likely_encoding(offset: usize, byte: u8) -> &'static str {
+    // The marks of both orders of bytes.
+    if offset == 0 && byte >= 0xfe { "UTF-16" } else { "LATIN1" }
 }
 
 fn emptiness(bytes: usize) -> &'static str {

@@ -177,7 +177,12 @@ fn json(path: &Path, line: usize, text: &str, body: &str, task: &'static TaskRow
     };
     let raw = match value {
         Value::String(s) => Raw::Text(s.trim()),
-        Value::Number(n) => Raw::Number(n.as_f64().unwrap_or(f64::NAN), n.to_string()),
+        Value::Number(n) => {
+            let number = n.as_f64().unwrap_or(f64::NAN);
+            // 1 and 1.0 are one label.
+            let whole = n.is_f64() && number.fract() == 0.0 && number.abs() < 1e15;
+            Raw::Number(number, if whole { (number as i64).to_string() } else { n.to_string() })
+        }
         Value::Bool(b) => Raw::Number(f64::from(u8::from(*b)), u8::from(*b).to_string()),
         other => return Err(not(format!("\"{key}\" is {} in place of a label", kind(other)))),
     };

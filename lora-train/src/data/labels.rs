@@ -97,6 +97,14 @@ fn of_corpus(corpus: &Corpus) -> Vec<String> {
         _ => None,
     });
     let mut names: Vec<String> = labels.collect::<BTreeSet<_>>().into_iter().collect();
+    let examples = corpus.examples.len();
+    if names.len() > 8 && 2 * names.len() > examples {
+        tracing::warn!(
+            "{}: {} different labels in {examples} examples; if the label stands first, give headings: label and text",
+            corpus.path.display(),
+            names.len()
+        );
+    }
     // By their numbers, "10" comes after "9".
     if let Some(mut numbered) =
         names.iter().map(|n| Some((n.parse::<i64>().ok()?, n.clone()))).collect::<Option<Vec<_>>>()
@@ -135,7 +143,9 @@ pub fn encode_task(
         tracing::warn!("{cut} of {examples} examples are longer than {max_length} tokens and were cut to that");
     }
     let sequences = encoded.into_iter().map(|(sequence, _)| sequence).collect();
-    Ok(Dataset { sequences, cut, dropped: 0, metrics: task.metrics })
+    // Whichever output of the head it is: a base may have its labels in another order.
+    let positive = labels.and_then(|l| l.names().iter().position(|name| name == "1")).unwrap_or(1) as u32;
+    Ok(Dataset { sequences, cut, dropped: 0, metrics: task.metrics, positive })
 }
 
 /// The sequence of an example, and whether something was cut.
@@ -157,6 +167,9 @@ fn sequence(
     };
     let joined = join.join(text, second.as_deref(), max_length);
     let Joined { ids, second_from, cut } = joined.map_err(|source| Error::Tokenizer { path: path(), line, source })?;
+    if ids.is_empty() {
+        return Err(Error::NoTokens { path: path(), line });
+    }
     let vocab_size = join.vocab_size();
     if let Some(&token) = ids.iter().find(|&&t| t as usize >= vocab_size) {
         return Err(Error::OutsideVocabulary { path: path(), line, token, vocab_size });

@@ -125,11 +125,7 @@ pub(super) fn object(path: &Path, line: usize, text: &str, array: bool) -> Resul
     })?;
     match value {
         Value::Object(object) => Ok(object),
-        other => Err(Error::NotAnExample {
-            path: path.to_owned(),
-            line,
-            found: format!("found {} in place of an object", kind(&other)),
-        }),
+        other => Err(Error::NotAnObject { path: path.to_owned(), line, found: kind(&other), array }),
     }
 }
 

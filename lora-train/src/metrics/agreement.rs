@@ -9,14 +9,14 @@ pub fn accuracy(predicted: &[u32], truth: &[u32]) -> f64 {
     ratio(right as f64, truth.len() as f64)
 }
 
-/// F₁ of label 1 against all others, the harmonic mean of precision and recall: 2·TP / (2·TP + FP + FN); 0 where neither
-/// predictions nor labels hold a 1.
+/// F₁ of the label `positive` against all others, the harmonic mean of precision and recall: 2·TP / (2·TP + FP + FN); 0
+/// where neither predictions nor labels hold it.
 ///
 /// # Panics
 /// When there are not as many predictions as labels.
-pub fn f1(predicted: &[u32], truth: &[u32]) -> f64 {
-    let both = pairs(predicted, truth).filter(|pair| *pair == (1, 1)).count();
-    let ones = |labels: &[u32]| labels.iter().filter(|&&l| l == 1).count();
+pub fn f1(predicted: &[u32], truth: &[u32], positive: u32) -> f64 {
+    let both = pairs(predicted, truth).filter(|pair| *pair == (positive, positive)).count();
+    let ones = |labels: &[u32]| labels.iter().filter(|&&l| l == positive).count();
     // Each true positive is in both counts.
     ratio(2.0 * both as f64, (ones(predicted) + ones(truth)) as f64)
 }

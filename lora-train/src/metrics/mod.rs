@@ -100,10 +100,10 @@ impl Metric {
     }
 
     /// The metric of predicted labels; `None` for one of something else.
-    pub fn of_labels(self, predicted: &[u32], truth: &[u32]) -> Option<f64> {
+    pub fn of_labels(self, predicted: &[u32], truth: &[u32], positive: u32) -> Option<f64> {
         Some(match self {
             Metric::Accuracy => accuracy(predicted, truth),
-            Metric::F1 => f1(predicted, truth),
+            Metric::F1 => f1(predicted, truth, positive),
             Metric::Matthews => matthews(predicted, truth),
             _ => return None,
         })

@@ -19,7 +19,7 @@ fn metrics_are_those_of_scikit_learn_and_scipy() {
             let labels = |of: &[f64]| of.iter().map(|&v| v as u32).collect::<Vec<_>>();
             for metric in all {
                 let ours = match kind {
-                    "labels" => metric.of_labels(&labels(&predicted), &labels(&truth)),
+                    "labels" => metric.of_labels(&labels(&predicted), &labels(&truth), 1),
                     _ => metric.of_values(&predicted, &truth),
                 };
                 assert_eq!(ours.is_some(), !case[metric.name()].is_null(), "{kind} have {metric}");
@@ -39,7 +39,7 @@ fn what_is_not_defined_is_zero() {
         assert_eq!(f(&[0.1; 3], &[1.0, 2.0, 3.0]), 0.0);
         assert_eq!(f(&[], &[]), 0.0);
     }
-    assert_eq!(Metric::Accuracy.of_labels(&[], &[]), Some(0.0));
+    assert_eq!(Metric::Accuracy.of_labels(&[], &[], 1), Some(0.0));
     let scores = Scores(vec![(Metric::F1, 0.5), (Metric::Accuracy, 0.25)]);
     assert_eq!((scores.get(Metric::Accuracy), scores.get(Metric::Pearson)), (Some(0.25), None));
     assert_eq!(serde_json::to_string(&scores).unwrap(), r#"{"f1":0.5,"accuracy":0.25}"#);

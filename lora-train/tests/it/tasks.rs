@@ -7,7 +7,7 @@ use std::{
 
 use lora_core::peft::Adapted;
 use lora_kernels::{DType, Device};
-use lora_model::{config::RawConfig, load};
+use lora_model::{config::RawConfig, load, tokenizer::Joined};
 use lora_train::{
     Evaluation, Step, TextJoiner, TrainConfig, Trainer,
     data::{self, Answer, Content, Format, Goal, Labels, TASKS, TaskKind, encode_task, read_task, task},
@@ -113,6 +113,11 @@ fn files_of_tasks() {
         ),
         ("labels", "{\"text\": \"a\", \"text2\": \"b\", \"label\": true}", &[(1, "a", "b", "1")]),
         (
+            "labels",
+            "{\"text\": \"a\", \"label\": 1.0}\n{\"text\": \"b\", \"label\": 1.5}",
+            &[(1, "a", "", "1"), (2, "b", "", "1.5")],
+        ),
+        (
             "values",
             "{\"text\": \"a\", \"value\": 2}\n{\"text\": \"a\", \"score\": \"0.25\"}",
             &[(1, "a", "", "2"), (2, "a", "", "0.25")],
@@ -200,6 +205,32 @@ fn files_of_tasks_that_are_refused() {
     assert!(error.contains("'glue'") && error.contains("sst2, mrpc"), "{error}");
     assert!(with_file(b"a\tb", |p| data::read(p, Format::Tsv)).unwrap_err().to_string().contains("--task labels"));
     assert!(TASKS.iter().all(|t| task(t.name).unwrap().name == t.name && !t.metrics.is_empty()));
+}
+
+/// A tokenizer may put nothing around texts and make nothing of one.
+#[test]
+fn a_text_without_tokens_is_refused_with_its_line() {
+    struct Nothing;
+    impl data::Join for Nothing {
+        fn join(&self, text: &str, _: Option<&str>, _: usize) -> Result<Joined, data::EncodeError> {
+            let ids: Vec<u32> = text.bytes().filter(u8::is_ascii).map(u32::from).collect();
+            Ok(Joined { second_from: ids.len(), ids, cut: false })
+        }
+        fn around(&self, _: bool) -> usize {
+            0
+        }
+        fn vocab_size(&self) -> usize {
+            128
+        }
+    }
+    let row = task("values").unwrap();
+    let corpus = with_file("a\t1\n\u{200b}\t2\n".as_bytes(), |path| read_task(path, row, Format::Tsv).unwrap());
+    let error = encode_task(&corpus, row, None, &Nothing, 9).unwrap_err().to_string();
+    assert!(error.contains("data:2: the tokenizer makes no token"), "{error}");
+    let dir = tempfile::tempdir().unwrap();
+    let model = load(&encoder(dir.path(), "bert_classification", |_| ()), &Device::Cpu).unwrap();
+    let error = model.batch(&Adapted::none(&Device::Cpu).unwrap(), &lora_model::Texts::new(&[5, 6, 7], &[3, 0]));
+    assert!(matches!(error, Err(lora_model::Error::NoTokens { index: 1 })));
 }
 
 #[test]
@@ -375,13 +406,49 @@ fn an_evaluation_judges_predictions() {
                 TaskKind::Values => metric.of_values(&predicted, &numbers),
                 TaskKind::Labels(_) => {
                     let predicted: Vec<u32> = predicted.iter().map(|&p| p as u32).collect();
-                    metric.of_labels(&predicted, &labels)
+                    metric.of_labels(&predicted, &labels, 1)
                 }
                 TaskKind::Completions => None,
             };
             assert!((value - expected.unwrap()).abs() < 1e-6, "{name}: {metric} {value}, not {expected:?}");
         }
     }
+}
+
+/// A base may have the labels in another order than the task; F₁ is of the one that is called 1.
+#[test]
+fn f1_is_of_the_label_1_whichever_output_that_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = encoder(dir.path(), "bert_classification", |raw| {
+        raw.set("architectures", vec!["BertModel"]);
+        raw.set("id2label", serde_json::json!({"0": "1", "1": "0"}));
+    });
+    let (mrpc, file) = (task("mrpc").unwrap(), dir.path().join("pairs.tsv"));
+    let rows: String = (0..12).map(|i| format!("{}\ta {i}\tb\n", usize::from(i % 4 > 0))).collect();
+    fs::write(&file, format!("Quality\t#1 String\t#2 String\n{rows}")).unwrap();
+    let corpus = read_task(&file, mrpc, Format::Tsv).unwrap();
+    let fitted = Fitted::to_train(mrpc, &base, None, &corpus).unwrap();
+    assert_eq!(fitted.labels.as_ref().unwrap().names(), ["1", "0"]);
+    let model = fitted.load(&base, &Device::Cpu, DType::F32, 1).unwrap();
+    let none = Adapted::none(&Device::Cpu).unwrap();
+    let joiner = TextJoiner::from_dir(&base, &*model).unwrap();
+    let data = fitted.encode(&corpus, &joiner, (&*model, &none), 20).unwrap();
+    let scores = evaluate(&*model, &none, &data, 5).unwrap().scores.0;
+    let f1 = scores.iter().find(|(m, _)| *m == Metric::F1).unwrap().1;
+    let best = |seq: &data::Sequence| {
+        let one = data::Dataset::new(vec![seq.clone()]);
+        let batch = model.batch(&none, &one.batches(1).next().unwrap().texts()).unwrap();
+        let logits = model.logits(&none, &batch).unwrap().to_f64().unwrap();
+        u32::from(logits[1] > logits[0])
+    };
+    let (mut both, mut said, mut true_ones) = (0.0, 0.0, 0.0);
+    for (i, seq) in data.sequences.iter().enumerate() {
+        let (says, is) = (best(seq) == 0, i % 4 > 0);
+        both += f64::from(u8::from(says && is));
+        said += f64::from(u8::from(says));
+        true_ones += f64::from(u8::from(is));
+    }
+    assert!((f1 - 2.0 * both / (said + true_ones)).abs() < 1e-12, "{f1}: {both} of {said} and {true_ones}");
 }
 
 /// A folder of a bare encoder gets a head, and what was trained is the same after it was saved and loaded.

@@ -12,7 +12,7 @@ use ndarray::{Array2, Axis};
 use super::{
     Adapter, Attached, BaseTensor, Linear, LinearAdapter, LinearSite, Method, Modules, Outline, Plan, Site, SiteKind,
     Start, added, load_plain,
-    lora::LARGEST_RANK,
+    lora::LARGEST_SQUARE,
     save_plain,
     selection::{Selection, Wanted},
     take,
@@ -110,8 +110,9 @@ impl AdaLoraSchedule {
     fn check(&self) -> Result<()> {
         let c = self;
         let bad = |option, value: String, why: &str| Err(Error::Option { option, value, why: why.into() });
-        if c.init_r == 0 || c.init_r > LARGEST_RANK {
-            return bad("init-r", c.init_r.to_string(), "a rank is from 1 to 1048576");
+        if c.init_r == 0 || c.init_r > LARGEST_SQUARE {
+            // Its penalty is of a matrix [init-r, init-r].
+            return bad("init-r", c.init_r.to_string(), "AdaLoRA's rank is from 1 to 8192");
         }
         if c.target_r == 0 || c.target_r > c.init_r {
             let why = format!("the rank at the end is at least 1, and at most that of the beginning, {}", c.init_r);

@@ -98,7 +98,9 @@ impl Default for LoraConfig {
 }
 
 /// More is no adapter.
-pub(in super::super) const LARGEST_RANK: usize = 1 << 20;
+const LARGEST_RANK: usize = 1 << 20;
+/// The same where a matrix [rank, rank] is made.
+pub(in super::super) const LARGEST_SQUARE: usize = 1 << 13;
 
 impl LoraConfig {
     /// The configuration of what is saved: where an adapter began at a part of the base, that part is saved beside it, so
@@ -127,6 +129,11 @@ impl LoraConfig {
         };
         if let Some(why) = rank(self.rank) {
             return bad("rank", self.rank.to_string(), why);
+        }
+        if self.init_lora_weights == InitLoraWeights::Orthogonal && self.rank > LARGEST_SQUARE {
+            let why =
+                format!("adapters that begin orthogonal are made from a matrix [rank, rank]: at most {LARGEST_SQUARE}");
+            return bad("rank", self.rank.to_string(), &why);
         }
         if let Some(why) = alpha(self.alpha) {
             return bad("alpha", self.alpha.to_string(), why);

@@ -68,11 +68,11 @@ impl InitLoraWeights {
             "olora" => InitLoraWeights::Olora,
             "orthogonal" => InitLoraWeights::Orthogonal,
             other => match other.strip_prefix("pissa_niter_").map(str::parse) {
-                Some(Ok(niter)) => InitLoraWeights::Pissa { niter: Some(niter) },
+                Some(Ok(niter @ 0..=1000)) => InitLoraWeights::Pissa { niter: Some(niter) },
                 _ => {
                     let known = REFUSED.iter().find(|(refused, _)| *refused == other).map(|(_, why)| *why);
                     return refuse(known.unwrap_or(
-                        "adapters begin as true, false, gaussian, pissa, pissa_niter_N (N iterations), olora, or orthogonal",
+                        "adapters begin as true, false, gaussian, pissa, pissa_niter_N (N iterations, up to 1000), olora, or orthogonal",
                     ));
                 }
             },

@@ -16,7 +16,7 @@ use crate::{
     lowrank::{Layout, Scaling},
 };
 
-pub(super) use config::LARGEST_RANK;
+pub(super) use config::LARGEST_SQUARE;
 pub use config::{Bias, LoraConfig};
 use dora::Dora;
 use embedding::EmbeddingUpdate;

@@ -375,6 +375,10 @@ impl Machine<'_> {
         if word != "storage" {
             return Err(OTHER.into());
         }
+        // Numbers, in PyTorch's files; each view has its own.
+        if key.len() > LONGEST_KEY {
+            return Err(format!("a storage with a name of {} bytes", key.len()));
+        }
         let len = usize::try_from(len).map_err(|_| format!("a storage of {len} elements"))?;
         let storage = Storage { kind, key: key.clone(), len };
         self.node(Node::Storage(storage));
@@ -442,6 +446,7 @@ impl Machine<'_> {
 
 const ENDS: &str = "it ends in the middle of an instruction";
 const SHORT: &str = "it takes more values than there are";
+const LONGEST_KEY: usize = 64;
 /// Bytes of a name of Python's.
 const MOST_NAME: usize = 256;
 const MOST_DIMENSIONS: usize = 8;

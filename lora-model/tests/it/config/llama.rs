@@ -186,6 +186,11 @@ fn impossible_values_are_refused_with_file_and_key() {
         ("mistral", json!({"num_key_value_heads": 64}), &["num_key_value_heads", "64"]),
         ("llama", json!({"head_dim": 63}), &["head_dim", "63 is odd"]),
         ("llama", json!({"head_dim": 0}), &["head_dim", "from 1 to"]),
+        (
+            "llama",
+            json!({"head_dim": 65_536, "max_position_embeddings": 1 << 20}),
+            &["max_position_embeddings", "head_dim = 65536", "at most 4096"],
+        ),
         ("llama", json!({"hidden_size": 0, "head_dim": 64}), &["hidden_size"]),
         ("llama", json!({"hidden_size": "4096"}), &["hidden_size", "expected a whole number"]),
         ("llama", json!({"intermediate_size": 0}), &["intermediate_size"]),

@@ -96,15 +96,16 @@ pub(crate) fn run(args: BenchLatencyArgs) -> anyhow::Result<()> {
     };
     ui::catch_interrupt("reporting the rounds that are whole")?;
     let report = latency(&config, &mut Progress(ProgressBar::hidden()))?;
-    if let Some(out) = &out
-        && !report.shapes.is_empty()
-    {
-        out.write(&report)?;
-    }
+    // Shown first: a file that cannot be written loses nothing.
     match args.json {
         true => ui::print_json(&report)?,
         false if report.shapes.is_empty() => ui::say("interrupted before the first round was whole"),
         false => ui::print(report.markdown())?,
+    }
+    if let Some(out) = &out
+        && !report.shapes.is_empty()
+    {
+        out.write(&report)?;
     }
     if report.interrupted { Err(ui::Interrupted.into()) } else { Ok(()) }
 }

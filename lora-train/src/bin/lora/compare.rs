@@ -87,7 +87,8 @@ pub(crate) fn run(args: CompareArgs, global: &Global) -> anyhow::Result<()> {
         let failed: Vec<String> = finished.failed.iter().map(ToString::to_string).collect();
         bail!("{} of the runs failed: {}", failed.len(), failed.join("; "));
     }
-    ui::say(format_args!("table.md, table.csv, table.json and table.svg are in {}", args.out.display()));
+    let picture = if finished.table.lines.iter().any(|line| !line.scores.is_empty()) { ", .svg" } else { "" };
+    ui::say(format_args!("the table is in {} (table.md, .csv, .json{picture})", args.out.display()));
     Ok(())
 }
 
@@ -107,15 +108,19 @@ fn options(global: &Global) -> Vec<String> {
 
 /// Refuses what `lora eval` would refuse, before anything is trained.
 fn check_eval(comparison: &Comparison) -> anyhow::Result<()> {
-    let args = compare::eval_args(comparison, &comparison.rows[0], Path::new("run"))?;
-    let parsed = Cli::try_parse_from(std::iter::once("lora".to_owned()).chain(args)).map_err(|e| {
-        let text = e.to_string();
-        anyhow!("{}", text.lines().next().unwrap_or_default().trim_start_matches("error: "))
-    })?;
-    match parsed.command {
-        Command::Eval(args) => args.check().map(drop),
-        _ => Ok(()),
+    for row in &comparison.rows {
+        let args = compare::eval_args(comparison, row, Path::new("run"))?;
+        let parsed = Cli::try_parse_from(std::iter::once("lora".to_owned()).chain(args)).map_err(|e| {
+            // Above the usage: what is wrong, on one line or on several.
+            let text = e.to_string();
+            let said = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+            anyhow!("{}: {}", row.name, said.split_whitespace().collect::<Vec<_>>().join(" "))
+        })?;
+        if let Command::Eval(args) = parsed.command {
+            args.check()?;
+        }
     }
+    Ok(())
 }
 
 /// A line for each run; the runs themselves show their bars where there is a terminal.

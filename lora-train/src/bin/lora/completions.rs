@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use lora_model::generate::{GenerationConfig, check};
+use lora_model::generate::GenerationConfig;
 use lora_train::{
     Encoder, Evaluation,
     data::{self, Corpus, References, TaskRow},
     evaluate,
-    generation::{Continued, batches, completion, end_tokens},
+    generation::{self, Continued, batches, completion, end_tokens},
     metrics::{Scores, text::Completions},
     task,
 };
@@ -132,12 +132,7 @@ impl CompletionArgs {
         let encoder = Encoder::from_dir(&dir, &*model)?;
         let config = self.config(end_tokens(&dir, &encoder)?);
         config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
-        let place = |i: usize| Some(format!("{}:{}", args.data.display(), prompts.get(i)?.line));
-        let encode = |(i, p): (usize, &References)| {
-            data::encode_prompt(p.prompt, &encoder).with_context(|| place(i).unwrap_or_default())
-        };
-        let tokens = prompts.iter().enumerate().map(encode).collect::<anyhow::Result<Vec<_>>>()?;
-        check(&*model, &adapted, &tokens, &config).map_err(|e| told(e, place))?;
+        let tokens = generation::prompts(prompts, &args.data, &encoder, (&*model, &adapted), &config)?;
 
         let data = task::encode_pairs(corpus, &encoder, (&*model, &adapted), args.max_length)?;
         let evaluation = evaluate(&*model, &adapted, &data, args.batch_size)?;

@@ -140,7 +140,10 @@ pub(crate) fn run(args: ConvertArgs) -> anyhow::Result<()> {
                 HumanBytes(bytes),
                 args.out.display()
             ));
-            summary(&args, json!({"out": args.out, "method": method, "name": name, "bytes": bytes}))
+            summary(
+                &args,
+                json!({"out": args.out.display().to_string(), "method": method, "name": name, "bytes": bytes}),
+            )
         }
         (None, None) => anyhow::bail!("name a format: --from or --to"),
     }
@@ -195,7 +198,7 @@ fn adapter_folder(
     });
     summary(
         args,
-        json!({"out": args.out, "method": method, "parameters": parameters, "places": adapted.site_count(), "targets": targets, "bytes": bytes}),
+        json!({"out": args.out.display().to_string(), "method": method, "parameters": parameters, "places": adapted.site_count(), "targets": targets, "bytes": bytes}),
     )
 }
 
@@ -224,7 +227,7 @@ fn to_loralib(args: &ConvertArgs) -> anyhow::Result<()> {
     summary(
         args,
         json!({
-            "out": args.out,
+            "out": args.out.display().to_string(),
             "tensors": converted.tensors.len(),
             "r": converted.r,
             "lora_alpha": converted.alpha,
@@ -261,7 +264,7 @@ fn llama2c(args: &ConvertArgs) -> anyhow::Result<()> {
     summary(
         args,
         json!({
-            "out": out,
+            "out": out.display().to_string(),
             "architecture": config.kind.model_type(),
             "parameters": parameters,
             "vocab_size": config.vocab_size,

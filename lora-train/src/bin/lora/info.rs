@@ -66,7 +66,7 @@ fn describe(args: &InfoArgs) -> anyhow::Result<Value> {
             checkpoint::STATE
         ),
     };
-    let mut info = json!({"kind": kind, "path": path});
+    let mut info = json!({"kind": kind, "path": path.display().to_string()});
     let more = match kind {
         "file" => file(path, args)?,
         "checkpoint" => checkpoint_of_run(path, args)?,
@@ -254,7 +254,7 @@ fn whole_run(dir: &Path, args: &InfoArgs) -> anyhow::Result<Value> {
     }
     let checkpoints = checkpoint::list(dir)?.into_iter().map(|(step, path)| {
         let bytes = size(&path)?;
-        anyhow::Ok(json!({"step": step, "path": path, "bytes": bytes}))
+        anyhow::Ok(json!({"step": step, "path": path.display().to_string(), "bytes": bytes}))
     });
     info["checkpoints"] = Value::Array(checkpoints.collect::<anyhow::Result<_>>()?);
     let text = lora_model::files::read_to_string(&dir.join(RUN_FILE))?;
@@ -342,7 +342,7 @@ impl std::fmt::Display for Listing<'_> {
 fn lines(f: &mut std::fmt::Formatter<'_>, object: &Value, indent: usize) -> std::fmt::Result {
     let Value::Object(keys) = object else { return Ok(()) };
     for (key, value) in keys.iter().filter(|(_, v)| !v.is_null()) {
-        write!(f, "{:indent$}{key:<w$} ", "", w = 24 - indent)?;
+        write!(f, "{:indent$}{key:<w$} ", "", w = 24usize.saturating_sub(indent))?;
         match value {
             Value::Object(_) => {
                 writeln!(f)?;

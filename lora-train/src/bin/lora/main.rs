@@ -23,6 +23,7 @@ mod ui;
 
 use std::{ffi::OsString, process::ExitCode};
 
+use anyhow::Context;
 use clap::{ArgAction, Args, Parser, Subcommand};
 
 /// Fine-tunes transformers with low-rank adapters (LoRA).
@@ -105,9 +106,10 @@ fn spelt(arg: OsString) -> OsString {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    if let Some(n) = cli.global.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(n.into()).build_global()?;
-    }
+    // 0 is as many as RAYON_NUM_THREADS says, or as there are cores.
+    let threads = cli.global.threads.map_or(0, Into::into);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    pool.context("could not start the threads; fewer may do: --threads 1, or RAYON_NUM_THREADS")?;
     match cli.command {
         Command::Demo(args) => demo::run(args),
         Command::Pretrain(args) => pretrain::run(args),

@@ -228,7 +228,7 @@ fn several(args: &MergeArgs) -> anyhow::Result<()> {
                 HumanBytes(bytes),
                 args.out.display()
             ));
-            summary(args, about, json!({"out": args.out, "modules": modules, "bytes": bytes}))
+            summary(args, about, json!({"out": args.out.display().to_string(), "modules": modules, "bytes": bytes}))
         }
     }
 }
@@ -263,7 +263,8 @@ fn write_model(
         HumanBytes(bytes),
         out.display()
     ));
-    let mut more = json!({"out": out, "changed": changed.len(), "tensors": tensors, "bytes": bytes});
+    let mut more =
+        json!({"out": out.display().to_string(), "changed": changed.len(), "tensors": tensors, "bytes": bytes});
     if dtype != DType::F32
         && let Some(Rounding { share, worst: (name, most), largest }) =
             adapter::rounding(&*loaded.model, changed, dtype)?

@@ -138,6 +138,10 @@ fn assumptions(plan: &Plan, dtype: &str) -> String {
          Files: safetensors in f32, LoRA in PEFT's layout, with zeros beside a part of a fused projection.\n",
         plan.batch_size, plan.seq_len
     );
+    if plan.classifier {
+        text += "Head: an encoder is planned as a classifier, whose head trains with every method and counts here; the paper's\n\
+                 numbers of parameters for RoBERTa and DeBERTa leave it out.\n";
+    }
     if let Some(paper) = &plan.paper {
         let each = |bytes: u64| format!("{:.1}", bytes as f64 / plan.parameters as f64);
         text += &format!(

@@ -97,7 +97,9 @@ impl MakeWriter<'_> for ToBars {
 
 impl Write for ToBars {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        BARS.suspend(|| io::stderr().write(bytes))
+        // A message that nobody can read is no reason to stop: a full disk or a closed pipe behind standard error.
+        let _ = BARS.suspend(|| io::stderr().write_all(bytes));
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

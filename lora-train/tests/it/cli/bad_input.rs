@@ -379,3 +379,34 @@ fn pretraining() {
     }
     lab.fails("pretrain --out out", &["--text"]);
 }
+
+/// What no method reads is written down all the same, in checkpoints that have to be read again.
+#[test]
+fn numbers_that_nothing_reads_are_numbers() {
+    let lab = Lab::new();
+    for (key, value) in [("d-initial", "nan"), ("orth-reg-weight", "inf"), ("adalora-beta1", "nan")] {
+        lab.write("run.toml", &format!("model = \"base\"\ndata = \"train.txt\"\nout = \"out\"\n{key} = {value}\n"));
+        let shown = if value == "nan" { "NaN" } else { value };
+        lab.fails("train --config run.toml", &[&format!("{key} = {shown}"), "finite"]);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn paths_that_are_not_utf8_are_shown_as_far_as_they_go() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt, process::Command};
+    let lab = Lab::new();
+    lab.train("run", "--steps 2");
+    let odd = lab.path("x").with_file_name(OsStr::from_bytes(b"odd\xff"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lora"));
+    command.args(["merge", "--json", "--model"]).arg(lab.path("base")).arg("--adapter").arg(lab.path("run"));
+    let output = command.arg("--out").arg(&odd).output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && stdout.contains("odd\u{fffd}"), "{stdout}{stderr}");
+    let output = Command::new(env!("CARGO_BIN_EXE_lora")).arg("info").arg(&odd).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // Deeper than its columns.
+    let nested: String = (0..14).map(|i| format!("[a{}]\nx = 1\n", ".b".repeat(i))).collect();
+    lab.write("run/run.toml", &format!("{}{nested}", lab.read("run/run.toml")));
+    lab.ok("info run");
+}

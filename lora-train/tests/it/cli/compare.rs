@@ -183,7 +183,14 @@ fn cells_of_other_settings_are_refused() {
         file(&shared.replacen(from, to, 1));
         lab.fails("compare s.toml --out out", &[&[cell], says].concat());
     }
+    // The advice is true, though the adapter of the other settings still lies there.
+    file(&shared.replacen("steps = 4", "steps = 3", 1));
+    fs::remove_file(lab.path(cell)).unwrap();
+    assert_eq!(lab.json("compare s.toml --out out --json")["lines"][0]["finished"], 1);
+    assert!(lab.read(cell).contains("\"steps\": 3"));
     file(&shared);
+    fs::remove_file(lab.path(cell)).unwrap();
+    lab.ok("compare s.toml --out out");
     lab.write("valid.txt", &lines(40, 13));
     lab.fails("compare s.toml --out out", &[cell, "another test data", "remove the file"]);
     lab.write("valid.txt", &lines(40, 12));
@@ -205,23 +212,26 @@ fn cells_of_other_settings_are_refused() {
 fn a_run_that_fails_or_diverges_does_not_stop_the_others() {
     let lab = lab();
     let shared = SHARED.replace("[0, 1]", "[0]");
-    let runs = "[[run]]\nmethod = \"lora\"\nmax-length = 8\nlr = [1e-3, 2e-3]\n\
+    let runs = "[[run]]\nmethod = \"lora\"\nlr = [1e-3, 2e-3]\n\
                 [[run]]\nmethod = \"full\"\nlr = [1e-3, 9e2]\nclip = 0\n\
                 [[run]]\nname = \"lost\"\nmethod = \"full\"\nlr = 9e2\nsteps = 60\n\
                 [[run]]\nname = \"wild\"\nmethod = \"full\"\nlr = [8e2, 9e2]\n";
     lab.write("f.toml", &format!("{}{runs}", shared.replace("steps = 2", "steps = 60")));
+    // What keeps both tries of the first row from beginning.
+    fs::create_dir_all(lab.path("out/runs")).unwrap();
+    lab.write("out/runs/lora", "");
     let output = lab.lora("compare f.toml --out out --json");
     assert_eq!(output.status.code(), Some(1));
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(stderr.contains("raise --max-length"), "{stderr}");
     let table: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&table["lines"][0]["finished"], &table["lines"][1]["finished"]), (&0.into(), &1.into()), "{stderr}");
     assert_eq!(table["lines"][1]["lr"], 1e-3, "{stderr}");
     assert_eq!(table["lines"][2]["diverged"], 1, "{stderr}");
     // Tries that failed tell nothing of rates.
     let (_, last) = stderr.rsplit_once("error: ").unwrap();
-    assert!(last.starts_with("3 of the runs failed: lora, trying lr 0.001: lora train ended with"), "{last}");
-    assert!(last.contains("lora, trying lr 0.002: ") && !last.contains("lora: "), "{last}");
+    assert!(last.starts_with("4 of the runs failed: lora, trying lr 0.001: could not "), "{last}");
+    assert!(last.contains("lost: training diverged with every"), "{last}");
+    assert!(last.contains("lora, trying lr 0.002: ") && !last.contains("; lora: "), "{last}");
     assert!(last.contains("wild: training diverged with every learning rate"), "{last}");
 }
 
@@ -235,7 +245,21 @@ fn a_broken_file_says_what_and_where() {
         (SHARED, &["c.toml:", "no [[run]]"]),
         (
             &format!("{SHARED}[[run]]\nmethod = \"lora\"\nrnk = 8\n"),
-            &["c.toml: line 17: [[run]] 1: key rnk: unknown field"],
+            &["c.toml: line 17: [[run]] 1: key rnk: unknown field; there are name, seeds, method, rank, "],
+        ),
+        (
+            &format!("sedes = [0]\n{SHARED}[[run]]\n"),
+            &["c.toml: line 1: key sedes: unknown field; there are test, seeds, search"],
+        ),
+        (&format!("{SHARED}[[run]]\nrank = 0\n"), &["c.toml: line 16: [[run]] 1: rank = 0"]),
+        (&format!("device = \"gpu\"\n{SHARED}[[run]]\n"), &["c.toml: line 1: device = gpu"]),
+        (
+            &format!("{SHARED}[[run]]\n[[run]]\nmethod = \"full\"\n").replace("[eval]", "[eval]\nstrict = true"),
+            &["c.toml: [eval]: full: ", "--adapter"],
+        ),
+        (
+            &format!("{SHARED}[[run]]\n").replace("[eval]", "[eval]\nformat = \"jsonl\""),
+            &["valid.txt:1:", "not valid JSON"],
         ),
         (&format!("{SHARED}[[run]]\nrank = \"8\"\n"), &["c.toml: line 16: [[run]] 1: key rank:"]),
         (&format!("{SHARED}[[run]]\nmethod = \"lorra\"\n"), &["lorra", "lora"]),
@@ -415,6 +439,24 @@ fn what_does_not_fit_the_base_is_told_before_anything_is_run() {
         (quick(&["rank = 2", "name = \"none\"\ntargets = [\"nothing\"]"]), &["none: ", "nothing"]),
         (quick(&["method = \"pre-embed\"\nprefix = 64"]), &["pre-embed prefix=64: ", "64"]),
         (task("labels", &encoder.replace("valid.tsv", "other.tsv")), &["other.tsv:2:", "\"perhaps\"", "train on data"]),
+    ] {
+        lab.write("m.toml", &file);
+        lab.fails("compare m.toml --out out", parts);
+        assert!(!lab.path("out").exists(), "{file}");
+    }
+    // What only the tokenizer finds out.
+    let long = "name : Sun Cat | food : tea | near : gate | ".repeat(9);
+    lab.write("valid.txt", &format!("{}{long}||Sun Cat .\n", lines(0, 3)));
+    lab.write("chat.jsonl", "{\"messages\": [{\"role\": \"assistant\", \"content\": \"Ho\"}]}\n");
+    for (file, parts) in [
+        (task("e2e", &quick(&[""])), &["valid.txt:4: its ", "leave none of the model's 64 positions free"][..]),
+        (quick(&["max-length = 4"]).replace("valid", "train"), &["train.txt: none of the 40 examples", "--max-length"]),
+        (
+            quick(&[""])
+                .replace("valid.txt", "chat.jsonl")
+                .replace("steps = 2", "steps = 2\n[eval]\nformat = \"jsonl\"\n"),
+            &["chat.jsonl:1:", "template"],
+        ),
     ] {
         lab.write("m.toml", &file);
         lab.fails("compare m.toml --out out", parts);

@@ -124,6 +124,8 @@ fn what_merging_leaves_out_is_said() {
     let said = |args: &str| String::from_utf8(lab.lora(&format!("merge --no-progress {args}")).stderr).unwrap();
     let stderr = said("--adapters a,whole:0.5 --how cat --out one");
     assert!(stderr.contains("note: whole: its weight 0.5") && stderr.contains("transformer.ln_f.weight"), "{stderr}");
+    let huge = "merge --adapters a,c --how svd --svd-rank 18446744073709551615 --out huge";
+    lab.fails(huge, &["svd-rank = 18446744073709551615", "1048576"]);
     assert!(said("--adapters a,c --how svd --svd-rank 1 --out two").contains("note: cutting to rank 1"));
     assert!(said("--model base --adapter a --dtype bf16 --out three").contains("note: rounding to bf16"));
     // As scripts for PEFT spell flags.

@@ -286,6 +286,8 @@ fn pefts_options_reach_the_adapter() {
         ("--init-adapter flags --fan-in-fan-out=false", ["fan_in_fan_out", "so it is true"]),
         ("--init-lora-weights eva", ["--init-lora-weights", "activations"]),
         ("--init-lora-weights zeros", ["--init-lora-weights", "pissa_niter_N"]),
+        ("--init-lora-weights orthogonal --rank 1048576", ["rank = 1048576", "at most 8192"]),
+        ("--method adalora --init-r 1048576", ["init-r = 1048576", "to 8192"]),
         ("--init-lora-weights orthogonal --rank 3", ["init-lora-weights = orthogonal", "even"]),
         ("--init-lora-weights pissa --rank 17", ["init-lora-weights = pissa", "directions of the weight"]),
         ("--method lokr --loraplus-lr-ratio 2", ["loraplus-lr-ratio = 2", "lokr has none"]),

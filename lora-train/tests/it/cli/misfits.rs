@@ -38,7 +38,7 @@ fn options_that_do_not_fit_a_model() {
         ("--method pre-layer --prefix 32 --infix 32", ["prefix = 32", "64 positions"]),
         ("--method pre-layer --model llama --prefix 32", ["prefix = 32", "32 positions"]),
         ("--method pre-layer --model BERT --prefix 28", ["prefix = 28", "28 positions"]),
-        ("--method lora+pre-embed --prefix 99999999999", ["prefix = 99999999999", "positions"]),
+        ("--method lora+pre-embed --prefix 4000000000", ["prefix = 4000000000", "positions"]),
         ("--method pre-embed --prefix 63", ["train.txt:", "--max-length"]),
         ("--method pre-layer --reparam 99999999", ["reparam = 99999999", "0 is none"]),
         ("--method top2 --layers last:3", ["layers = last:3", "2 layers"]),

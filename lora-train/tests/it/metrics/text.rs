@@ -86,7 +86,7 @@ fn of_nothing_every_score_is_zero() {
     let nothing = Completions::new::<&str, Vec<&str>, _>(&[], &[]);
     assert!(nothing.is_empty() && ALL.iter().all(|m| m.of_texts(&nothing) == Some(0.0)));
     assert_eq!(Metric::Accuracy.of_texts(&nothing), None);
-    assert!(ALL.iter().all(|m| m.of_labels(&[], &[]).is_none() && m.of_values(&[], &[]).is_none()));
+    assert!(ALL.iter().all(|m| m.of_labels(&[], &[], 1).is_none() && m.of_values(&[], &[]).is_none()));
     assert_eq!((MeteorExactStem.name(), MeteorExactStem.title()), ("meteor_exact_stem", "METEOR (exact, stem)"));
     assert_eq!(serde_json::to_string(&ALL).unwrap(), format!("{:?}", ALL.map(Metric::name)).replace(", ", ","));
 }
