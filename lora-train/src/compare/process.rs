@@ -47,7 +47,8 @@ impl Program {
         if dir.join(RUN_FILE).exists() {
             match dir.join(checkpoint::FOLDER).exists() {
                 true => drop(train.arg("--resume")),
-                // Finished, and its cell was removed, perhaps because it was of other settings.
+                // Finished, and its cell was removed, perhaps because it was of other settings; or stopped before its first
+                // checkpoint.
                 false => remove(dir)?,
             }
         }
