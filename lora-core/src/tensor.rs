@@ -124,6 +124,14 @@ impl Tensor {
         Ok(self.buf.to_vec(self.offset..self.offset + self.len())?)
     }
 
+    /// As [`to_vec`](Tensor::to_vec), in place of what `to` contains, in its memory.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's type.
+    pub fn read<T: Element>(&self, to: &mut Vec<T>) -> Result<()> {
+        Ok(self.buf.read(self.offset..self.offset + self.len(), to)?)
+    }
+
     /// The matrix of [`rows`](Tensor::rows) and [`cols`](Tensor::cols) on the host, in f32, for the mathematics of
     /// [`lowrank`](crate::lowrank).
     pub fn to_array(&self) -> Result<Array2<f32>> {

@@ -121,14 +121,25 @@ impl Buffer {
     /// # Panics
     /// When `T` is not the buffer's type or the range lies outside it.
     pub fn to_vec<T: Element>(&self, range: Range<usize>) -> Result<Vec<T>> {
+        let mut to = Vec::new();
+        self.read(range, &mut to)?;
+        Ok(to)
+    }
+
+    /// As [`to_vec`](Buffer::to_vec), in place of what `to` contains, in its memory: for what is read again and again.
+    ///
+    /// # Panics
+    /// When `T` is not the buffer's type or the range lies outside it.
+    pub fn read<T: Element>(&self, range: Range<usize>, to: &mut Vec<T>) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Storage::Device(block) = &self.storage {
             self.check::<T>(&range);
-            let mut to = vec![T::default(); range.len()];
-            block.read(range.start * self.dtype.size(), as_bytes_mut(&mut to))?;
-            return Ok(to);
+            to.resize(range.len(), T::default());
+            return block.read(range.start * self.dtype.size(), as_bytes_mut(to));
         }
-        Ok(self.host::<T>()[range].to_vec())
+        to.clear();
+        to.extend_from_slice(&self.host::<T>()[range]);
+        Ok(())
     }
 
     /// Overwrites the elements from `offset` on with `data`.

@@ -172,15 +172,18 @@ fn check_types(a: Mat, b: Mat, c: &MatMut) {
 
 /// `C = α·A·B + β·C + bias` on the CPU.
 fn product(alpha: f64, a: Mat, b: Mat, beta: f64, bias: Option<Mat>, mut c: MatMut) -> Result<()> {
-    let few = (a.dtype(), c.dtype()) == (DType::F32, DType::F32) && few::fits(a.rows(), a.cols(), b.cols());
+    let (m, k, n) = (a.rows(), a.cols(), b.cols());
+    let floats = (a.dtype(), c.dtype()) == (DType::F32, DType::F32);
+    let few = floats && few::fits(m, k, n);
     let halves = [a.dtype(), b.dtype()].iter().any(|t| t.size() == 2);
     let to = c.reborrow();
     match b.dtype() {
         DType::F32 if few => few::product(alpha, a.host(), b.host::<f32>(), beta, to.host())?,
         DType::Bf16 if few => few::product(alpha, a.host(), b.host::<half::bf16>(), beta, to.host())?,
+        DType::F32 if floats && few::fits_narrow(m, k, n) => few::narrow(alpha, a.host(), b.host(), beta, to.host())?,
         // A result of few columns would leave most lanes of a vector idle there.
         #[cfg(target_arch = "x86_64")]
-        _ if blocked::available() && to.dtype() == DType::F32 && (halves || b.cols() > 16) => {
+        _ if blocked::available() && to.dtype() == DType::F32 && (halves || n > 16) => {
             let bias = bias.map(|bias| bias.host().row(0));
             let form = blocked::Form { alpha: alpha as f32, beta: beta as f32, bias };
             return match halves {
@@ -364,6 +367,10 @@ mod tests {
             (64, 300, 65),
             (250, 193, 40),
             (17, 1000, 130),
+            // So few columns that the transpose is computed.
+            (300, 193, 5),
+            (64, 1000, 16),
+            (4200, 9, 3),
         ];
         for shape in shapes.into_iter().chain([(0, 3, 2), (3, 0, 2)]) {
             for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -385,11 +392,11 @@ mod tests {
             }
             .unwrap()
         };
-        // And how many rows a part has: not so few that `few` takes it, whose sums have another order. Those of a result of few
-        // columns have an order that depends on all rows.
+        // And how many rows a part has: not so few that `few` takes it, whose sums have another order.
         let shapes = [
             (400, 768, 2304, 20),
-            (397, 768, 8, 397),
+            // Where no products are made for few columns, their sums have an order that depends on all rows.
+            (397, 768, 8, if few::fits_narrow(62, 768, 8) { 67 } else { 397 }),
             (397, 8, 768, 61),
             (8, 400, 768, 8),
             (1, 768, 2304, 1),

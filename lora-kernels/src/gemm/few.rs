@@ -1,7 +1,8 @@
 #![allow(unsafe_code)]
 
 //! Products with few rows, on the host: one new token of some sequences times a weight. They are bound by reading B, so
-//! each element of it is read once, nearly in the order of memory and asked for ahead, and used for all rows of A.
+//! each element of it is read once, nearly in the order of memory and asked for ahead, and used for all rows of A. Products
+//! with few columns, such as tokens times the A of LoRA, are the same of the transposes.
 //!
 //! B may be bf16; A is then rounded to bf16, as it is in products of many rows, so that a token's numbers do not depend on
 //! how many come with it. Sums are f32. An element of C is summed in an order that depends on k and on how B is stored
@@ -82,6 +83,28 @@ pub(crate) fn product<W: Weight>(alpha: f64, a: HostMat<f32>, b: HostMat<W>, bet
     on(Vectors::best(), alpha, a, b, beta, c)
 }
 
+/// Whether [`narrow`] is made for A [m, k] times B [k, n] on this processor: few columns, each used for a whole vector of A.
+pub(crate) fn fits_narrow(m: usize, k: usize, n: usize) -> bool {
+    Vectors::best().tall() > 1 && fits(n, k, m)
+}
+
+/// `C = α·A·B + β·C` in f32 as `Cᵀ = α·Bᵀ·Aᵀ + β·Cᵀ`; fast for shapes that [`fits_narrow`] accepts.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub(crate) fn narrow(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, mut c: HostMut<f32>) -> Result<()> {
+    let (m, n, beta) = (c.rows, c.cols, beta as f32);
+    let mut scratch = Buffer::empty(&Device::Cpu, DType::F32, n * m)?;
+    let across = scratch.host_mut::<f32>();
+    product(alpha, b.t(), a.t(), 0.0, HostMut::from_slice(across, n, m))?;
+    for i in 0..m {
+        for (j, c) in c.row_mut(i).iter_mut().enumerate() {
+            *c = across[j * m + i] + if beta == 0.0 { 0.0 } else { beta * *c };
+        }
+    }
+    Ok(())
+}
+
 /// Which vectors compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Vectors {
@@ -126,15 +149,14 @@ fn on<W: Weight>(
     }
     let rows = Rows { m, groups: m.div_ceil(vectors.tall()) };
     let mut scratch = Buffer::empty(&Device::Cpu, DType::F32, m * k)?;
-    let packed = scratch.host_mut::<f32>();
-    pack::<W>(a, rows, b.transposed, packed);
+    let packed = &mut scratch.host_mut::<f32>()[..m * k];
+    pack::<W>(a, packed);
     let threads = rayon::current_num_threads();
     let step = match n * k / SHARE {
         _ if threads == 1 => n,
         0 | 1 => n,
-        _ if b.transposed => COLS,
-        // As wide as can be: the wider, the longer are the runs that are read.
-        _ => n.div_ceil(threads).next_multiple_of(64),
+        // Else as wide as can be: the wider, the longer are the runs that are read.
+        _ => n.div_ceil(threads).next_multiple_of(64).min(if b.transposed { COLS } else { n }),
     };
     let work = |(i, mut c): (usize, HostMut<f32>)| {
         let (from, to) = (i * step, i * step + c.cols);
@@ -190,26 +212,16 @@ impl Rows {
     }
 }
 
-/// A as the loops read it: group after group. In a group whole rows where B is transposed, else column after column.
-fn pack<W: Weight>(a: HostMat<f32>, rows: Rows, whole: bool, to: &mut [f32]) {
-    let (m, k) = if a.transposed { (a.cols, a.rows) } else { (a.rows, a.cols) };
-    let (row_step, col_step) = if a.transposed { (1, a.ld) } else { (a.ld, 1) };
-    // SAFETY: the element (i, p) lies inside A for i < m and p < k.
-    let at = |i: usize, p: usize| W::beside(unsafe { *a.ptr().add(i * row_step + p * col_step) });
-    let mut to = to[..m * k].iter_mut();
-    for (first, size) in rows.groups() {
-        if whole || size == 1 {
-            for i in first..first + size {
-                for (p, to) in (0..k).zip(&mut to) {
-                    *to = at(i, p);
-                }
-            }
-        } else {
-            for p in 0..k {
-                for (i, to) in (first..first + size).zip(&mut to) {
-                    *to = at(i, p);
-                }
-            }
+/// A as the loops read it: row after row, in the numbers that are multiplied.
+fn pack<W: Weight>(a: HostMat<f32>, to: &mut [f32]) {
+    if a.transposed {
+        for p in 0..a.rows {
+            let column = to[p..].iter_mut().step_by(a.rows);
+            column.zip(a.t().row(p)).for_each(|(to, &x)| *to = W::beside(x));
+        }
+    } else {
+        for (i, to) in to.chunks_exact_mut(a.cols.max(1)).enumerate() {
+            to.iter_mut().zip(a.row(i)).for_each(|(to, &x)| *to = W::beside(x));
         }
     }
 }

@@ -16,7 +16,8 @@ pub(super) fn run(
 ) -> Result<Vec<Generated>> {
     let mut live: Vec<Search> = requests.iter().enumerate().map(Search::new).collect();
     let mut done: Vec<Option<Generated>> = vec![None; live.len()];
-    let mut logits = decoder.prompts(requests)?;
+    let mut logits = Vec::new();
+    decoder.prompts(requests, &mut logits)?;
     loop {
         log_softmax(&mut logits, decoder.vocab_size());
         let (mut rows, mut first) = (logits.chunks_exact_mut(decoder.vocab_size()), 0);
@@ -42,7 +43,7 @@ pub(super) fn run(
         }
         let beams = live.iter().flat_map(|search| &search.running);
         let last: Vec<u32> = beams.map(|beam| beam.tokens[beam.tokens.len() - 1]).collect();
-        logits = decoder.next(&parents, &last)?;
+        decoder.next(&parents, &last, &mut logits)?;
     }
 }
 

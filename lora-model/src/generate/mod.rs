@@ -136,24 +136,23 @@ impl<'a> Decoder<'a> {
     }
 
     /// Reads the prompts: the logits after each, [prompts, vocabulary].
-    fn prompts(&mut self, requests: &[Request]) -> Result<Vec<f32>> {
+    fn prompts(&mut self, requests: &[Request], logits: &mut Vec<f32>) -> Result<()> {
         let tokens: Vec<u32> = requests.iter().flat_map(|r| r.prompt).copied().collect();
         let new: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
-        self.step(&tokens, &new)
+        self.step(&tokens, &new, logits)
     }
 
     /// Goes on from the sequences `parents` with a token each: the logits after it, [tokens, vocabulary].
-    fn next(&mut self, parents: &[usize], tokens: &[u32]) -> Result<Vec<f32>> {
+    fn next(&mut self, parents: &[usize], tokens: &[u32], logits: &mut Vec<f32>) -> Result<()> {
         self.cache.reorder(parents);
-        self.step(tokens, &vec![1; tokens.len()])
+        self.step(tokens, &vec![1; tokens.len()], logits)
     }
 
-    fn step(&mut self, tokens: &[u32], new: &[usize]) -> Result<Vec<f32>> {
+    fn step(&mut self, tokens: &[u32], new: &[usize], logits: &mut Vec<f32>) -> Result<()> {
         let Decoder { model, adapted, cache } = self;
-        let step = || Ok::<_, Error>(model.step(adapted, cache, tokens, new)?.to_vec::<f32>()?);
-        let logits = model.device().run(step)?;
-        match scores::all_finite(&logits) {
-            true => Ok(logits),
+        model.device().run(|| Ok::<_, Error>(model.step(adapted, cache, tokens, new)?.read(logits)?))?;
+        match scores::all_finite(logits) {
+            true => Ok(()),
             false => Err(Error::NotFinite),
         }
     }

@@ -29,7 +29,8 @@ pub(super) fn run(
     };
     let mut live: Vec<Text> = requests.iter().enumerate().map(text).collect();
     let mut done: Vec<Option<Generated>> = vec![None; live.len()];
-    let mut logits = decoder.prompts(requests)?;
+    let mut logits = Vec::new();
+    decoder.prompts(requests, &mut logits)?;
     loop {
         let (mut going_on, mut parents) = (Vec::with_capacity(live.len()), Vec::with_capacity(live.len()));
         let rows = logits.chunks_exact_mut(decoder.vocab_size());
@@ -52,7 +53,7 @@ pub(super) fn run(
             return Ok(done.into_iter().flatten().collect());
         }
         let last: Vec<u32> = live.iter().map(|text| text.tokens[text.tokens.len() - 1]).collect();
-        logits = decoder.next(&parents, &last)?;
+        decoder.next(&parents, &last, &mut logits)?;
     }
 }
 

@@ -4,10 +4,10 @@ use super::{
 };
 
 /// Rows of B that are read side by side where B is stored by rows. Their products are summed before they are added to C,
-/// so that a long sum keeps its digits.
-const DEPTH: usize = 8;
+/// so that a long sum keeps its digits, and C, which is read and written as often, costs little beside B.
+const DEPTH: usize = 16;
 
-/// So many rows of B, or columns where they lie together, before its use a cache line is asked for.
+/// So many columns of B, where they lie together, before its use a cache line is asked for; of rows, the next [`DEPTH`].
 const AHEAD: usize = 8;
 
 /// Calls `$f::<V, W, M, N>` for `$m` rows and `$n` vectors, or columns, in the sizes that 32 registers hold.
@@ -57,10 +57,14 @@ impl<W: Weight> Part<'_, W> {
                 for (first, size) in self.rows.groups() {
                     // SAFETY: the tile's columns from j on, and the group's rows, lie inside A, B and C.
                     unsafe {
-                        let a = self.a.as_ptr().add(first * self.k + p * size);
+                        let a = self.a.as_ptr().add(first * self.k + p);
                         let b = self.b.ptr().add(p * self.b.ld + j);
                         let c = self.c.add(first * self.ldc + j);
-                        sized!(size, vectors, sum_tile(a, b, self.b.ld, depth, self.alpha, beta, c, self.ldc, len));
+                        sized!(
+                            size,
+                            vectors,
+                            sum_tile(a, self.k, b, self.b.ld, depth, self.alpha, beta, c, self.ldc, len)
+                        );
                     }
                 }
                 j += vectors * LANES;
@@ -88,11 +92,12 @@ impl<W: Weight> Part<'_, W> {
     }
 }
 
-/// C [M, 16·N] = β·C + α·A [M, depth]·B [depth, 16·N], A column by column; with N = 1 only `len` columns.
+/// C [M, 16·N] = β·C + α·A [M, depth]·B [depth, 16·N]; with N = 1 only `len` columns.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
+    lda: usize,
     b: *const W,
     ldb: usize,
     depth: usize,
@@ -108,14 +113,14 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
         let zero = V::splat(0.0);
         let mut acc = [[zero; N]; M];
         for p in 0..depth {
-            let (a, b) = (a.add(p * M), b.add(p * ldb));
+            let (a, b) = (a.add(p), b.add(p * ldb));
             let mut w = [zero; N];
             for (v, w) in w.iter_mut().enumerate() {
                 *w = W::load(b.add(v * LANES), len);
-                fetch(b.wrapping_add(AHEAD * ldb + v * LANES));
+                fetch(b.wrapping_add(DEPTH * ldb + v * LANES));
             }
             for (i, acc) in acc.iter_mut().enumerate() {
-                let x = V::splat(*a.add(i));
+                let x = V::splat(*a.add(i * lda));
                 for (acc, w) in acc.iter_mut().zip(w) {
                     *acc = x.mul_add(w, *acc);
                 }
@@ -135,7 +140,7 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
     }
 }
 
-/// C [M, N] = β·C + α·A [M, k]·B [k, N], A row by row and B column by column.
+/// C [M, N] = β·C + α·A [M, k]·B [k, N], B column by column.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
