@@ -333,12 +333,12 @@ fn pack_rows<T: Arithmetic, A: Source<T>>(a: HostMat<A>, rows: Range<usize>, ks:
         for (word, k) in ks.clone().step_by(16 * T::PER).enumerate() {
             for (i, row) in rows.clone().step_by(16).enumerate() {
                 let n = (rows.end - row).min(16);
-                let at = |k: usize| (k < ks.end).then(|| a.row(k)[row..row + n].as_ptr());
-                let lanes = std::array::from_fn(|lane| {
-                    let k = k + lane * T::PER;
+                let at = |k: usize| a.row(k)[row..row + n].as_ptr();
+                let mut lanes = [_mm512_setzero_si512(); 16];
+                for (lane, k) in lanes.iter_mut().zip((k..ks.end).step_by(T::PER)) {
                     // SAFETY: `n` elements from `row` on lie in each row.
-                    at(k).map(|upper| unsafe { A::stack(upper, at(k + 1), n) })
-                });
+                    *lane = unsafe { A::stack(at(k), (k + 1 < ks.end).then(|| at(k + 1)), n) };
+                }
                 transpose(lanes, n, &mut to[16 * i * WORDS + 16 * word..], WORDS);
             }
         }
@@ -378,26 +378,26 @@ pub(super) fn pack_panel<T: Arithmetic, B: Source<T>>(
     for (k, to) in ks.clone().step_by(16 * T::PER).zip(to.chunks_mut(16 * NR)) {
         let n = (ks.end - k).min(16 * T::PER);
         for half in 0..NR / 16 {
-            let lanes = std::array::from_fn(|lane| {
-                let j = cols.start + half * 16 + lane;
+            // Loops, because into a function of the standard library nothing of these features is inlined.
+            let mut lanes = [_mm512_setzero_si512(); 16];
+            for (lane, j) in lanes.iter_mut().zip(cols.start + half * 16..cols.end) {
                 // SAFETY: n elements from k on lie in each lane's row.
-                (j < cols.end).then(|| unsafe { B::load(b.row(j)[k..k + n].as_ptr(), n) })
-            });
+                *lane = unsafe { B::load(b.row(j)[k..k + n].as_ptr(), n) };
+            }
             transpose(lanes, n.div_ceil(T::PER), &mut to[half * 16..], NR);
         }
     }
 }
 
 /// Asks for part `part` of `parts` of what packing these rows and columns will read.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 fn prefetch<T: Element>(m: HostMat<T>, rows: Range<usize>, cols: Range<usize>, (part, parts): (usize, usize)) {
-    let line = 64 / size_of::<T>();
-    let share = |n: usize| (n * part / parts, n * (part + 1) / parts);
-    let (rows, cols, m) = if m.transposed { (cols, rows, m.t()) } else { (rows, cols, m) };
-    let (from, to) = share(rows.len());
-    for row in rows.start + from..rows.start + to {
-        for at in m.row(row)[cols.clone()].chunks(line) {
-            _mm_prefetch::<_MM_HINT_T1>(at.as_ptr().cast());
+    // As they lie in memory. A copy of the matrix for that, between two tiles, would wait for the stores of the first.
+    let (rows, cols) = if m.transposed { (cols, rows) } else { (rows, cols) };
+    for row in rows.start + rows.len() * part / parts..rows.start + rows.len() * (part + 1) / parts {
+        for at in cols.clone().step_by(64 / size_of::<T>()) {
+            _mm_prefetch::<_MM_HINT_T1>(m.ptr().wrapping_add(row * m.ld + at).cast());
         }
     }
 }
@@ -410,11 +410,11 @@ fn store(v: __m512i, to: &mut [u32]) {
     unsafe { _mm512_storeu_si512(to[..16].as_mut_ptr().cast(), v) };
 }
 
-/// Sixteen lanes of words, zeros for those that do not exist, as rows: row p, `stride` words after the one before it in
-/// `to`, holds word p of all lanes. The first `rows` of them.
+/// Sixteen lanes of words as rows: row p, `stride` words after the one before it in `to`, holds word p of all lanes. The
+/// first `rows` of them.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn transpose(lanes: [Option<__m512i>; 16], rows: usize, to: &mut [u32], stride: usize) {
-    let mut x = lanes.map(|lane| lane.unwrap_or(_mm512_setzero_si512()));
+fn transpose(mut x: [__m512i; 16], rows: usize, to: &mut [u32], stride: usize) {
     // Pairs of lanes, then fours, within each quarter of the vectors; then the quarters change places.
     let mut y = x;
     for i in 0..8 {
