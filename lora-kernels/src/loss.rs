@@ -88,9 +88,9 @@ pub fn nll(logits: Mat, targets: Mat, smoothing: f64, losses: MatMut) -> Result<
 /// ```
 ///
 /// w [d, V] may be the transpose of a stored [V, d] matrix (a tied embedding); dw has the layout that is stored, here
-/// [V, d]. b and db are [1, V]. Rows are taken in chunks of at most 48 MiB of logits, and 192 rows where there is a dw (256 MiB on a CUDA device), so [n, V] is never held at
-/// once. With x and w of a 16-bit type, b is of that type or f32, logits and losses are f32, dz is rounded to the type of
-/// x, and dx, dw and db are either.
+/// [V, d]. b and db are [1, V]. Rows are taken in chunks of at most 48 MiB of logits, and 192 rows where there is a dw
+/// (256 MiB on a CUDA device), so [n, V] is never held at once. With x and w of a 16-bit type, b is of that type or f32,
+/// logits and losses are f32, dz is rounded to the type of x, and dx, dw and db are either.
 ///
 /// # Panics
 /// As [`cross_entropy`].

@@ -83,7 +83,8 @@ pub(crate) fn product<W: Weight>(alpha: f64, a: HostMat<f32>, b: HostMat<W>, bet
     on(Vectors::best(), alpha, a, b, beta, c)
 }
 
-/// Whether [`narrow`] is made for A [m, k] times B [k, n] on this processor: few columns, each used for a whole vector of A.
+/// Whether [`narrow`] is made for A [m, k] times B [k, n] on this processor: the transposes have few rows, and they are not
+/// taken one by one.
 pub(crate) fn fits_narrow(m: usize, k: usize, n: usize) -> bool {
     Vectors::best().tall() > 1 && fits(n, k, m)
 }

@@ -378,7 +378,7 @@ pub(super) fn pack_panel<T: Arithmetic, B: Source<T>>(
     for (k, to) in ks.clone().step_by(16 * T::PER).zip(to.chunks_mut(16 * NR)) {
         let n = (ks.end - k).min(16 * T::PER);
         for half in 0..NR / 16 {
-            // Loops, because into a function of the standard library nothing of these features is inlined.
+            // A loop: what `array::from_fn` calls was not inlined, because it lacks these features, and lanes went through memory.
             let mut lanes = [_mm512_setzero_si512(); 16];
             for (lane, j) in lanes.iter_mut().zip(cols.start + half * 16..cols.end) {
                 // SAFETY: n elements from k on lie in each lane's row.
