@@ -2,6 +2,11 @@
 //! the bare layer ("r 0"). An element of throughput is a FLOP of matrix products. The floor of LoRA's extra work is its
 //! FLOPs: r·(1/in + 1/out) of the layer's.
 
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lora_bench::numbers;
 use lora_core::{
@@ -46,6 +51,15 @@ fn adapted(layer: &Layer, rank: usize) -> Result<Adapted> {
     Adapted::new(&Lora::new(config)?, layer, &Device::Cpu, DType::F32, 0)
 }
 
+/// On a thread of the pool, as training is.
+fn time(rounds: u64, mut run: impl FnMut() + Send) -> Duration {
+    Device::Cpu.run(|| {
+        let start = Instant::now();
+        (0..rounds).for_each(|_| run());
+        start.elapsed()
+    })
+}
+
 fn lora(c: &mut Criterion) {
     let linear = LinearSite { inputs: IN, outputs: OUT, layout: Layout::InOut, parts: vec![] };
     let site = Site { name: "layer".into(), layer: Some(0), kind: SiteKind::Linear(linear) };
@@ -59,10 +73,12 @@ fn lora(c: &mut Criterion) {
         let (whole, low) = (2 * TOKENS * IN * OUT, 2 * TOKENS * rank * (IN + OUT));
         group.throughput(Throughput::Elements((whole + low) as u64));
         group.bench_function(format!("forward, r {rank}"), |b| {
-            b.iter(|| {
-                let mut t = Tape::inference(&adapted.params);
-                let x = t.constant(&x);
-                layer.forward(&mut t, &adapted, &x).expect("forward")
+            b.iter_custom(|rounds| {
+                time(rounds, || {
+                    let mut t = Tape::inference(&adapted.params);
+                    let x = t.constant(&x);
+                    black_box(layer.forward(&mut t, &adapted, &x).expect("forward"));
+                })
             });
         });
         // dx costs what y did, and dA and dB once more what A and B did.
@@ -70,12 +86,14 @@ fn lora(c: &mut Criterion) {
         // What reaches the layer inside a network is tracked, so that dx is part of the work at every rank.
         group.bench_function(format!("forward + backward, r {rank}"), |b| {
             let mut grads = Grads::new(&adapted.params).expect("memory");
-            b.iter(|| {
-                grads.reset();
-                let mut t = Tape::new(&adapted.params);
-                let x = t.tracked(&x);
-                let y = layer.forward(&mut t, &adapted, &x).expect("forward");
-                t.backward_from(y, dy.clone(), &mut grads).expect("backward");
+            b.iter_custom(|rounds| {
+                time(rounds, || {
+                    grads.reset();
+                    let mut t = Tape::new(&adapted.params);
+                    let x = t.tracked(&x);
+                    let y = layer.forward(&mut t, &adapted, &x).expect("forward");
+                    t.backward_from(y, dy.clone(), &mut grads).expect("backward");
+                })
             });
         });
     }

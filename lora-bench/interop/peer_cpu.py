@@ -2,7 +2,8 @@
 
     python peer_cpu.py '{"kind": "train", "model": DIR, ...}'
 
-The argument is the description that this project's side gets too (`Work` in `src/cpu/work.rs`). The model has the shape
+The argument is the description that this project's side gets too (`Work` in `src/cpu/work.rs`), and whether AdamW is
+PyTorch's fused one. The model has the shape
 of the folder's config.json and random weights, without any dropout. Prints one JSON object as its last line.
 
 Pinned: torch 2.15.0, transformers 5.23.0, peft 0.21.2.
@@ -10,6 +11,7 @@ Pinned: torch 2.15.0, transformers 5.23.0, peft 0.21.2.
 
 import json
 import os
+import re
 import resource
 import statistics
 import sys
@@ -30,8 +32,16 @@ def main():
     torch.manual_seed(0)
     result = {"train": train, "generate": generate, "forward": forward}[work["kind"]](work)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(dict(result, peak_rss_mib=round(peak, 1), versions=versions)))
+    print(json.dumps(dict(result, peak_rss_mib=round(peak_memory_mib(), 1), versions=versions)))
+
+
+def peak_memory_mib():
+    """As the other side reads it: what `getrusage` tells begins with the memory of the program that started this one."""
+    try:
+        with open("/proc/self/status") as status:
+            return int(re.search(r"VmHWM:\s*(\d+) kB", status.read())[1]) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def config_of(work):
@@ -61,7 +71,8 @@ def train(work):
     if work["method"] == "lora":
         model = with_lora(model, config, work)
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4,
+                                  fused=work.get("fused", False))
     seconds, tokens, begun = [], [], 0.0
     for batch in line_batches(work) if work["lines"] else random_batches(work, config):
         begun = time.process_time() if len(seconds) == 1 else begun

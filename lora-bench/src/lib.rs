@@ -31,7 +31,6 @@ pub mod training;
 
 use std::{
     process::Command,
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -60,49 +59,56 @@ const EVEN: usize = 960;
 /// How long a ceiling is looked for.
 pub const CEILING: Duration = Duration::from_secs(2);
 
-/// The f32 GEMM ceiling of this machine in FLOP/s, measured for so long: the best of many products of 960³, whose operands
-/// stay in cache and whose blocks come out even.
+/// The GEMM ceiling of this machine in FLOP/s, measured for so long: the best of many products of 960³, whose operands stay
+/// in cache and whose blocks come out even. With `DType::Bf16` one factor is of that type.
 ///
 /// # Panics
 /// When there is no memory for three matrices.
-pub fn ceiling(during: Duration) -> f64 {
-    ceiling_of(&numbers(EVEN, EVEN), during).expect("f32")
+pub fn ceiling(dtype: DType, during: Duration) -> f64 {
+    let (a, b, mut c) = (numbers(EVEN, EVEN), typed(&numbers(EVEN, EVEN), dtype), numbers(EVEN, EVEN));
+    // As training and generation do: on a thread of the pool.
+    let best = Device::Cpu.run(|| {
+        best_of(during, || gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared")).expect("types that fit"))
+    });
+    2.0 * (EVEN as f64).powi(3) / best
 }
 
-/// The same with one factor of bf16: `None` where the CPU has no such product.
-pub fn ceiling_bf16(during: Duration) -> Option<f64> {
-    ceiling_of(&bf16(&numbers(EVEN, EVEN))?, during).ok()
+/// Bytes of memory that all cores together read in a second, measured for so long: the best of many products of one row with
+/// 512 MiB, which no cache holds.
+///
+/// # Panics
+/// When there is no memory for them.
+pub fn read_bandwidth(during: Duration) -> f64 {
+    let [k, n] = [1 << 13, 1 << 14];
+    let (x, w, mut y) = (numbers(1, k), zeros(k, n), zeros(1, n));
+    let best = Device::Cpu.run(|| {
+        best_of(during, || gemm(1.0, x.mat(), w.mat(), 0.0, y.make_mut().expect("unshared")).expect("types that fit"))
+    });
+    (k * n * size_of::<f32>()) as f64 / best
 }
 
-fn ceiling_of(b: &Tensor, during: Duration) -> lora_kernels::Result<f64> {
-    let (a, mut c) = (numbers(EVEN, EVEN), numbers(EVEN, EVEN));
+fn zeros(rows: usize, cols: usize) -> Tensor {
+    Tensor::zeros(&Device::Cpu, DType::F32, &[rows, cols]).expect("memory for a benchmark's matrix")
+}
+
+/// The shortest of the calls within a time, in seconds: at least one.
+fn best_of(during: Duration, mut run: impl FnMut()) -> f64 {
     let start = Instant::now();
     let mut best = f64::INFINITY;
     while best.is_infinite() || start.elapsed() < during {
         let t = Instant::now();
-        gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().expect("unshared"))?;
+        run();
         best = best.min(t.elapsed().as_secs_f64());
     }
-    Ok(2.0 * (EVEN as f64).powi(3) / best)
+    best
 }
 
-/// The matrix in bf16; `None` where the CPU has no products with it.
-pub fn bf16(of: &Tensor) -> Option<Tensor> {
-    // Asked with as little as can be: types that do not go together are a programmer's error, and panic.
-    static CAN: OnceLock<bool> = OnceLock::new();
-    let small = || {
-        let (a, mut c) = (numbers(1, 1), numbers(1, 1));
-        let b = a.to(&Device::Cpu, DType::Bf16).ok()?;
-        gemm(1.0, a.mat(), b.t(), 0.0, c.make_mut().ok()?).ok()
-    };
-    let can = || {
-        let say = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| ()));
-        let can = std::panic::catch_unwind(small).is_ok_and(|done| done.is_some());
-        std::panic::set_hook(say);
-        can
-    };
-    if *CAN.get_or_init(can) { of.to(&Device::Cpu, DType::Bf16).ok() } else { None }
+/// The matrix in another type.
+///
+/// # Panics
+/// When there is no memory for it.
+pub fn typed(of: &Tensor, dtype: DType) -> Tensor {
+    of.to(&Device::Cpu, dtype).expect("memory for a benchmark's matrix")
 }
 
 /// The median of some measurements; NaN of none.

@@ -32,16 +32,12 @@ pub fn write(dir: &Path, arch: &str, tiny: bool) -> Result<()> {
     Ok(model.save(dir, &Default::default())?)
 }
 
-/// Puts a tokenizer into a model's folder: that of another folder, or a small one.
+/// Puts the tokenizer of another folder into a model's.
 ///
 /// # Errors
 /// What reading and writing files can cause.
-pub fn add_tokenizer(dir: &Path, from: Option<&Path>) -> Result<()> {
-    let tokenizer = match from {
-        Some(from) => Tokenizer::from_dir(from)?,
-        None => Tokenizer::train_bpe(["The Vaults is a pub near Café Adriatic."].into_iter(), 270)?,
-    };
-    Ok(tokenizer.save(dir)?)
+pub fn add_tokenizer(dir: &Path, from: &Path) -> Result<()> {
+    Ok(Tokenizer::from_dir(from)?.save(dir)?)
 }
 
 fn config(arch: &str, tiny: bool) -> Result<RawConfig> {

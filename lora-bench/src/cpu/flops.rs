@@ -108,7 +108,7 @@ impl Needed {
             let seen = if last { targets } else { rows };
             let mut trains = false;
             for (site, linear) in group {
-                let here = if stage == Stage::Qkv { rows } else { seen };
+                let here = if stage == Stage::Qkv && !is_query(&site.name) { rows } else { seen };
                 let outputs = match stage {
                     Stage::Qkv => outputs(&site.name, linear, rows, seen),
                     _ => seen * linear.outputs as f64,
@@ -193,10 +193,14 @@ impl Needed {
 /// Output columns times rows: keys and values of all rows, queries of those that are looked at.
 fn outputs(site: &str, linear: &LinearSite, rows: f64, seen: f64) -> f64 {
     if linear.parts.is_empty() {
-        let query = site.ends_with("q_proj") || site.ends_with("query");
-        return linear.outputs as f64 * if query { seen } else { rows };
+        return linear.outputs as f64 * if is_query(site) { seen } else { rows };
     }
     linear.parts.iter().map(|(name, cols)| cols.len() as f64 * if *name == "q" { seen } else { rows }).sum()
+}
+
+/// Whether a linear map makes queries alone.
+fn is_query(site: &str) -> bool {
+    site.ends_with("q_proj") || site.ends_with("query")
 }
 
 fn scalars(shape: &[usize]) -> f64 {
@@ -283,6 +287,8 @@ mod tests {
         let (kv, rest) = (2.0 * 16.0 * 6.0, (16.0 + 2.0 * 32.0) * 2.0);
         assert_eq!(n.linear, 2.0 * (kv + 16.0 * 2.0 + 2.0 * rest));
         assert_eq!(n.attention, 6.0 * 2.0 * 6.0 * 4.0, "two queries see three keys each");
+        // A and B have 4 scalars each: two products forward, three backward; of the query for two rows, of the value for six.
+        assert_eq!(n.lora, 5.0 * 2.0 * 4.0 * (2.0 + 6.0));
         // dense 4×4 and out_proj 2×4 train and pass the gradient on.
         assert_eq!(n.head, 3.0 * 2.0 * 2.0 * (16.0 + 8.0));
     }

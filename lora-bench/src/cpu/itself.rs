@@ -10,20 +10,29 @@ use crate::{
 };
 
 impl Bench {
-    /// Microseconds per token for batches of 256 to 8,192 tokens, in one process and in turn.
+    /// Microseconds per token for batches of 256 to 8,192 tokens: the medians of rounds, in each of which all sizes have
+    /// their turn in one process.
     pub(super) fn cost(&mut self) -> Result<Vec<Row>> {
         let work = self.placed(&rows::cost(self.config.tiny), "gpt2")?;
-        let result = self.ours(&work)?;
-        let tokens: Vec<f64> = numbers(&result["tokens"])?;
-        let seconds: Vec<Vec<f64>> = list(&result["seconds"])?.iter().map(numbers).collect::<Result<_>>()?;
-        let micros: Vec<f64> = seconds.iter().zip(&tokens).map(|(s, n)| median(s) / n * 1e6).collect();
-        self.report.rounds.insert("cost".into(), result);
-        let [low, high] = spread(&micros).context("no sizes")?;
-        let each: Vec<String> = tokens.iter().zip(&micros).map(|(n, us)| format!("{n}: {us:.0}")).collect();
+        let rounds = (0..self.config.rounds).map(|_| self.ours(&work)).collect::<Result<Vec<_>>>()?;
+        let tokens = numbers(&rounds[0]["tokens"])?;
+        // By round and size.
+        let micros = rounds.iter().map(|round| {
+            let sizes = list(&round["seconds"])?.iter().zip(&tokens);
+            sizes.map(|(seconds, n)| Ok(median(&numbers(seconds)?) / n * 1e6)).collect::<Result<Vec<f64>>>()
+        });
+        let micros = micros.collect::<Result<Vec<_>>>()?;
+        self.report.rounds.insert("cost".into(), json!(rounds));
+        let of_size = |i: usize| median(&micros.iter().map(|round| round[i]).collect::<Vec<_>>());
+        let medians: Vec<f64> = (0..tokens.len()).map(of_size).collect();
+        let [low, high] = spread(&medians).context("no sizes")?;
+        let ratios: Vec<f64> = micros.iter().filter_map(|round| spread(round).map(|[low, high]| high / low)).collect();
+        let each: Vec<String> = tokens.iter().zip(&medians).map(|(n, us)| format!("{n}: {us:.0}")).collect();
         Ok(vec![
             Row {
                 ours: Some(high),
                 reference: Some(low),
+                spread: spread(&ratios),
                 ..Row::new(
                     "time of a token, LoRA training of GPT-2 small, batches of 256 to 8192 tokens, most over least",
                     "µs",

@@ -122,7 +122,7 @@ impl Bench {
                     env!("CARGO_PKG_VERSION"),
                     if cfg!(debug_assertions) { "debug" } else { "release" },
                     said("rustc", &["--version"]),
-                    said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "rev-parse", "--short", "HEAD"])
+                    said("git", &["-C", env!("CARGO_MANIFEST_DIR"), "describe", "--always", "--dirty"])
                 ),
             ),
             ("rounds", self.config.rounds.to_string()),
@@ -192,7 +192,11 @@ impl Bench {
             rows[0].note = "lengths like E2E's; give --data and --tokenizer to compare".into();
         }
         if let Some(goal) = c.tuned {
-            rows.push(speed(format!("{}, its malloc tuned", c.what), "tuned", goal));
+            rows.push(speed(format!("{}, its malloc tuned, AdamW fused", c.what), "tuned", goal));
+        }
+        if ours.kind == Kind::Generate {
+            let share = Row::new(format!("{}: weights read, over the bandwidth", c.what), "B/s", None);
+            rows.push(rounds.within(share, "weights_read_per_s", "bandwidth"));
         }
         let memory = |what: String, peer, goal| rounds.row(Row::new(what, "MiB", goal), "peak_rss_mib", peer);
         if ours.kind == Kind::Train {
@@ -204,7 +208,6 @@ impl Bench {
             ));
         }
         if let Some(why) = rounds.failure("ours") {
-            let why = why.context(if ours.dtype == Type::Bf16 { "not supported" } else { "no figures" });
             rows = vec![Row::new(c.what, "tokens/s", Some(c.speed)).failed(&why)];
             rows[0].reference = rounds.median("peer", "tokens_per_s");
         }
@@ -255,8 +258,11 @@ impl Bench {
             bail!("{} is not there: build the command first, or name it as --lora", lora.display());
         }
         let model = self.model("gpt2")?;
-        if !model.join("tokenizer.json").exists() {
-            models::add_tokenizer(&model, self.config.lines.as_ref().map(|l| l.tokenizer.as_path()))?;
+        // A user's folder stays as it is.
+        if model.starts_with(self.folder.path()) {
+            let lines =
+                self.config.lines.as_ref().context("needs --data and --tokenizer, or a --model that has one")?;
+            models::add_tokenizer(&model, &lines.tokenizer)?;
         }
         let once = || -> Result<f64> {
             let mut command = Command::new(&lora);

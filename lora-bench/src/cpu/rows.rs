@@ -22,7 +22,7 @@ pub struct Comparison {
     pub theirs: Type,
     /// Tokens per second over the peer's, with its allocator as it is.
     pub speed: Goal,
-    /// The same with its allocator tuned, where it is measured so.
+    /// The same with its allocator tuned and its optimiser fused, where it is measured so.
     pub tuned: Option<Option<Goal>>,
     /// Peak memory over the peer's.
     pub memory: Option<Goal>,
@@ -32,6 +32,11 @@ pub struct Comparison {
 
 const fn goal(at_least: f64, aim: f64) -> Goal {
     Goal { at_least, aim }
+}
+
+/// What the ceiling allows beyond it stands in a row of its own.
+const fn at_least(limit: f64) -> Goal {
+    Goal { at_least: limit, aim: f64::INFINITY }
 }
 
 /// LoRA r 4 on GPT-2's default projections.
@@ -106,16 +111,17 @@ pub fn comparisons(lines: Option<&Lines>, tiny: bool) -> Vec<Comparison> {
         },
         row("roberta-bf16", "LoRA r 8, RoBERTa base, 16 × 64, bf16", "roberta-base", roberta(Bf16), goal(1.1, 1.15)),
         Comparison {
+            tuned: Some(None),
             share,
             ..row("full", "full fine-tuning, GPT-2 small, 8 × 128, f32", "gpt2", full, goal(1.6, 2.0))
         },
-        row("generate-1", "greedy generation, GPT-2 small, batch 1, f32", "gpt2", generate(F32, 1), goal(2.0, 4.0)),
-        row("generate-8", "greedy generation, GPT-2 small, batch 8, f32", "gpt2", generate(F32, 8), goal(2.0, 4.0)),
+        row("generate-1", "greedy generation, GPT-2 small, batch 1, f32", "gpt2", generate(F32, 1), at_least(2.0)),
+        row("generate-8", "greedy generation, GPT-2 small, batch 8, f32", "gpt2", generate(F32, 8), at_least(2.0)),
         Comparison {
             theirs: F32,
-            ..row("generate-1-bf16", "the same, batch 1, bf16 over f32", "gpt2", generate(Bf16, 1), goal(3.5, 7.0))
+            ..row("generate-1-bf16", "the same, batch 1, bf16 over f32", "gpt2", generate(Bf16, 1), at_least(3.5))
         },
-        row("beam", "beam search 10, 64 new tokens, GPT-2 small, f32", "gpt2", beam, goal(4.0, 8.0)),
+        row("beam", "beam search 10, 64 new tokens, GPT-2 small, f32", "gpt2", beam, at_least(4.0)),
     ];
     if tiny {
         all.iter_mut().for_each(|c| make_tiny(&mut c.ours));
@@ -130,12 +136,12 @@ pub(super) fn forward(tiny: bool) -> Work {
 
 /// Steps with 256 tokens and ever twice as many, up to 8,192.
 pub(super) fn cost(tiny: bool) -> Work {
-    sized(Work { sizes: 6, ..work(Kind::Cost, Type::F32, [2, 128, 4]) }, tiny)
+    sized(Work { sizes: 6, ..work(Kind::Cost, Type::F32, [2, 128, 3]) }, tiny)
 }
 
 /// One batch again and again.
 pub(super) fn steady(tiny: bool) -> Work {
-    sized(work(Kind::Train, Type::F32, [8, 128, 8]), tiny)
+    sized(Work { ceiling_ms: 0, ..work(Kind::Train, Type::F32, [8, 128, 8]) }, tiny)
 }
 
 fn sized(mut work: Work, tiny: bool) -> Work {

@@ -23,11 +23,13 @@ pub struct Rounds {
     failures: BTreeMap<String, String>,
 }
 
-/// Runs the other stack's side in a process of its own.
+/// Runs the other stack's side in a process of its own; tuned, with that malloc and PyTorch's fused AdamW.
 pub(super) fn peer(python: &Path, work: &Work, tuned: bool) -> Result<Value> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("interop/peer_cpu.py");
     let mut command = Command::new(python);
-    command.arg(script).arg(json!(work).to_string());
+    let mut description = json!(work);
+    description["fused"] = tuned.into();
+    command.arg(script).arg(description.to_string());
     TUNED.iter().for_each(|(name, value)| {
         if tuned {
             command.env(name, value)

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::flops::Needed;
-use crate::{ceiling, ceiling_bf16, median, peak_memory_mib, processor_seconds, training};
+use crate::{ceiling, median, peak_memory_mib, processor_seconds, read_bandwidth, training};
 
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,7 +104,7 @@ pub struct Work {
     pub beams: usize,
     /// Sizes of batches.
     pub sizes: usize,
-    /// For how many milliseconds the GEMM ceiling is looked for after training.
+    /// For how many milliseconds the ceiling is looked for: of GEMM after training, of reading memory after generation.
     pub ceiling_ms: u64,
 }
 
@@ -178,11 +178,7 @@ impl Work {
         result["gemm_flops_per_s"] = json!(total / seconds);
         result["gemm_flops_of_last_step"] = json!(flops[(measured.seconds.len() - 1) % flops.len()]);
         // After the steps, because the peak of memory is theirs.
-        let during = Duration::from_millis(self.ceiling_ms);
-        result["ceiling"] = json!(match self.dtype {
-            Type::F32 => Some(ceiling(during)),
-            Type::Bf16 => ceiling_bf16(during),
-        });
+        result["ceiling"] = json!(ceiling(self.dtype.dtype(), Duration::from_millis(self.ceiling_ms)));
         Ok(result)
     }
 
@@ -202,10 +198,17 @@ impl Work {
         let begun = processor_seconds();
         let seconds = (0..self.steps).map(|_| run(self.new)).collect::<Result<Vec<f64>>>()?;
         let cores = begun.zip(processor_seconds()).map(|(from, to)| (to - from) / seconds.iter().sum::<f64>());
-        let tokens_per_s = (self.batch * self.new) as f64 / median(&seconds);
-        Ok(
-            json!({ "tokens_per_s": tokens_per_s, "seconds": seconds, "cores": cores, "peak_rss_mib": peak_memory_mib() }),
-        )
+        let passes_per_s = self.new as f64 / median(&seconds);
+        let weights: usize = model.tensors().map(|(_, t)| t.len() * t.dtype().size()).sum();
+        Ok(json!({
+            "tokens_per_s": self.batch as f64 * passes_per_s,
+            "seconds": seconds,
+            "cores": cores,
+            "peak_rss_mib": peak_memory_mib(),
+            // All weights for every new token; the first one's pass has the prompt's tokens, too.
+            "weights_read_per_s": weights as f64 * passes_per_s,
+            "bandwidth": read_bandwidth(Duration::from_millis(self.ceiling_ms)),
+        }))
     }
 
     fn forward(&self) -> Result<Value> {

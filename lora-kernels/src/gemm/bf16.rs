@@ -7,6 +7,7 @@
 //! rounding an f32 operand costs (none, for one that was bf16).
 
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::{Buffer, DType, Device, Element, Error, Mat, MatMut, Result, mat::HostMat};
 
@@ -61,12 +62,15 @@ impl Wide {
         }
     }
 
-    fn map<T: Element>(x: HostMat<T>, f: impl Fn(T) -> f32) -> Result<Wide> {
+    fn map<T: Element>(x: HostMat<T>, f: impl Fn(T) -> f32 + Sync) -> Result<Wide> {
+        /// Numbers that are worth waking another thread for.
+        const WORTH: usize = 1 << 14;
         let (transposed, x) = (x.transposed, if x.transposed { x.t() } else { x });
         let mut data = Buffer::empty(&Device::Cpu, DType::F32, x.rows * x.cols)?;
-        for (i, to) in data.host_mut::<f32>().chunks_mut(x.cols.max(1)).enumerate() {
+        let rows = data.host_mut::<f32>().par_chunks_mut(x.cols.max(1)).enumerate();
+        rows.with_min_len(1 + WORTH / x.cols.max(1)).for_each(|(i, to)| {
             to.iter_mut().zip(x.row(i)).for_each(|(y, &v)| *y = f(v));
-        }
+        });
         Ok(Wide { data, rows: x.rows, cols: x.cols, transposed })
     }
 
@@ -201,6 +205,24 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// Its products are those of [`super::super::parallel`], which f32 has there too.
+    #[test]
+    fn a_processor_without_bf16_has_the_same_bits_for_any_number_of_threads() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for (m, k, n) in [(400, 768, 520), (397, 768, 8), (8, 400, 768), (1, 768, 2304), (37, 768, 520)] {
+            let (a, b) = (Padded::random(&mut rng, DType::F32, m, k), Padded::random(&mut rng, DType::Bf16, n, k));
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut c = Buffer::empty(&Device::Cpu, DType::F32, m * n).unwrap();
+                let (a, b) = (Operand::of(a.mat()).unwrap(), Operand::of(b.mat().t()).unwrap());
+                pool.install(|| product(1.0, a, b, 0.0, MatMut::new(&mut c, 0, m, n))).unwrap();
+                c.to_vec::<f32>(0..m * n).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+            };
+            let one = run(1);
+            assert!([2, 3, 5].iter().all(|&threads| run(threads) == one), "{m}×{k}×{n}");
         }
     }
 

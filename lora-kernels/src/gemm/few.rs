@@ -184,6 +184,10 @@ fn on<W: Weight>(
     Ok(())
 }
 
+/// [`Part::run`] with AVX-512.
+///
+/// # Safety
+/// As there.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn avx512<W: Weight>(part: Part<W>) {

@@ -43,6 +43,9 @@ impl<W: Weight> Part<'_, W> {
 
     /// B stored by rows: rows of B times numbers of A are added to the rows of C, for some rows of B side by side. Reads go
     /// along the rows, as far as they reach: longer runs are worth more than a C that stays in the nearest cache.
+    ///
+    /// # Safety
+    /// As [`Part::run`].
     #[inline(always)]
     unsafe fn sums<V: Lanes>(&self, wide: usize) {
         // Once even for no products at all, because C takes its β in any case.
@@ -73,6 +76,9 @@ impl<W: Weight> Part<'_, W> {
     }
 
     /// B transposed: its columns, which lie one after the other, times the rows of A.
+    ///
+    /// # Safety
+    /// As [`Part::run`].
     #[inline(always)]
     unsafe fn dots<V: Lanes>(&self, wide: usize) {
         let mut j = 0;
@@ -93,6 +99,9 @@ impl<W: Weight> Part<'_, W> {
 }
 
 /// C [M, 16·N] = β·C + α·A [M, depth]·B [depth, 16·N]; with N = 1 only `len` columns.
+///
+/// # Safety
+/// The matrices have that many rows and columns, from where they begin and by their strides; the processor has `V`'s vectors.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
@@ -141,6 +150,9 @@ unsafe fn sum_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
 }
 
 /// C [M, N] = β·C + α·A [M, k]·B [k, N], B column by column.
+///
+/// # Safety
+/// The matrices have that many rows and columns, from where they begin and by their strides; the processor has `V`'s vectors.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices with their strides
 unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
@@ -173,6 +185,9 @@ unsafe fn dot_tile<V: Lanes, W: Weight, const M: usize, const N: usize>(
 }
 
 /// `len` of k elements more of every row of A times every column of B.
+///
+/// # Safety
+/// They can be read; the processor has `V`'s vectors.
 #[inline(always)]
 unsafe fn dot_step<V: Lanes, W: Weight, const M: usize, const N: usize>(
     a: *const f32,
