@@ -44,18 +44,27 @@ impl Program {
 
         let mut train = self.command();
         train.arg("train").arg("--config").arg(&file).arg("--json");
-        if dir.join(RUN_FILE).exists() {
-            match dir.join(checkpoint::FOLDER).exists() {
-                true => drop(train.arg("--resume")),
-                // Finished, and its cell was removed, perhaps because it was of other settings; or stopped before its first
-                // checkpoint.
-                false => remove(dir)?,
-            }
+        let resumed = dir.join(RUN_FILE).exists() && dir.join(checkpoint::FOLDER).exists();
+        if resumed {
+            train.arg("--resume");
+        } else if dir.join(RUN_FILE).exists() {
+            // Finished, and its cell was removed, perhaps because it was of other settings; or stopped before its first
+            // checkpoint.
+            remove(dir)?;
         }
         let summary = match answer(&mut train)? {
             Answer::Json(json) => json,
             Answer::Ended(status) if status.code() == Some(DIVERGED.into()) => return Ok(Made::Cell(Box::new(cell))),
-            Answer::Ended(status) => return Ok(Made::of("lora train", status)),
+            Answer::Ended(status) => {
+                return Ok(match Made::of("lora train", status) {
+                    Made::Failed(why) if resumed => Made::Failed(format!(
+                        "{why}; it was to go on from a checkpoint: if that is of other settings or data, remove {}, and the \
+                         run begins anew",
+                        dir.display()
+                    )),
+                    made => made,
+                });
+            }
         };
         let tried = eval.is_none();
         let judged = match eval {

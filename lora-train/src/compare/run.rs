@@ -83,6 +83,15 @@ pub struct Finished {
     pub interrupted: bool,
 }
 
+impl Finished {
+    /// A run that failed: the others go on.
+    fn fail(&mut self, job: Job, why: String, watcher: &mut dyn Watcher) -> ControlFlow<()> {
+        watcher.failed(&job, &why);
+        self.failed.push(Failure::Run { job, why });
+        ControlFlow::Continue(())
+    }
+}
+
 /// What a comparison could not do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Failure {
@@ -135,7 +144,7 @@ pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut
             }
         }
     }
-    finished.table = store.table()?;
+    finished.table = store.table_without(|_| Ok(()))?;
     finished.table.write(out)?;
     let lost = |line: &&Line| line.diverged > 0 && line.diverged == line.seeds;
     finished.failed.extend(finished.table.lines.iter().filter(lost).map(|l| Failure::Diverged { row: l.name.clone() }));
@@ -231,33 +240,46 @@ impl Store<'_> {
     }
 
     fn table(&self) -> Result<Table> {
+        self.table_without(Err)
+    }
+
+    /// The table, without the results of rows whose cells are of other settings where `bad` lets that pass.
+    fn table_without(&self, bad: impl Fn(Error) -> Result<()>) -> Result<Table> {
         let mut table = Table::default();
         for row in &self.comparison.rows {
-            let lr = self.chosen(row)?;
-            let mut cells = Vec::new();
-            for &seed in lr.iter().flat_map(|_| &row.seeds) {
-                cells.extend(self.cell(row, Kind::Seed { seed, lr: lr.unwrap_or_default() })?);
-            }
+            let (lr, cells) = match self.seeds(row) {
+                Ok(found) => found,
+                Err(e) => {
+                    bad(e)?;
+                    (None, Vec::new())
+                }
+            };
             table.push(row, lr, &cells);
         }
         Ok(table)
     }
 
+    /// The learning rate of a row, and its seeds that are finished.
+    fn seeds(&self, row: &Row) -> Result<(Option<f64>, Vec<Cell>)> {
+        let lr = self.chosen(row)?;
+        let mut cells = Vec::new();
+        for &seed in lr.iter().flat_map(|_| &row.seeds) {
+            cells.extend(self.cell(row, Kind::Seed { seed, lr: lr.unwrap_or_default() })?);
+        }
+        Ok((lr, cells))
+    }
+
     /// How many runs are not done yet.
-    fn left(&self) -> Result<usize> {
-        let mut left = 0;
-        for row in &self.comparison.rows {
-            let chosen = self.chosen(row)?;
+    fn left(&self) -> usize {
+        let missing = |row: &Row, kind| matches!(self.cell(row, kind), Ok(None));
+        let of_row = |row: &Row| {
+            let chosen = self.chosen(row).ok().flatten();
             let searches = row.lrs.iter().filter(|_| row.lrs.len() > 1).map(|&lr| Kind::Search { lr });
             let seeds = row.seeds.iter().map(|&seed| Kind::Seed { seed, lr: chosen.unwrap_or_default() });
-            for kind in searches {
-                left += usize::from(self.cell(row, kind)?.is_none());
-            }
-            for kind in seeds {
-                left += usize::from(chosen.is_none() || self.cell(row, kind)?.is_none());
-            }
-        }
-        Ok(left)
+            searches.filter(|kind| missing(row, *kind)).count()
+                + seeds.filter(|kind| chosen.is_none() || missing(row, *kind)).count()
+        };
+        self.comparison.rows.iter().map(of_row).sum()
     }
 
     /// The `round`-th seed of a row, after its search.
@@ -296,13 +318,20 @@ impl Store<'_> {
     ) -> Result<ControlFlow<()>> {
         let job = Job { row: row.name.clone(), kind };
         let failed = finished.failed.iter().any(|f| matches!(f, Failure::Run { job: other, .. } if *other == job));
-        if failed || self.cell(row, kind)?.is_some() {
+        if failed {
             return Ok(ControlFlow::Continue(()));
+        }
+        match self.cell(row, kind) {
+            Ok(None) => {}
+            Ok(Some(_)) => return Ok(ControlFlow::Continue(())),
+            // Such cells are refused before anything is run, but a seed's when the search comes to another rate than it was
+            // made with: then the other rows go on.
+            Err(e) => return Ok(finished.fail(job, e.to_string(), watcher)),
         }
         if watcher.stop() {
             return Ok(ControlFlow::Break(()));
         }
-        watcher.start(&job, self.left()?);
+        watcher.start(&job, self.left());
         let dir = self.dir(row, kind);
         if self.wait_for(&dir, watcher).is_break() {
             return Ok(ControlFlow::Break(()));
@@ -315,16 +344,14 @@ impl Store<'_> {
                     watcher.note(&e.to_string());
                 }
                 watcher.done(&job, &cell);
-                self.table()?.write(self.out)?;
+                self.table_without(|_| Ok(()))?.write(self.out)?;
                 return Ok(ControlFlow::Continue(()));
             }
             Ok(Made::Interrupted) => return Ok(ControlFlow::Break(())),
             Ok(Made::Failed(why)) => why,
             Err(e) => e.to_string(),
         };
-        watcher.failed(&job, &why);
-        finished.failed.push(Failure::Run { job, why });
-        Ok(ControlFlow::Continue(()))
+        Ok(finished.fail(job, why, watcher))
     }
 
     /// Trains and judges.

@@ -323,6 +323,12 @@ impl<'a> Adapted<'a> {
         [stream, attention].map(|there| if there { count } else { 0 })
     }
 
+    /// How many positions virtual tokens take from the text.
+    pub(super) fn positions(&self) -> usize {
+        let [stream, attention] = self.virtual_tokens();
+        stream + if self.options.count_prefix { attention } else { 0 }
+    }
+
     /// Keys and values [l, columns] of virtual tokens.
     pub(super) fn keys_values(&self, t: &mut Tape, cols: u128) -> Var {
         let l = self.virtual_tokens()[1] as u128;

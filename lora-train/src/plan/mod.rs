@@ -174,11 +174,13 @@ pub fn plan(config: &PlanConfig) -> Result<Plan> {
     let method = c.train.row()?;
     let build = |row: &peft::MethodRow| (row.build)(&options);
     let attached = Adapted::new(&*build(method)?, &options, &base)?;
-    let virtual_tokens = attached.virtual_tokens().iter().sum::<usize>();
+    let virtual_tokens = attached.positions();
+    // The method has been checked against the base: it leaves at least one.
+    let free = base.max_positions.saturating_sub(virtual_tokens);
     let seq_len = match c.seq_len {
-        None => (base.max_positions - virtual_tokens).min(2048),
+        None => free.min(2048),
         Some(0) => return Err(Error::option("seq-len", 0, "must be at least 1")),
-        Some(n) if n > base.max_positions - virtual_tokens => {
+        Some(n) if n > free => {
             let mut why = format!("the model has {} positions", base.max_positions);
             if virtual_tokens > 0 {
                 why += &format!(", of which {virtual_tokens} virtual tokens take theirs");

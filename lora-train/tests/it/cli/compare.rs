@@ -209,6 +209,46 @@ fn cells_of_other_settings_are_refused() {
 }
 
 #[test]
+fn a_rate_that_wins_later_does_not_stop_the_other_rows() {
+    let lab = lab();
+    let file = |lrs: &str| {
+        let runs = format!("[[run]]\nmethod = \"bitfit\"\nlr = {lrs}\n[[run]]\nmethod = \"full\"\nlr = 1e-3\n");
+        lab.write("l.toml", &format!("{}{runs}", SHARED.replace("[0, 1]", "[0]")));
+    };
+    file("[1e-7, 1e-6]");
+    lab.ok("compare l.toml --out out");
+    fs::remove_file(lab.path("out/cells/full/seed-0.json")).unwrap();
+    file("[1e-7, 1e-6, 1e-1]");
+    let output = lab.lora("compare l.toml --out out --json");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let table: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&table["lines"][0]["finished"], &table["lines"][1]["finished"]), (&0.into(), &1.into()), "{stderr}");
+    let (_, last) = stderr.rsplit_once("error: ").unwrap();
+    assert!(last.contains("bitfit/seed-0.json") && last.contains("was made with lr = "), "{last}");
+    // From now on it is seen before anything is run.
+    lab.fails("compare l.toml --out out", &["bitfit/seed-0.json", "was made with lr = ", "remove the file"]);
+}
+
+#[test]
+fn an_interrupted_run_of_other_settings_says_how_to_go_on() {
+    let lab = lab();
+    let run = "out/runs/bitfit/seed-0";
+    lab.ok(&format!(
+        "train --model base --data train.txt --method bitfit --lr 1e-2 --steps 3 --batch-size 4 --save-every 2 --out {run}"
+    ));
+    lab.write("s.toml", &format!("{}[[run]]\nmethod = \"bitfit\"\nlr = 1e-2\n", SHARED.replace("[0, 1]", "[0]")));
+    let output = lab.lora("compare s.toml --out out");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let (_, last) = stderr.rsplit_once("error: ").unwrap();
+    let parts = ["lora train ended with", "of other settings or data, remove ", run, "begins anew"];
+    assert!(stderr.contains("started with steps = 3") && parts.iter().all(|part| last.contains(part)), "{stderr}");
+    fs::remove_dir_all(lab.path(run)).unwrap();
+    lab.ok("compare s.toml --out out");
+}
+
+#[test]
 fn a_run_that_fails_or_diverges_does_not_stop_the_others() {
     let lab = lab();
     let shared = SHARED.replace("[0, 1]", "[0]");

@@ -3,6 +3,22 @@
 use crate::cli::lab::Lab;
 
 #[test]
+fn virtual_tokens_take_positions_where_they_are_counted() {
+    let lab = Lab::new();
+    let planned =
+        |flags: &str| lab.json(&format!("plan --arch gpt2 --method pre-layer --json {flags}"))["seq_len"].clone();
+    assert_eq!(planned("--prefix 24"), 1000);
+    assert_eq!(planned("--prefix 24 --seq-len 1000"), 1000);
+    assert_eq!(planned("--prefix 24 --count-prefix=false --seq-len 1024"), 1024);
+    assert_eq!(planned("--prefix 1025 --count-prefix=false"), 1024);
+    lab.fails(
+        "plan --arch gpt2 --method pre-layer --prefix 24 --seq-len 1001",
+        &["1024 positions", "24 virtual tokens"],
+    );
+    lab.fails("plan --arch gpt2 --method pre-layer --prefix 1024", &["prefix", "1024 positions"]);
+}
+
+#[test]
 fn gpt3_stands_beside_the_paper() {
     let lab = Lab::new();
     let setting = "plan --arch gpt3-175b --rank 4 --targets c_attn.q,c_attn.v --dtype f16";
