@@ -78,7 +78,7 @@ impl Search {
     /// One step, given the log-probabilities after each running beam. Returns which beam each of the new ones continues.
     fn advance(&mut self, config: &GenerationConfig, mut log_p: Vec<&mut [f32]>) -> Vec<usize> {
         for (beam, log_p) in self.running.iter().zip(&mut log_p) {
-            scores::process(config, &beam.tokens, log_p);
+            scores::process(config, &beam.tokens, self.start, log_p);
         }
         // Even if every beam has all end tokens among its best, `num_beams` candidates go on.
         let enough = config.num_beams * (1 + config.eos_token_id.len()).max(2);

@@ -25,6 +25,10 @@ pub struct GenerationConfig {
     pub repetition_penalty: f64,
     /// No run of so many tokens occurs twice in a text with its prompt; 0 to allow it. Default 0.
     pub no_repeat_ngram_size: usize,
+    /// Of `no_repeat_ngram_size`: runs that are in the prompt may come once more, and only the text's own count, as in the
+    /// code of the LoRA paper, whose texts say the names that their prompts give. Default false: the prompt's count too.
+    /// (Transformers has no such option.)
+    pub repeat_prompt_ngrams: bool,
     /// Texts that are carried on at the same time; the best is returned. Default 1: no beam search.
     pub num_beams: usize,
     /// Beams compare by the sum of log-probabilities over length^`length_penalty`. Default 1.
@@ -51,6 +55,7 @@ impl Default for GenerationConfig {
             top_p: 1.0,
             repetition_penalty: 1.0,
             no_repeat_ngram_size: 0,
+            repeat_prompt_ngrams: false,
             num_beams: 1,
             length_penalty: 1.0,
             early_stopping: false,

@@ -59,7 +59,7 @@ pub(super) fn run(
 
 impl Text {
     fn choose(&mut self, config: &GenerationConfig, logits: &mut [f32]) -> u32 {
-        scores::process(config, &self.tokens, logits);
+        scores::process(config, &self.tokens, self.start, logits);
         if !config.do_sample {
             return scores::argmax(logits);
         }

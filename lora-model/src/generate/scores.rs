@@ -4,9 +4,9 @@ use std::cmp::Ordering;
 
 use super::GenerationConfig;
 
-/// Repetition penalty, then n-gram blocking, in place. `history` is the text with its prompt. In f32, as in Transformers,
-/// so that ties come out the same.
-pub(super) fn process(config: &GenerationConfig, history: &[u32], scores: &mut [f32]) {
+/// Repetition penalty, then n-gram blocking, in place. `history` is the text with its prompt, which has `start` tokens. In
+/// f32, as in Transformers, so that ties come out the same.
+pub(super) fn process(config: &GenerationConfig, history: &[u32], start: usize, scores: &mut [f32]) {
     if config.repetition_penalty != 1.0 {
         let penalty = config.repetition_penalty as f32;
         let mut seen = history.to_vec();
@@ -18,6 +18,7 @@ pub(super) fn process(config: &GenerationConfig, history: &[u32], scores: &mut [
         }
     }
     let n = config.no_repeat_ngram_size;
+    let history = if config.repeat_prompt_ngrams { &history[start..] } else { history };
     if n > 0 && history.len() >= n {
         let begun = &history[history.len() + 1 - n..];
         for window in history.windows(n) {
@@ -29,15 +30,15 @@ pub(super) fn process(config: &GenerationConfig, history: &[u32], scores: &mut [
 }
 
 /// What the next token of a text is drawn from: tokens and their probabilities, which add up to 1. `history` is the text
-/// with its prompt, `logits` the model's after it.
+/// with its prompt, which has `start` tokens; `logits` are the model's after it.
 ///
 /// In Transformers' order: repetition penalty, blocked n-grams, temperature, `top_k`, `top_p`. `top_p` removes the least
 /// likely tokens as long as they make up no more than 1 − `top_p`; the likeliest always stays. Probabilities are f64.
 ///
 /// # Panics
-/// When a token of the history has no logit.
-pub fn distribution(config: &GenerationConfig, history: &[u32], mut logits: Vec<f32>) -> Vec<(u32, f64)> {
-    process(config, history, &mut logits);
+/// When a token of the history has no logit, or the history is shorter than its prompt.
+pub fn distribution(config: &GenerationConfig, history: &[u32], start: usize, mut logits: Vec<f32>) -> Vec<(u32, f64)> {
+    process(config, history, start, &mut logits);
     warp(config, &logits)
 }
 
@@ -172,25 +173,32 @@ mod tests {
     #[test]
     fn repetition_penalty_counts_a_token_once_and_makes_it_less_likely_on_either_side_of_zero() {
         let mut z = [2.0, -2.0, 0.0, 3.0];
-        process(&GenerationConfig { repetition_penalty: 2.0, ..config() }, &[1, 0, 1, 2, 0], &mut z);
+        process(&GenerationConfig { repetition_penalty: 2.0, ..config() }, &[1, 0, 1, 2, 0], 3, &mut z);
         assert_eq!(z, [1.0, -4.0, 0.0, 3.0]);
     }
 
     #[test]
     fn n_grams_are_blocked_by_their_beginning() {
-        for (n, history, banned) in [
-            (1, &[0, 2, 0][..], &[0, 2][..]),
-            (2, &[1, 2, 1, 3, 1], &[2, 3]),
-            (2, &[1, 1], &[1]),
-            (2, &[1], &[]),
-            (3, &[1, 2, 3, 0, 1, 2], &[3]),
-            (3, &[1, 2], &[]),
-            (0, &[1, 1, 1], &[]),
+        // Of a prompt and a text: what is banned, and what is where the prompt's n-grams may come again.
+        for (n, prompt, text, banned, of_text) in [
+            (1, &[0, 2][..], &[0][..], &[0, 2][..], &[0][..]),
+            (2, &[1, 2], &[1, 3, 1], &[2, 3], &[3]),
+            (2, &[1, 2, 1], &[3, 1], &[2, 3], &[]),
+            (2, &[1], &[1], &[1], &[]),
+            (2, &[], &[1, 1], &[1], &[1]),
+            (2, &[1], &[], &[], &[]),
+            (3, &[1, 2, 3, 0, 1], &[2], &[3], &[]),
+            (3, &[0], &[1, 2, 3, 0, 1, 2], &[3], &[3]),
+            (3, &[1], &[2], &[], &[]),
+            (0, &[1], &[1, 1], &[], &[]),
         ] {
-            let mut z = [0.0; 4];
-            process(&GenerationConfig { no_repeat_ngram_size: n, ..config() }, history, &mut z);
-            let found: Vec<usize> = (0..4).filter(|&i| z[i] == -INF).collect();
-            assert_eq!(found, banned, "{n} {history:?}");
+            for (repeat_prompt_ngrams, banned) in [(false, banned), (true, of_text)] {
+                let mut z = [0.0; 4];
+                let config = GenerationConfig { no_repeat_ngram_size: n, repeat_prompt_ngrams, ..config() };
+                process(&config, &[prompt, text].concat(), prompt.len(), &mut z);
+                let found: Vec<usize> = (0..4).filter(|&i| z[i] == -INF).collect();
+                assert_eq!(found, banned, "{n} {prompt:?} {text:?} {repeat_prompt_ngrams}");
+            }
         }
     }
 

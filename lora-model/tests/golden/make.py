@@ -29,7 +29,12 @@ from common import PINNED, check_versions, relative, save_adapter, trainable
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, get_linear_schedule_with_warmup
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    NoRepeatNGramLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 OUT = Path(__file__).resolve().parent / "gpt2"
 
@@ -227,7 +232,19 @@ GENERATION = {
     "greedy_no_repeat_ngram": {"max_new_tokens": 20, "no_repeat_ngram_size": 2},
     "beam": {"max_new_tokens": 15, "num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.9,
              "no_repeat_ngram_size": 3, "early_stopping": False, "eos_token_id": BEAM_EOS},
+    # No option of Transformers: its processor, shown the text without the prompt.
+    "greedy_repeat_prompt": {"max_new_tokens": 20, "no_repeat_ngram_size": 2, "repeat_prompt_ngrams": True},
+    "beam_repeat_prompt": {"max_new_tokens": 20, "num_beams": 4, "no_repeat_ngram_size": 2, "repeat_prompt_ngrams": True},
 }
+
+
+class OfTextAlone(NoRepeatNGramLogitsProcessor):
+    def __init__(self, size, prompt):
+        super().__init__(size)
+        self.prompt = prompt
+
+    def __call__(self, ids, scores):
+        return super().__call__(ids[:, self.prompt:], scores)
 
 
 def generation():
@@ -241,6 +258,8 @@ def generation():
         result[name] = {"settings": settings, "outputs": outputs}
     ends = [new[-1] == BEAM_EOS for output in result["beam"]["outputs"] for new in output["new"][:1]]
     assert any(ends) and not all(ends), "the end token should end some of the best beams and not all"
+    assert result["greedy_repeat_prompt"]["outputs"] != result["greedy_no_repeat_ngram"]["outputs"], \
+        "a text should repeat what is in its prompt"
     return result
 
 
@@ -250,6 +269,10 @@ def generate(prompt, settings, dtype):
     # The model's own end token would stop the greedy runs; they have none here.
     model.generation_config.eos_token_id = eos
     ids = torch.tensor([prompt])
+    settings = dict(settings)
+    if settings.pop("repeat_prompt_ngrams", False):
+        size = settings.pop("no_repeat_ngram_size")
+        settings["logits_processor"] = LogitsProcessorList([OfTextAlone(size, len(prompt))])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=100,
                             return_dict_in_generate=True, output_scores=True, **settings)
     new = [sequence[len(prompt):].tolist() for sequence in output.sequences]

@@ -85,6 +85,7 @@ fn settings(v: &Value) -> GenerationConfig {
             "max_new_tokens" => config.max_new_tokens = n,
             "repetition_penalty" => config.repetition_penalty = v.as_f64().unwrap(),
             "no_repeat_ngram_size" => config.no_repeat_ngram_size = n,
+            "repeat_prompt_ngrams" => config.repeat_prompt_ngrams = v.as_bool().unwrap(),
             "num_beams" => config.num_beams = n,
             "length_penalty" => config.length_penalty = v.as_f64().unwrap(),
             "early_stopping" => config.early_stopping = v.as_bool().unwrap(),
@@ -145,7 +146,8 @@ fn greedy_and_beam_search_equal_transformers_on(device: &Device) {
 fn the_distribution_to_draw_from_is_that_of_transformers() {
     let ((model, adapted), golden) = (golden_model(), golden());
     let (case, prompt) = (&golden["warped"], ids(&golden["warped"]["prompt"]));
-    let mut found = distribution(&settings(&case["settings"]), &prompt, logits(&*model, &adapted, &prompt));
+    let mut found =
+        distribution(&settings(&case["settings"]), &prompt, prompt.len(), logits(&*model, &adapted, &prompt));
     found.sort_unstable_by_key(|k| k.0);
     assert_eq!(found.iter().map(|k| k.0).collect::<Vec<_>>(), ids(&case["kept"]));
     for ((token, p), wanted) in found.iter().zip(case["probabilities"].as_array().unwrap()) {

@@ -33,7 +33,7 @@ pub(crate) struct CompletionArgs {
     /// Beams compare by log-probability over length to this power [default: 0.9]
     #[arg(long, value_name = "X", conflicts_with = "score")]
     length_penalty: Option<f64>,
-    /// Let no run of N tokens occur twice; 0 for no limit [default: 4]
+    /// Let no run of N tokens occur twice in a text, however often in its prompt; 0 for no limit [default: 4]
     #[arg(long, value_name = "N", conflicts_with = "score")]
     no_repeat_ngram_size: Option<usize>,
     /// The most tokens after a prompt [default: 64]
@@ -178,6 +178,7 @@ impl CompletionArgs {
             num_beams: self.num_beams.unwrap_or(10),
             length_penalty: self.length_penalty.unwrap_or(0.9),
             no_repeat_ngram_size: self.no_repeat_ngram_size.unwrap_or(4),
+            repeat_prompt_ngrams: true,
             max_new_tokens: self.max_new_tokens.unwrap_or(64),
             eos_token_id,
             ..GenerationConfig::default()

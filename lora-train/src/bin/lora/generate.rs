@@ -103,6 +103,9 @@ pub(crate) struct GenerateArgs {
     /// Let no run of N tokens occur twice; 0 for no limit
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Generation")]
     no_repeat_ngram_size: usize,
+    /// Of that, let what is in the prompt occur once more in the text, as `lora eval --task e2e` does
+    #[arg(long, requires = "no_repeat_ngram_size", help_heading = "Generation")]
+    repeat_prompt_ngrams: bool,
     /// Beam search with so many beams
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Generation")]
     num_beams: usize,
@@ -223,6 +226,7 @@ fn config(args: &GenerateArgs, dir: &Path, encoder: &Encoder) -> anyhow::Result<
         top_p: args.top_p.unwrap_or(default.top_p),
         repetition_penalty: args.repetition_penalty,
         no_repeat_ngram_size: args.no_repeat_ngram_size,
+        repeat_prompt_ngrams: args.repeat_prompt_ngrams,
         num_beams: args.num_beams,
         length_penalty: args.length_penalty,
         early_stopping: args.early_stopping,

@@ -48,8 +48,13 @@ fn from_training_to_scores() {
     let said = lab.read("said.txt");
     assert_eq!(said.lines().count(), 6);
     assert!(!lab.path("said.txt.part").exists());
-    let decoding = format!("{QUICK} --length-penalty 0.9 --no-repeat-ngram-size 4");
-    assert_eq!(lab.ok(&format!("generate --model base --adapter run --data test.txt {decoding}")), said);
+    let generate = format!("generate --model base --adapter run --data test.txt {QUICK} --length-penalty 0.9");
+    assert_eq!(lab.ok(&format!("{generate} --no-repeat-ngram-size 4 --repeat-prompt-ngrams")), said);
+    // What a prompt says may be said once more.
+    let once = "--no-repeat-ngram-size 1";
+    lab.json(&format!("{eval} --task e2e {QUICK} {once} --json --predictions once.txt"));
+    assert_eq!(lab.ok(&format!("{generate} {once} --repeat-prompt-ngrams")), lab.read("once.txt"));
+    assert_ne!(lab.ok(&format!("{generate} {once}")), lab.read("once.txt"));
     let again = lab.json(&format!("{eval} --task e2e {QUICK} --json --batch-size 1 --predictions again.txt"));
     assert_eq!((&again["bleu"], lab.read("again.txt")), (&judged["bleu"], said.clone()));
     let pair = |line: &str| {
