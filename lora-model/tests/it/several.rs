@@ -180,7 +180,8 @@ fn each_text_is_judged_by_the_head_of_its_adapter() {
                 sum += loss;
             }
             let what = format!("{case} in {dtype:?} on {device:?}");
-            within(&what, worst, 2e-6);
+            // Products of one row and of many round differently where the processor has no AVX-512 (2.1e-6).
+            within(&what, worst, 4e-6);
             within(&format!("{what}: loss {loss} of {sum}"), (loss - sum).abs() / sum, 2e-6);
             assert!(bare > 1e-2, "{what}: the adapters change nothing");
         }
