@@ -42,7 +42,7 @@ fn config() -> TrainConfig {
         steps: Some(200),
         batch_size: 8,
         grad_accum: 2,
-        lr: 1e-2,
+        lr: 5e-3,
         warmup: 10,
         base_dropout: Some(0.0),
         ..TrainConfig::default()
