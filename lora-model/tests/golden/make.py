@@ -234,7 +234,8 @@ GENERATION = {
              "no_repeat_ngram_size": 3, "early_stopping": False, "eos_token_id": BEAM_EOS},
     # No option of Transformers: its processor, shown the text without the prompt.
     "greedy_repeat_prompt": {"max_new_tokens": 20, "no_repeat_ngram_size": 2, "repeat_prompt_ngrams": True},
-    "beam_repeat_prompt": {"max_new_tokens": 20, "num_beams": 4, "no_repeat_ngram_size": 2, "repeat_prompt_ngrams": True},
+    "beam_repeat_prompt": {"max_new_tokens": 20, "num_beams": 4, "no_repeat_ngram_size": 2,
+                           "repeat_prompt_ngrams": True},
 }
 
 

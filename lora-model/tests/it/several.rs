@@ -139,6 +139,15 @@ fn losses_add_up() {
 }
 
 /// Of classifiers, whose heads are each adapter's own, and of adapters that have changed linear maps as a whole.
+/// Whether products of few rows and of many are this project's own. Elsewhere another crate computes those of many, whose
+/// sums are of another order: logits are 2.1e-6 apart on AVX2.
+fn products_of_rows_agree() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
 #[test]
 fn each_text_is_judged_by_the_head_of_its_adapter() {
     let mut places: Vec<_> = gpus().into_iter().map(|gpu| (gpu, DType::F32)).collect();
@@ -180,8 +189,7 @@ fn each_text_is_judged_by_the_head_of_its_adapter() {
                 sum += loss;
             }
             let what = format!("{case} in {dtype:?} on {device:?}");
-            // Products of one row and of many round differently where the processor has no AVX-512 (2.1e-6).
-            within(&what, worst, 4e-6);
+            within(&what, worst, if products_of_rows_agree() { 2e-6 } else { 4e-6 });
             within(&format!("{what}: loss {loss} of {sum}"), (loss - sum).abs() / sum, 2e-6);
             assert!(bare > 1e-2, "{what}: the adapters change nothing");
         }
