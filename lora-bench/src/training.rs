@@ -22,7 +22,7 @@ use crate::{median, page_faults, peak_memory_mib, processor_seconds};
 pub fn lines(data: &Path, tokenizer: &Path, model: &dyn Model) -> Result<Dataset> {
     let encoder = Encoder::from_dir(tokenizer, model)?;
     let none = Adapted::none(&model.device())?;
-    Ok(load_data(data, None, &encoder, (model, &none), TrainConfig::default().max_length)?)
+    Ok(load_data(data, None, &encoder, model, &none, TrainConfig::default().max_length)?)
 }
 
 /// Sequences about as long as those of E2E, without any text: contexts of 24 to 52 tokens, references of 12 to 42.

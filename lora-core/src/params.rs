@@ -92,7 +92,7 @@ impl ParamsBuilder {
     /// Adds a parameter.
     ///
     /// # Panics
-    /// When the name is taken, or a copied tensor has another number of elements.
+    /// When the name is taken, a copied tensor has another number of elements, or sampled rows another width.
     pub fn add(&mut self, name: impl Into<String>, shape: &[usize], init: Init) -> ParamId {
         let (name, len) = (name.into(), shape.iter().product::<usize>());
         assert!(self.entries.iter().all(|e| e.name != name), "parameter {name} twice");
@@ -121,6 +121,9 @@ impl ParamsBuilder {
     /// summed, in its accumulator's type ([`DType::accumulator`]): f32 for bf16, so that small updates are not rounded away.
     /// Each parameter draws from a stream of its own, chosen by its name, so that it
     /// begins the same way whatever else trains.
+    ///
+    /// # Panics
+    /// When the standard deviation of an initialisation is not finite.
     pub fn build(self, device: &Device, dtype: DType, seed: u64) -> Result<Params> {
         let compute = device.activations(dtype);
         let dtype = compute.accumulator();

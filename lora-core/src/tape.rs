@@ -286,6 +286,9 @@ impl<'m> Tape<'m> {
     }
 
     /// Adds ∂⟨dy, y⟩/∂p to the gradient of every parameter p: the vector-Jacobian product.
+    ///
+    /// # Panics
+    /// When dy has not the shape of y.
     pub fn backward_from(self, y: Var, dy: Tensor, grads: &mut Grads) -> Result<()> {
         assert_eq!(y.value.shape(), dy.shape(), "the gradient has the shape of its value");
         Backward { nodes: Vec::new(), grads }.run(self.first, self.steps, y, dy)

@@ -111,6 +111,9 @@ impl Tensor {
     }
 
     /// The given rows of a matrix, sharing memory.
+    ///
+    /// # Panics
+    /// When there are no such rows.
     pub fn rows_in(&self, r: Range<usize>) -> Tensor {
         assert!(r.start <= r.end && r.end <= self.rows(), "rows {r:?} of {:?}", self.shape);
         Tensor::view(&[r.len(), self.cols()], self.buf.clone(), self.offset + r.start * self.cols())

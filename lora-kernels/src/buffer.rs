@@ -159,6 +159,9 @@ impl Buffer {
     }
 
     /// A copy on the same device, in pooled memory.
+    ///
+    /// # Panics
+    /// When the range is not within the buffer.
     pub fn try_clone(&self, range: Range<usize>) -> Result<Buffer> {
         assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
         let mut b = Buffer::empty(&self.device, self.dtype, range.len())?;

@@ -41,6 +41,22 @@ pub fn gemm(alpha: f64, a: Mat, b: Mat, beta: f64, c: MatMut) -> Result<()> {
     gemm_with(alpha, a, b, beta, c, &Epilogue::default())
 }
 
+/// The widest vector instructions of this processor that products on the CPU use: `AVX-512 BF16`, `AVX-512`, `AVX2`, or
+/// else the name of its architecture.
+///
+/// With the first of them products of many rows, in f32 and bf16, are this crate's own; elsewhere they are those of the crate
+/// `gemm`, in f32 alone.
+pub fn cpu_instructions() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    match () {
+        () if blocked::available() => return "AVX-512 BF16",
+        () if few::by_avx512() => return "AVX-512",
+        () if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") => return "AVX2",
+        () => {}
+    }
+    std::env::consts::ARCH
+}
+
 /// What happens to a product on its way into C.
 #[derive(Clone, Copy, Default)]
 pub struct Epilogue<'a> {

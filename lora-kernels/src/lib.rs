@@ -63,7 +63,7 @@ pub use dropout::{Dropout, dropout, philox};
 pub use elementwise::{add_bias, axpby, fill, scale, scale_by, sum_rows};
 pub use error::{Error, Result};
 pub use gather::{gather, put_rows, scatter};
-pub use gemm::{Batch, Epilogue, Stack, gemm, gemm_batched, gemm_with};
+pub use gemm::{Batch, Epilogue, Stack, cpu_instructions, gemm, gemm_batched, gemm_with};
 pub use heap::{CountingHeap, HeapStats, heap_stats};
 pub use host::log_softmax;
 pub use lora::{

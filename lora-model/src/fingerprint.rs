@@ -11,7 +11,7 @@ use half::bf16;
 use lora_core::{Tensor, hash::fnv1a, peft::Base};
 use lora_kernels::Acc;
 
-use crate::{Error, Result};
+use crate::{Error, Result, adapter::PICKLED_FILE};
 
 /// Elements of every tensor that are looked at: reading all would touch every page of a mapped file.
 const SAMPLE: usize = 61;
@@ -87,7 +87,8 @@ pub fn of_file(path: &Path) -> Result<String> {
     Ok(format!("{hash:016x}"))
 }
 
-/// The fingerprint of the files in a model's folder, by their names: configuration, tokenizer, chat template and weights.
+/// The fingerprint of the files in a model's or an adapter's folder, by their names: configuration, tokenizer, chat template
+/// and weights.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -95,11 +96,9 @@ pub fn of_folder(dir: &Path) -> Result<String> {
     let mut files: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
         let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
-        let part = path
-            .extension()
-            .and_then(|e| e.to_str())
-            .is_some_and(|e| ["json", "safetensors", "model", "txt", "jinja"].contains(&e));
-        if part && path.is_file() {
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let part = ["json", "safetensors", "model", "txt", "jinja"].iter().any(|e| name.ends_with(&format!(".{e}")));
+        if (part || name == PICKLED_FILE) && path.is_file() {
             files.push(path);
         }
     }
@@ -165,6 +164,9 @@ mod tests {
         let template: [(&str, &[u8]); 3] =
             [("config.json", b"{}"), ("model.safetensors", b"12"), ("chat_template.jinja", b"x")];
         assert_ne!(a, of("e", &template));
+        // Of the formats of pickles adapters alone are read, where there is nothing else.
+        let pickled = |dir, weights: &[u8]| of(dir, &[("adapter_config.json", b"{}"), (PICKLED_FILE, weights)]);
+        assert_ne!(pickled("f", b"12"), pickled("g", b"13"));
         let one = dir.path().join("one");
         let of_bytes = |bytes: &[u8]| {
             fs::write(&one, bytes).unwrap();

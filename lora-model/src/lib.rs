@@ -5,11 +5,17 @@
 //!   tape, adapters from the method that was applied to it ([`lora_core::peft::Adapted`]).
 //! - [`generate`] continues texts: greedy, sampled or by beam search, over cached keys and values.
 //! - [`tokenizer`] turns text into tokens and back.
+//! - [`adapter`] saves and loads adapters as PEFT does, and merges, extracts and compares them; [`convert`] reads and writes
+//!   those of other programs.
+//! - [`checkpoint`] is the files of weights, [`config`] those of configurations, and [`fingerprint`](mod@fingerprint) tells
+//!   whether a base is the one that an adapter was trained on.
 //!
 //! ```
-//! use lora_core::peft::{Adapted, Lora, LoraConfig};
+//! use lora_core::peft::{Adapted, Lora, LoraConfig, Options};
 //! use lora_kernels::{DType, Device};
-//! use lora_model::{Gpt2, Model, config::Gpt2Config, generate, generate::GenerationConfig, load, tokenizer::Tokenizer};
+//! use lora_model::{
+//!     Gpt2, Model, adapter, config::Gpt2Config, generate, generate::GenerationConfig, load, tokenizer::Tokenizer,
+//! };
 //!
 //! # let temporary = tempfile::tempdir().expect("a folder for temporary files");
 //! # let folder = temporary.path();
@@ -39,6 +45,12 @@
 //! let texts = generate::generate(&*model, &adapted, &[prompt], &config, None)?;
 //! println!("{}", tokenizer.decode(&texts[0].tokens, true)?);
 //! # assert_eq!(texts[0].tokens.len(), 5);
+//!
+//! // The adapter in PEFT's two files, and from there onto a base again.
+//! let options = Options { rank: 4, alpha: 8.0, targets: ["c_attn"].into_iter().collect(), ..Options::default() };
+//! adapter::save(&folder.join("adapter"), "lora", &options, &adapted, &*model, None)?;
+//! let again = adapter::attach(&folder.join("adapter"), &*model, &cpu)?;
+//! assert_eq!(again.params.count(), adapted.params.count());
 //! # Ok::<(), lora_model::Error>(())
 //! ```
 

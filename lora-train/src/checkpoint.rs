@@ -7,6 +7,9 @@
 //!   adapter_config.json, …      the adapter as PEFT reads it (methods that have one)
 //! ```
 //! A folder is written under a temporary name, its files flushed to the disk, and then renamed.
+//!
+//! [`train`](crate::train) writes and reads them; whoever does single steps with a [`Trainer`] can do so too ([`save`],
+//! [`newest`], [`load`]).
 
 use std::{
     fs,
@@ -85,7 +88,11 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    pub(crate) fn of(data: &Dataset, base: &dyn Model) -> Result<Fingerprint> {
+    /// That of data and a base.
+    ///
+    /// # Errors
+    /// What reading from a device can cause.
+    pub fn of(data: &Dataset, base: &dyn Model) -> Result<Fingerprint> {
         let tokens = data.sequences.iter().map(|s| s.tokens.len()).sum();
         let words = data.sequences.iter().flat_map(|s| {
             let (goal, second, runs) = match &s.goal {
@@ -122,20 +129,21 @@ mod hexadecimal {
     }
 }
 
-/// Writes a checkpoint of `trainer` below the run's output folder; `export` adds the adapter. Then removes the oldest,
-/// when more than `config.keep` are there.
+/// Writes a checkpoint of `trainer` below the run's output folder; `export` may add files to its folder, such as the adapter.
+/// Then removes the oldest, when more than the configuration's `keep` are there. Gives the folder.
 ///
 /// # Errors
-/// [`Error::Diverged`] when a parameter or a moment is no number: the checkpoints so far are kept.
-pub(crate) fn save(
+/// [`Error::Diverged`] when a parameter or a moment is no number: the checkpoints so far are kept. What `export` and writing
+/// can cause.
+pub fn save(
     out: &Path,
     trainer: &Trainer,
     inputs: &Fingerprint,
-    config: &TrainConfig,
     spent: Spent,
     export: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     trainer.check_finite()?;
+    let config = trainer.config;
     let folder = out.join(FOLDER);
     let name = format!("step-{:08}", trainer.done);
     let (partial, whole) = (folder.join(format!("{PARTIAL}{name}")), folder.join(&name));
@@ -233,7 +241,10 @@ pub fn list(out: &Path) -> Result<Vec<(u64, PathBuf)>> {
 
 /// The newest whole checkpoint below a run's output folder, and a note on each newer one that is damaged and was passed
 /// over. What half-written ones left behind is removed.
-pub(crate) fn newest(out: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
+///
+/// # Errors
+/// A folder that cannot be read, or in which nothing can be removed.
+pub fn newest(out: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
     if let Ok(entries) = fs::read_dir(out.join(FOLDER)) {
         for entry in entries.flatten() {
             if entry.file_name().to_str().is_some_and(|n| n.starts_with(PARTIAL)) {
@@ -274,7 +285,7 @@ pub fn state(checkpoint: &Path) -> Result<State> {
 ///
 /// # Errors
 /// Data or a base other than the run's, a damaged file.
-pub(crate) fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> Result<Spent> {
+pub fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> Result<Spent> {
     let problem = |problem: String| Err(Error::Checkpoint { path: checkpoint.into(), problem });
     let state = state(checkpoint)?;
     let (now, then) = (inputs, &state.inputs);

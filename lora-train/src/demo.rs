@@ -246,7 +246,7 @@ pub fn run(config: &DemoConfig, work: &Path, watcher: &mut dyn Watcher) -> Resul
     let encoder = Encoder::from_dir(&base_dir, &*model)?;
     let none = Adapted::none(&device)?;
     let longest = config.adapt.max_length;
-    let held_for = |adapted: &Adapted| load_data(&held_out, Some(Format::E2e), &encoder, (&*model, adapted), longest);
+    let held_for = |adapted: &Adapted| load_data(&held_out, Some(Format::E2e), &encoder, &*model, adapted, longest);
     let held = held_for(&none)?;
     let told: Vec<&str> = valid.iter().take(config.told.max(config.shown)).map(|(record, _)| record.as_str()).collect();
     let measured = |model: &dyn Model, adapted: &Adapted| -> Result<Measured> {

@@ -17,6 +17,7 @@ use lora_model::{
 use crate::{
     Result,
     data::{self, Dataset, Encode, EncodeError, Join},
+    task::encode_completions,
 };
 
 /// A tokenizer as data needs it: with the model's vocabulary and its end of text.
@@ -139,8 +140,7 @@ impl Join for TextJoiner {
     }
 }
 
-/// Reads and encodes one data file for a model under a method: sequences of at most `max_length` tokens, and never longer
-/// than the positions that the method's virtual tokens leave.
+/// Reads one data file and encodes it for a model under a method, as [`encode_completions`] does.
 ///
 /// # Errors
 /// Those of [`data::read`] and [`data::encode`].
@@ -148,11 +148,10 @@ pub fn load_data(
     path: &Path,
     format: Option<data::Format>,
     encoder: &Encoder,
-    (model, adapted): (&dyn Model, &Adapted),
+    model: &dyn Model,
+    adapted: &Adapted,
     max_length: usize,
 ) -> Result<Dataset> {
     let corpus = data::read(path, format.unwrap_or_else(|| data::Format::of_path(path)))?;
-    // The last token of a sequence takes no position: it is only predicted.
-    let longest = max_length.min(model.free_positions(adapted) + 1);
-    Ok(data::encode(&[corpus], encoder, longest)?)
+    encode_completions(&corpus, encoder, model, adapted, max_length)
 }

@@ -28,7 +28,7 @@ pub enum Error {
         /// What is wrong, with line and key.
         problem: String,
     },
-    /// The loss or the gradient is no longer a number.
+    /// The loss, the gradient or what was trained is no longer a number.
     #[error(
         "step {step}: {what} is {value}; training stopped, and the checkpoints so far are kept. Lower --lr, set --clip 1, or \
          look for damaged data; --init-adapter CHECKPOINT starts a new run from an adapter saved before"
@@ -36,10 +36,19 @@ pub enum Error {
     Diverged {
         /// The step.
         step: u64,
-        /// `the loss` or `the gradient's norm`.
+        /// Such as `the loss` or `the gradient's norm`.
         what: &'static str,
         /// NaN or infinity.
         value: f64,
+    },
+    /// The loss of what was evaluated is no number.
+    #[error(
+        "the loss is {loss}: the model's weights or the adapter hold values that are no numbers, or too large ones; look at \
+         the run that made them"
+    )]
+    NotFinite {
+        /// NaN or infinity.
+        loss: f64,
     },
     /// The output folder belongs to something else.
     #[error("{}: {problem}", dir.display())]

@@ -6,7 +6,7 @@ use lora_model::Model;
 use serde::Serialize;
 
 use crate::{
-    Result,
+    Error, Result,
     data::{Batch, Dataset, Goal},
     metrics::Scores,
 };
@@ -30,15 +30,19 @@ pub struct Evaluation {
 /// labels or numbers also the metrics that it names.
 ///
 /// # Errors
-/// What a forward pass can cause.
+/// What a forward pass can cause; [`Error::NotFinite`] where the loss is no number, which metrics would hide.
 ///
 /// # Panics
 /// When the goals of the data are not of the model's kind.
 pub fn evaluate(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {
-    model.device().run(|| match data.sequences.first().map(|s| &s.goal) {
+    let evaluation = model.device().run(|| match data.sequences.first().map(|s| &s.goal) {
         None | Some(Goal::After(_) | Goal::Within(_)) => tokens(model, adapted, data, batch_size),
         Some(_) => sequences(model, adapted, data, batch_size),
-    })
+    })?;
+    match evaluation.loss.is_finite() {
+        true => Ok(evaluation),
+        false => Err(Error::NotFinite { loss: evaluation.loss }),
+    }
 }
 
 fn tokens(model: &dyn Model, adapted: &Adapted, data: &Dataset, batch_size: usize) -> Result<Evaluation> {

@@ -52,7 +52,8 @@ pub fn prompts(
     prompts: &[References],
     file: &Path,
     encoder: &Encoder,
-    (model, adapted): (&dyn Model, &Adapted),
+    model: &dyn Model,
+    adapted: &Adapted,
     config: &GenerationConfig,
 ) -> Result<Vec<Vec<u32>>> {
     let refused = |index: usize, problem: String| data::Error::Unprompted {
@@ -85,7 +86,8 @@ pub enum Continued<'a> {
 /// # Errors
 /// Each batch those of [`generate::generate`] and of [`Adapters::mixed`]; the index in [`lora_model::Error::Prompt`] is that within all prompts.
 pub fn batches<'a>(
-    (model, by): (&'a dyn Model, Continued<'a>),
+    model: &'a dyn Model,
+    by: Continued<'a>,
     prompts: &'a [Vec<u32>],
     config: &'a GenerationConfig,
     batch_size: usize,
@@ -147,8 +149,8 @@ mod tests {
         let mut prompts: Vec<Vec<u32>> = (0..7).map(|i| (0..=i).collect()).collect();
         let config = GenerationConfig { max_new_tokens: 6, do_sample: true, temperature: 3.0, ..Default::default() };
         let all = |prompts: &[Vec<u32>], size| -> lora_model::Result<Vec<Generated>> {
-            let batches: Vec<_> = batches((&model, Continued::Alike(&none)), prompts, &config, size)
-                .collect::<lora_model::Result<_>>()?;
+            let batches: Vec<_> =
+                batches(&model, Continued::Alike(&none), prompts, &config, size).collect::<lora_model::Result<_>>()?;
             Ok(batches.concat())
         };
         let together = generate::generate(&model, &none, &prompts, &config, None).unwrap();

@@ -14,13 +14,15 @@ pub fn peak_memory() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// What is computed on: the device where that is another, the processor of this machine and its threads.
+/// What is computed on: the device where that is another, the processor of this machine, its vector instructions (names of
+/// virtual machines' processors tell little else) and the threads.
 pub(crate) fn machine(device: &Device) -> String {
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
     let threads = rayon::current_num_threads();
     let plural = if threads == 1 { "" } else { "s" };
-    let processor = format!("{}, {threads} thread{plural}", name.unwrap_or(std::env::consts::ARCH));
+    let name = name.unwrap_or("processor without a name");
+    let processor = format!("{name} ({}), {threads} thread{plural}", lora_kernels::cpu_instructions());
     match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(gpu) => format!("{} ({device}), {processor}", gpu.info().name),
@@ -56,7 +58,7 @@ mod tests {
     #[test]
     fn a_machine_is_its_processor_and_the_device_that_it_computes_on() {
         let processor = machine(&Device::Cpu);
-        assert!(processor.contains(" thread"), "{processor}");
+        assert!(processor.contains(" thread") && processor.contains(lora_kernels::cpu_instructions()), "{processor}");
         #[cfg(feature = "emulator")]
         {
             let on = machine(&Device::open("emulated").unwrap());

@@ -60,6 +60,33 @@ pub struct Summary {
 }
 
 /// Watches a run: a progress bar, a program of your own. Everything is optional.
+///
+/// One that ends a run when two evaluations were no better than the best before them:
+///
+/// ```
+/// use lora_train::{Evaluation, Observer};
+///
+/// struct Patience {
+///     best: f64,
+///     worse: u32,
+/// }
+///
+/// impl Observer for Patience {
+///     fn evaluation(&mut self, _step: u64, evaluation: &Evaluation) {
+///         self.worse = if evaluation.loss < self.best { 0 } else { self.worse + 1 };
+///         self.best = self.best.min(evaluation.loss);
+///     }
+///
+///     fn enough(&mut self) -> bool {
+///         self.worse == 2
+///     }
+/// }
+/// # let mut watcher = Patience { best: f64::INFINITY, worse: 0 };
+/// # for (loss, enough) in [(2.0, false), (1.0, false), (1.5, false), (1.0, true)] {
+/// #     watcher.evaluation(0, &Evaluation { loss, perplexity: None, targets: 1, scores: Default::default() });
+/// #     assert_eq!(watcher.enough(), enough);
+/// # }
+/// ```
 pub trait Observer {
     /// The run begins.
     fn start(&mut self, _info: &RunInfo) {}
@@ -71,8 +98,13 @@ pub trait Observer {
     fn checkpoint(&mut self, _path: &Path) {}
     /// Something a person should know.
     fn note(&mut self, _message: &str) {}
-    /// Asked before every step: whether to save and stop.
+    /// Asked before every step: whether to save a checkpoint and stop, to go on some other time.
     fn stop(&mut self) -> bool {
+        false
+    }
+    /// Asked after every step, and after its evaluation where there is one: whether the run has done enough. It then ends as
+    /// it does after its last step, with its result in `out`: early stopping.
+    fn enough(&mut self) -> bool {
         false
     }
 }
@@ -109,9 +141,13 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             Some((fitted, corpus))
         }
     };
+    let new_head = match (&config.init_adapter, &task) {
+        (Some(dir), Some((fitted, _))) => !fitted.continues(dir)?,
+        _ => false,
+    };
     let mut model = match &task {
         None => lora_model::load_as(&base_dir, &device, stored)?,
-        Some((fitted, _)) => fitted.load(&base_dir, &device, stored, config.seed)?,
+        Some((fitted, _)) => fitted.load(&base_dir, &device, stored, config.seed, config.init_adapter.is_some())?,
     };
     if let Some(p) = config.base_dropout {
         model.set_base_dropout(p);
@@ -136,7 +172,7 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
                 // Base weights that train begin with all their digits here too.
                 let exact = match &task {
                     None => lora_model::load(&base_dir, &Device::Cpu)?,
-                    Some((fitted, _)) => fitted.load(&base_dir, &Device::Cpu, DType::F32, config.seed)?,
+                    Some((fitted, _)) => fitted.load(&base_dir, &Device::Cpu, DType::F32, config.seed, true)?,
                 };
                 adapted.begin_at(&*exact)?;
             }
@@ -153,24 +189,33 @@ pub fn train(config: &TrainConfig, resume: bool, observer: &mut dyn Observer) ->
             let kept = std::mem::take(&mut file.options.adalora.kept);
             file.options.adalora = AdaLoraSchedule { kept, ..config.options()?.adalora };
             file.options.fan_in_fan_out = config.fan_in_fan_out;
-            file.attach(model, &device)?
+            match (new_head, config.task.as_deref()) {
+                (true, Some(task)) => {
+                    let dir = dir.display();
+                    output.notes.push(format!(
+                        "{dir} was trained for another task: its head is left out, and one for {task} begins at random"
+                    ));
+                    file.attach_with_new_head(model, &device)?
+                }
+                _ => file.attach(model, &device)?,
+            }
         }
     };
     let (data, valid, task) = match task {
         None => {
             let encoder = Encoder::from_dir(&base_dir, model)?;
             let read = |path: &Path| match row {
-                None => load_data(path, config.format, &encoder, (model, &adapted), config.max_length),
+                None => load_data(path, config.format, &encoder, model, &adapted, config.max_length),
                 Some(row) => {
                     let corpus = task::read(path, row, config.format)?;
-                    task::encode_pairs(&corpus, &encoder, (model, &adapted), config.max_length)
+                    task::encode_completions(&corpus, &encoder, model, &adapted, config.max_length)
                 }
             };
             (read(&config.data)?, config.valid.as_deref().map(read).transpose()?, None)
         }
         Some((fitted, corpus)) => {
             let joiner = TextJoiner::from_dir(&base_dir, model)?;
-            let encode = |corpus: &Corpus| fitted.encode(corpus, &joiner, (model, &adapted), config.max_length);
+            let encode = |corpus: &Corpus| fitted.encode(corpus, &joiner, model, &adapted, config.max_length);
             let read = |path: &Path| encode(&task::read(path, fitted.task, config.format)?);
             (encode(&corpus)?, config.valid.as_deref().map(read).transpose()?, Some(fitted))
         }
@@ -259,11 +304,12 @@ impl Run<'_> {
                 true => Ok(()),
                 false => save_result(dir, &trainer.adapted),
             };
-            let path = checkpoint::save(&config.out, trainer, &inputs, config, spent, export)?;
+            let path = checkpoint::save(&config.out, trainer, &inputs, spent, export)?;
             observer.checkpoint(&path);
             saved = Some((trainer.steps_done(), path.clone()));
             Ok(path)
         };
+        let mut evaluated = None;
         while trainer.steps_done() < trainer.total_steps() {
             if observer.stop() {
                 summary.out = save(&trainer, summary.spent, observer)?;
@@ -300,15 +346,23 @@ impl Run<'_> {
                 written(&mut log, observer, |log| log.evaluation(step.step, &evaluation));
                 observer.evaluation(step.step, &evaluation);
                 summary.evaluation = Some(evaluation);
+                evaluated = Some(step.step);
             }
-            if config.save_every > 0 && (last || step.step % config.save_every == 0) {
+            let enough = !last && observer.enough();
+            if config.save_every > 0 && (last || enough || step.step % config.save_every == 0) {
                 save(&trainer, summary.spent, observer)?;
+            }
+            if enough {
+                break;
             }
         }
         trainer.check_finite()?;
-        // A life that had no step left: the evaluation of the last step was another's.
-        if let Some(valid) = valid.filter(|_| summary.evaluation.is_none()) {
+        // A life that had no step left, whose last evaluation was another's and is in the log, or one that had done enough.
+        if let Some(valid) = valid.filter(|_| evaluated != Some(summary.steps)) {
             let evaluation = trainer.evaluate(valid)?;
+            if summary.loss.is_some() {
+                written(&mut log, observer, |log| log.evaluation(summary.steps, &evaluation));
+            }
             observer.evaluation(summary.steps, &evaluation);
             summary.evaluation = Some(evaluation);
         }

@@ -42,9 +42,23 @@ pub fn bytes(n: u64) -> String {
     format!("{:.digits$} {unit}", size / one)
 }
 
+/// With a comma before every third digit.
+pub fn count(n: usize) -> String {
+    let digits = n.to_string();
+    let comma = |i: usize| i > 0 && (digits.len() - i).is_multiple_of(3);
+    digits.char_indices().flat_map(|(i, digit)| comma(i).then_some(',').into_iter().chain([digit])).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn digits_stand_in_threes() {
+        let numbers = [0, 7, 123, 1_234, 12_345, 1_234_567, 100_000_000];
+        let shown = ["0", "7", "123", "1,234", "12,345", "1,234,567", "100,000,000"];
+        assert_eq!(numbers.map(count), shown);
+    }
 
     #[test]
     fn words_stand_left_and_numbers_right() {

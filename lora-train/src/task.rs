@@ -8,7 +8,7 @@ use std::path::Path;
 use lora_core::peft::Adapted;
 use lora_kernels::{DType, Device};
 use lora_model::{
-    LoadOptions, Model, Task,
+    LoadOptions, Model, Task, adapter,
     config::{CONFIG_FILE, RawConfig},
     files, outline,
 };
@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     Encoder, Error, Result, TextJoiner,
-    data::{self, Corpus, Dataset, Format, Labels, TaskKind, TaskRow},
+    data::{self, Corpus, Dataset, Format, Goal, Labels, Sequence, TaskKind, TaskRow},
 };
 
 /// The file in an adapter's folder that says what it was trained for. PEFT passes over it.
@@ -60,12 +60,30 @@ pub fn of_adapter(dir: &Path) -> Result<Option<Fitted>> {
     Ok(Some(Fitted { task, labels: labels.map(Labels::new) }))
 }
 
-/// The names that a configuration gives its labels; `None` where it has none or only `LABEL_0` and the like.
+/// A base and an adapter for it, with a head for the task that the adapter was trained for, where it was for one.
+///
+/// # Errors
+/// What [`lora_model::load_with`] and [`adapter::attach`] give; a damaged [`FILE`].
+pub fn load_with_adapter(
+    base: &Path,
+    adapter: &Path,
+    device: &Device,
+    dtype: DType,
+) -> Result<(Box<dyn Model>, Adapted)> {
+    let task = of_adapter(adapter)?.map(|fitted| fitted.head());
+    let options = LoadOptions { dtype, task, head_follows: true, ..LoadOptions::default() };
+    let model = lora_model::load_with(base, device, &options)?;
+    let adapted = adapter::attach(adapter, &*model, device)?;
+    Ok((model, adapted))
+}
+
+/// The names that a configuration gives its labels; `None` where it has none or only those that Transformers gives labels
+/// without names, `LABEL_0`, `LABEL_1` ….
 fn of_config(raw: &RawConfig) -> Option<Vec<String>> {
     let names = raw.value("id2label")?.as_object()?;
     let name = |i: usize| names.get(&i.to_string())?.as_str().map(str::to_owned);
     let names: Vec<String> = (0..names.len()).map(name).collect::<Option<_>>()?;
-    (!names.iter().all(|n| n.starts_with("LABEL_"))).then_some(names)
+    (!names.iter().enumerate().all(|(i, name)| *name == format!("LABEL_{i}"))).then_some(names)
 }
 
 /// Whether a model of this configuration can have a head for whole sequences.
@@ -78,11 +96,12 @@ fn is_encoder(raw: &RawConfig) -> Result<bool> {
 }
 
 impl Fitted {
-    /// The task on a base that is to learn it from `training`: with the labels of the adapter that training starts from,
-    /// else in the order in which the base has them, else in the task's or the data's own.
+    /// The task on a base that is to learn it from `training`: with the labels of the adapter that training starts from, where
+    /// that was trained for it ([`Fitted::continues`]), else in the order in which the base has them, else in the task's or the
+    /// data's own.
     ///
     /// # Errors
-    /// Data with one label; a base or an adapter for something else.
+    /// Data with one label; a base for something else.
     pub fn to_train(
         task: &'static TaskRow,
         base_dir: &Path,
@@ -91,10 +110,9 @@ impl Fitted {
     ) -> Result<Fitted> {
         let raw = RawConfig::from_dir(base_dir)?;
         check_encoder(&raw, task, base_dir)?;
-        if let Some((dir, earlier)) = start.map(|dir| Ok::<_, Error>((dir, of_adapter(dir)?))).transpose()?
-            && let Some(earlier) = earlier
+        if let Some(earlier) = start.map(of_adapter).transpose()?.flatten()
+            && earlier.serves(task)
         {
-            earlier.check(task, dir)?;
             return Ok(Fitted { task, ..earlier });
         }
         let labels = Labels::of(task, training)?;
@@ -150,13 +168,28 @@ impl Fitted {
         Ok(fitted)
     }
 
-    /// Refuses an adapter that was trained for another task; those whose heads tell the same apart may change places.
-    fn check(&self, task: &TaskRow, dir: &Path) -> Result<()> {
+    /// Whether training that starts from the adapter in a folder goes on with its head: it was trained for this task, or does
+    /// not say for which. Otherwise its head tells other things apart, and a new one begins
+    /// ([`AdapterFile::attach_with_new_head`](adapter::AdapterFile::attach_with_new_head)).
+    ///
+    /// # Errors
+    /// Those of [`of_adapter`].
+    pub fn continues(&self, adapter: &Path) -> Result<bool> {
+        Ok(of_adapter(adapter)?.is_none_or(|earlier| earlier.serves(self.task)))
+    }
+
+    /// Whether a head for this is one for `task`: those that tell the same apart may change places.
+    fn serves(&self, task: &TaskRow) -> bool {
         // Matched and mismatched, of one task.
         let same = |a: &TaskRow, b: &TaskRow| a.name.split('-').next() == b.name.split('-').next();
         let own = |task: &TaskRow| ["labels", "values"].contains(&task.name);
         let numbers = |task: &TaskRow| task.kind == TaskKind::Values;
-        if same(self.task, task) || (own(self.task) || own(task)) && numbers(self.task) == numbers(task) {
+        same(self.task, task) || (own(self.task) || own(task)) && numbers(self.task) == numbers(task)
+    }
+
+    /// Refuses an adapter that was trained for another task.
+    fn check(&self, task: &TaskRow, dir: &Path) -> Result<()> {
+        if self.serves(task) {
             return Ok(());
         }
         let why = format!("the adapter {} was trained for {}; give that task", dir.display(), self.task.name);
@@ -191,12 +224,20 @@ impl Fitted {
         }
     }
 
-    /// The base with a head for this.
+    /// The base with a head for this, which begins at random where the folder has none, and is warned of unless an adapter
+    /// is to bring it (`head_follows`).
     ///
     /// # Errors
     /// What [`lora_model::load_with`] gives.
-    pub fn load(&self, dir: &Path, device: &Device, dtype: DType, seed: u64) -> Result<Box<dyn Model>> {
-        let options = LoadOptions { dtype, task: Some(self.head()), seed, ..LoadOptions::default() };
+    pub fn load(
+        &self,
+        dir: &Path,
+        device: &Device,
+        dtype: DType,
+        seed: u64,
+        head_follows: bool,
+    ) -> Result<Box<dyn Model>> {
+        let options = LoadOptions { dtype, task: Some(self.head()), seed, head_follows };
         Ok(lora_model::load_with(dir, device, &options)?)
     }
 
@@ -209,7 +250,8 @@ impl Fitted {
         &self,
         corpus: &Corpus,
         joiner: &TextJoiner,
-        (model, adapted): (&dyn Model, &Adapted),
+        model: &dyn Model,
+        adapted: &Adapted,
         max_length: usize,
     ) -> Result<Dataset> {
         let longest = max_length.min(model.free_positions(adapted));
@@ -248,19 +290,30 @@ pub fn read(path: &Path, task: &'static TaskRow, format: Option<Format>) -> Resu
     Ok(data::read_task(path, task, format.unwrap_or_else(|| task.format_of(path)))?)
 }
 
-/// Encodes the pairs of a task of completions for a model under a method, as [`load_data`](crate::load_data) does.
+/// Encodes examples that are continued for a model under a method: sequences of at most `max_length` tokens, and never longer
+/// than the positions that the method's virtual tokens leave.
 ///
 /// # Errors
-/// Those of [`data::encode`].
-pub fn encode_pairs(
+/// Those of [`data::encode`]; an infix in conversations in which the assistant speaks more than once.
+pub fn encode_completions(
     corpus: &Corpus,
     encoder: &Encoder,
-    (model, adapted): (&dyn Model, &Adapted),
+    model: &dyn Model,
+    adapted: &Adapted,
     max_length: usize,
 ) -> Result<Dataset> {
     // The last token of a sequence takes no position: it is only predicted.
     let longest = max_length.min(model.free_positions(adapted) + 1);
-    Ok(data::encode(std::slice::from_ref(corpus), encoder, longest)?)
+    let data = data::encode(std::slice::from_ref(corpus), encoder, longest)?;
+    let infix = adapted.stream_tokens().infix + adapted.attention_tokens().infix;
+    let several = |s: &Sequence| matches!(&s.goal, Goal::Within(runs) if runs.len() > 1);
+    if infix > 0 && data.sequences.iter().any(several) {
+        let why = "stands before the first answer of a conversation in training, and before the one that is to come when a \
+                   text is made: of conversations in which the assistant speaks twice it would learn something else; leave it \
+                   out, or take --prefix";
+        return Err(Error::option("infix", infix, why));
+    }
+    Ok(data)
 }
 
 /// Refuses a model that has no head for whole sequences, and a task that has none.

@@ -32,11 +32,63 @@ pub struct Step {
 ///
 /// A step is: the batch's micro-batches forward and backward (their gradients add up; each loss is divided by the number
 /// of targets of the whole batch, so that splitting changes nothing), clipping, AdamW, and what the method does after a step.
+///
+/// ```
+/// use lora_core::peft::{Adapted, Base};
+/// use lora_kernels::Device;
+/// use lora_model::{Model, adapter};
+/// use lora_train::{
+///     Encoder, TrainConfig, Trainer,
+///     checkpoint::{self, Fingerprint, Spent},
+///     data::{Content, Corpus},
+///     task::encode_completions,
+/// };
+/// # use lora_train::{PretrainConfig, pretrain};
+/// # let temporary = tempfile::tempdir()?;
+/// # let folder = temporary.path();
+/// # let text = folder.join("text.txt");
+/// # std::fs::write(&text, "The Vaults is a pub . The Mill is a restaurant .\n")?;
+/// # let (out, vocab, context) = (folder.join("base"), 262, 64);
+/// # let base = PretrainConfig { text: vec![text], out, vocab, layers: 1, dim: 16, heads: 2, context, ..Default::default() };
+/// # pretrain(&PretrainConfig { steps: Some(1), ..base }, false, &mut ())?;
+///
+/// let (base, out) = (folder.join("base"), folder.join("adapter"));
+/// let model = lora_model::load(&base, &Device::Cpu)?;
+/// let config = TrainConfig { rank: 4, batch_size: 2, epochs: Some(3.0), lr: 1e-2, ..TrainConfig::default() };
+/// let adapted = Adapted::new(&*config.method_options()?, &*model, &Device::Cpu, model.dtype(), config.seed)?;
+///
+/// // Texts of your own: of each the model is given the first part, and learns the second.
+/// let pairs = [("name : The Vaults", "The Vaults is a pub ."), ("name : The Mill", "The Mill is a restaurant .")];
+/// let pair = |(prompt, completion): (&str, &str)| Content::Pair { prompt: prompt.into(), completion: completion.into() };
+/// let encoder = Encoder::from_dir(&base, &*model)?;
+/// let data = encode_completions(&Corpus::new("my pairs", pairs.map(pair)), &encoder, &*model, &adapted, 64)?;
+///
+/// let mut trainer = Trainer::new(&*model, adapted, &config, data.sequences.len())?;
+/// let inputs = Fingerprint::of(&data, &*model)?;
+/// while trainer.steps_done() < trainer.total_steps() {
+///     let step = trainer.step(&data)?;
+///     println!("step {}: loss {:.3}", step.step, step.loss);
+///     if step.step == 2 {
+///         checkpoint::save(&out, &trainer, &inputs, Spent::default(), |_| Ok(()))?; // `load` goes on from it
+///         break;
+///     }
+/// }
+/// println!("loss {:.3}", trainer.evaluate(&data)?.loss);
+///
+/// // An adapter in PEFT's format, and a model of its own with the adapter in its weights.
+/// let adapted = trainer.adapted;
+/// adapter::save(&out, &config.method, &config.options()?, &adapted, &*model, None)?;
+/// model.save(&folder.join("merged"), &adapted.merged(&*model)?)?;
+/// # let again = adapter::attach(&out, &*model, &Device::Cpu)?;
+/// # assert_eq!(again.params.flat().to_f64()?, adapted.params.flat().to_f64()?);
+/// # assert_eq!(checkpoint::list(&out)?.len(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Trainer<'a> {
     model: &'a dyn Model,
     /// The trainable parameters and where they are attached.
     pub adapted: Adapted,
-    config: &'a TrainConfig,
+    pub(crate) config: &'a TrainConfig,
     groups: Vec<Group>,
     grads: Grads,
     /// AdamW's mean of gradients and of their squares, flat like the parameters.
@@ -62,7 +114,9 @@ struct Scalars {
 }
 
 impl<'a> Trainer<'a> {
-    /// A trainer before its first step, for data of `sequences` sequences.
+    /// A trainer before its first step, for data of `sequences` sequences. Of the configuration it reads how long and in what
+    /// batches to train, the optimiser's settings and schedule, label smoothing, clipping, `checkpoint`, `no-shuffle` and the
+    /// seed; method, base, data and output are what it is given. [`TrainConfig::check`] checks them.
     ///
     /// # Errors
     /// No sequences, no memory; a method's schedule that does not fit into the run.
@@ -233,8 +287,11 @@ impl<'a> Trainer<'a> {
     /// The loss on `data` as it is now.
     ///
     /// # Errors
-    /// What a forward pass can cause.
+    /// What a forward pass can cause; [`Error::Diverged`] where the loss is no number.
     pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
-        evaluate(self.model, &self.adapted, data, self.config.batch_size)
+        evaluate(self.model, &self.adapted, data, self.config.batch_size).map_err(|e| match e {
+            Error::NotFinite { loss } => Error::Diverged { step: self.done, what: "the validation loss", value: loss },
+            e => e,
+        })
     }
 }

@@ -3,8 +3,10 @@
 //! ```text
 //! cargo run --release -p lora-bench --features cuda --bin gpu -- --json report.json --markdown report.md
 //! cargo run --release -p lora-bench --features cuda --bin gpu -- --only train --data train.txt --tokenizer DIR \
-//!     --peer "python3 torch_peft_e2e.py --device cuda --arch gpt2-medium --bf16 --steps 50 --data train.txt --tokenizer DIR"
+//!     --peer COMMAND
 //! ```
+//! COMMAND trains the same with another stack, and prints a JSON object with `tokens_per_s` and `step_s` as its last line; it
+//! is none of this project's.
 //! Without a device it says so in one line, and fails only with `--require`.
 
 use std::{

@@ -112,7 +112,10 @@ impl Bench {
             cpu.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map_or("?", |(_, name)| name);
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         let facts = [
-            ("machine", format!("{model}, {cores} cores, {}", std::env::consts::OS)),
+            (
+                "machine",
+                format!("{model} ({}), {cores} cores, {}", lora_kernels::cpu_instructions(), std::env::consts::OS),
+            ),
             ("memory", memory()),
             ("date", date()),
             (

@@ -8,7 +8,7 @@
 //! | which adapter of rank r is nearest to a given ΔW? | [`truncate`], [`Svd::truncate`] |
 //! | what are the singular values and directions? | [`svd`], [`svd_of`] |
 //! | how do several updates become one? | [`combine`] |
-//! | where can an adapter begin in a weight? | [`pissa`], [`olora`]; at a product of zero: [`orthogonal`] |
+//! | where can an adapter begin in a weight? | [`pissa`], [`pissa_by_iterations`], [`olora`]; at a product of zero: [`orthogonal`] |
 //! | do two adapters look in the same directions? | [`subspace_similarity`] |
 //! | how strongly does ΔW amplify what W₀ has only a little of? | [`amplification`] |
 //!

@@ -21,7 +21,10 @@ pub fn pissa<T: Real>(w: ArrayView2<'_, T>, rank: usize, scale: f64) -> Result<L
 /// O(out·in·min(out, in)).
 ///
 /// # Errors
-/// Those of [`pissa`]; [`Error::Rank`](super::Error::Rank) when `omega` has more columns than W has rows.
+/// Those of [`pissa`]; [`Error::Rank`](super::Error::Rank) when `omega` has more columns than W has rows or columns.
+///
+/// # Panics
+/// When `omega` has not a row for each of W's columns.
 pub fn pissa_by_iterations<T: Real>(
     w: ArrayView2<'_, T>,
     omega: ArrayView2<'_, f64>,

@@ -37,6 +37,9 @@ impl<'a> Qkv<'a> {
 ///
 /// Of separate projections each gets a gradient that something trainable lies below; the kernel makes all three, so that
 /// the others cost a matrix that is thrown away.
+///
+/// # Panics
+/// When the projections are not of the sizes of `cfg`, or not of as many tokens as `sequences` has.
 pub fn attention(t: &mut Tape, cfg: Attention, sequences: &Sequences, qkv: Qkv) -> Result<Var> {
     let [q, key, v] = qkv.mats(&cfg);
     let (n, q_cols, kv_cols) = (q.rows(), cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim);

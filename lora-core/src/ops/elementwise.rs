@@ -4,7 +4,12 @@ use lora_kernels::{
 
 use crate::{Result, Tape, Tensor, Var, tape::Open};
 
-/// y = a + b: a residual connection. Writes onto whichever of the two nobody else holds.
+/// y = a + b of one shape: a residual connection. Writes onto whichever of the two nobody else holds.
+///
+/// Backward: da = db = dy.
+///
+/// # Panics
+/// When the shapes differ.
 pub fn add(t: &mut Tape, a: Var, b: Var) -> Result<Var> {
     assert_eq!(a.value.shape(), b.value.shape(), "add: one shape");
     let (a, b) = if b.value.is_unshared() { (b, a) } else { (a, b) };
@@ -21,7 +26,12 @@ pub fn add(t: &mut Tape, a: Var, b: Var) -> Result<Var> {
     }))
 }
 
-/// y = a − b. Writes onto a where nobody else holds it.
+/// y = a − b of one shape. Writes onto a where nobody else holds it.
+///
+/// Backward: da = dy, db = −dy.
+///
+/// # Panics
+/// When the shapes differ.
 pub fn subtract(t: &mut Tape, a: Var, b: &Var) -> Result<Var> {
     assert_eq!(a.value.shape(), b.value.shape(), "subtract: one shape");
     let Var { value: mut y, slot } = a;
@@ -47,7 +57,9 @@ pub fn add_bias(t: &mut Tape, x: Var, b: &Var) -> Result<Var> {
 }
 
 /// Inverted dropout, y = x·m/(1−p) with m Bernoulli(1−p); the identity outside of training and for p = 0.
-/// Srivastava et al. 2014.
+/// Srivastava et al. 2014. x is of any shape.
+///
+/// Backward: dx = dy·m/(1−p), with the same m.
 pub fn dropout(t: &mut Tape, x: Var, p: f64) -> Result<Var> {
     match t.dropout_mask(p) {
         Some(mask) => dropout_by(t, x, mask),
@@ -66,7 +78,9 @@ pub fn dropout_by(t: &mut Tape, x: Var, d: Dropout) -> Result<Var> {
     }))
 }
 
-/// y = f(x) elementwise.
+/// y = f(x) elementwise, of any shape.
+///
+/// Backward: dx = f′(x)·dy.
 pub fn activation(t: &mut Tape, kind: Activation, x: &Var) -> Result<Var> {
     let mut y = Tensor::empty(&t.device(), x.value.dtype(), x.value.shape())?;
     kernel(kind, x.value.mat(), y.make_mut()?)?;
@@ -77,7 +91,12 @@ pub fn activation(t: &mut Tape, kind: Activation, x: &Var) -> Result<Var> {
     }))
 }
 
-/// y = silu(gate) ∘ up: the gate of SwiGLU. Shazeer 2020.
+/// y = silu(gate) ∘ up, of one shape: the gate of SwiGLU. Shazeer 2020.
+///
+/// Backward: dgate = silu′(gate) ∘ up ∘ dy, dup = silu(gate) ∘ dy.
+///
+/// # Panics
+/// When the shapes differ.
 pub fn silu_gate(t: &mut Tape, gate: &Var, up: &Var) -> Result<Var> {
     let mut y = Tensor::empty(&t.device(), gate.value.dtype(), gate.value.shape())?;
     k::silu_gate(gate.value.mat(), up.value.mat(), y.make_mut()?)?;

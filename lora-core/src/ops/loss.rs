@@ -10,6 +10,9 @@ use crate::{Result, Slot, Tape, Tensor, Var};
 /// Classes are the vocabulary of a language model, or labels. Logits exist for one chunk of rows at a time, and the
 /// gradient is made while they are there: [n, classes] is never held. `scale` is 1 / (number of targets of the whole
 /// optimiser step), so that micro-batches add up to its mean.
+///
+/// # Panics
+/// When the shapes do not fit.
 pub fn loss_head(
     t: &mut Tape,
     x: &Var,
@@ -34,6 +37,9 @@ pub struct BesideHead {
 }
 
 /// [`loss_head`] of logits that `more` adds to: x·Wᵀ + b + Σ cᵢ·xᵢ·Wᵢᵀ.
+///
+/// # Panics
+/// When the shapes do not fit.
 #[allow(clippy::too_many_arguments)]
 pub fn loss_head_beside(
     t: &mut Tape,

@@ -1,5 +1,7 @@
 //! The differentiable operations. Each is coarse, has a hand-written backward, and spends nothing on a constant: what has
 //! no slot gets no gradient, and what only its gradient would need is not saved.
+//!
+//! An operation gives an error where memory is wanting or a device fails; shapes that do not fit are a programmer's error.
 
 mod attention;
 mod blocks;

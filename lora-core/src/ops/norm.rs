@@ -2,7 +2,13 @@ use lora_kernels::{self as k, Acc};
 
 use crate::{Result, Tape, Tensor, Var, tape::Open};
 
-/// y = γ·(x − mean)/√(var + ε) + β over each row, with the biased variance. Ba et al. 2016.
+/// y = γ·(x − mean)/√(var + ε) + β over each row of x [n, d], with the biased variance, γ \[d\] and β \[d\]. Ba et al. 2016.
+///
+/// Backward, with x̂ = (x − mean)/√(var + ε) and u = γ∘dy: dx = (u − mean(u) − x̂·mean(u∘x̂))/√(var + ε), dγ = Σᵢ dyᵢ∘x̂ᵢ,
+/// dβ = Σᵢ dyᵢ.
+///
+/// # Panics
+/// When the shapes do not fit.
 pub fn layer_norm(t: &mut Tape, x: &Var, gamma: &Var, beta: &Var, eps: f64) -> Result<Var> {
     let (device, dtype) = (t.device(), x.value.dtype());
     let mut y = Tensor::empty(&device, dtype, x.value.shape())?;

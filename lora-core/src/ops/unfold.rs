@@ -9,6 +9,9 @@ use crate::{Result, Tape, Tensor, Var, lowrank::Layout};
 /// ```
 /// x [tokens, in], w [out, in, k] with k odd, b \[out\], y [tokens, out]. CPU only. Backward: that of [`unfold`] and
 /// [`linear()`], which it is made of.
+///
+/// # Panics
+/// When the shapes do not fit.
 pub fn convolution(t: &mut Tape, sequences: &Sequences, x: &Var, w: &Var, bias: Option<&Var>) -> Result<Var> {
     let shape = w.value.shape().to_vec();
     let &[outputs, inputs, width] = &shape[..] else { panic!("convolution: w is [out, in, k], not {shape:?}") };

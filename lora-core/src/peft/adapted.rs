@@ -77,6 +77,11 @@ fn plan(
         places.attached.insert(key.clone(), attached);
         places.sites.push(Place { site: site.name.clone(), key, layer: site.layer });
     }
+    if places.tokens.is_some() && places.keys_values.is_some() {
+        let (method, architecture) = (method.name().into(), outline.architecture.clone());
+        let why = "virtual tokens stand among the tokens or in attention alone, not in both".into();
+        return Err(Error::DoesNotFit { method, architecture, why });
+    }
     // A head that trains with every method is none of the method's own doing.
     let own = |t: &&BaseTensor| method.trains(t, outline);
     if plan.params.count() == of_tensors && !outline.tensors.iter().any(|t| own(&t)) {
@@ -104,7 +109,12 @@ pub fn trainable(method: &dyn Method, outline: &Outline) -> Result<usize> {
 }
 
 impl Adapted {
-    /// Applies `method` to `base`; the parameters begin as the method says, drawn from `seed`.
+    /// Applies `method` to `base`; the parameters begin as the method says, drawn from `seed`. They lie on `device`, where the
+    /// base is, and are computed with in `dtype`, which is the base's ([`Base::dtype`]); beside a base of 16 bits they are kept
+    /// in f32.
+    ///
+    /// Tensors of the base that train begin at its values. Of a base that was loaded in 16 bits, [`Adapted::begin_at`] gives
+    /// them the digits that it lost.
     ///
     /// # Errors
     /// Options that do not fit the base, or a method that trains nothing on it.

@@ -58,7 +58,7 @@ pub struct LoKrConfig {
     pub modules_to_save: Vec<String>,
     /// Whether W₁ is factored too.
     pub decompose_both: bool,
-    /// The smaller of the two factors of inputs and outputs, where it divides them; −1: near the square root.
+    /// One of the two factors of inputs and outputs, where it divides them; −1: near the square root.
     pub decompose_factor: i64,
 }
 

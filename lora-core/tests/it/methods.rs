@@ -9,8 +9,9 @@ use lora_core::{
     lowrank::Layout,
     ops,
     peft::{
-        AdaLoraSchedule, Adapted, Base, BaseTensor, Bias, Frozen, InitLoraWeights, Layers, Linear, LinearSite, METHODS,
-        MethodRow, Modules, Options, Outline, Part, Site, SiteKind, Start, find,
+        AdaLora, AdaLoraConfig, AdaLoraSchedule, Adapted, Base, BaseTensor, Bias, Combined, Frozen, InitLoraWeights,
+        Layers, Linear, LinearSite, Lora, LoraConfig, METHODS, MethodRow, Modules, Options, Outline, Part, Site,
+        SiteKind, Start, find,
     },
 };
 use lora_kernels::{AdamW, Attention, DType, Device, Sequences, adamw, axpby};
@@ -807,8 +808,44 @@ fn an_unknown_target_is_answered_with_what_there_is() {
     assert!(matches!(&error, Error::NoSuchTarget { modules: m, .. } if *m == modules), "{error}");
 }
 
-/// Lengths of their own: the base at the beginning, and afterwards what a weight of those lengths and directions computes.
-/// Whatever A and B begin at: the lengths are those of the sum then, so that DoRA begins where LoRA does.
+#[test]
+fn two_methods_at_once_lose_nothing_that_either_does() {
+    let base = Toy::new(DType::F32);
+    let lora = |target| {
+        Lora::new(LoraConfig { rank: 2, alpha: 3.0, targets: targets(&[target]), ..LoraConfig::default() }).unwrap()
+    };
+    let adalora = |target| {
+        let config = AdaLoraConfig {
+            schedule: AdaLoraSchedule { init_r: 3, target_r: 2, ..AdaLoraSchedule::default() },
+            alpha: 3.0,
+            dropout: 0.0,
+            targets: targets(&[target]),
+            exclude_modules: Modules::default(),
+            layers_to_transform: Vec::new(),
+            layers_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+        };
+        AdaLora::new(config).unwrap()
+    };
+    let adapt = |both: &Combined| Adapted::new(both, &base, &CPU, DType::F32, 1);
+    for both in [
+        Combined::new("both", adalora("c_attn"), lora("c_proj")),
+        Combined::new("both", lora("c_proj"), adalora("c_attn")),
+    ] {
+        let adapted = adapt(&both).unwrap();
+        assert!(adapted.budget().is_some(), "{both:?} cuts no ranks");
+        assert_eq!(adapted.site_count(), 2 * LAYERS);
+    }
+    for (both, why) in [
+        (Combined::new("both", adalora("c_attn"), lora("c_attn")), "adalora and lora both adapt layers.0.c_attn"),
+        (Combined::new("both", adalora("c_attn"), adalora("c_proj")), "both cut ranks"),
+    ] {
+        let e = adapt(&both).unwrap_err();
+        assert!(matches!(e, Error::DoesNotFit { .. }) && e.to_string().contains(why), "{e}");
+    }
+}
+
+/// Whatever A and B begin at, the lengths are those of the sum: DoRA begins where LoRA does.
 #[test]
 fn dora_begins_where_lora_does() {
     let base = Toy::new(DType::F32);
@@ -825,6 +862,7 @@ fn dora_begins_where_lora_does() {
     assert!(relative(&base.output(&drawn).to_f64().unwrap(), &bare) > 1e-3);
 }
 
+/// Lengths of their own: the base at the beginning, and afterwards what a weight of those lengths and directions computes.
 #[test]
 fn dora_splits_weights_into_lengths_and_directions() {
     let base = Toy::new(DType::F32);

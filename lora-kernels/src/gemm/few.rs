@@ -106,6 +106,12 @@ pub(crate) fn narrow(alpha: f64, a: HostMat<f32>, b: HostMat<f32>, beta: f64, mu
     Ok(())
 }
 
+/// Whether the loops are those for AVX-512.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn by_avx512() -> bool {
+    Vectors::best() == Vectors::Avx512
+}
+
 /// Which vectors compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Vectors {

@@ -8,16 +8,13 @@ use std::{
 use lora_core::Tensor;
 use lora_kernels::Device;
 
-use super::WEIGHTS_FILE;
+use super::{PICKLED_FILE, WEIGHTS_FILE};
 use crate::{
     Error, Result,
     checkpoint::{Dtype, TensorFile, TensorInfo},
     convert::read_state_dict,
     error::List,
 };
-
-/// The same tensors as PEFT saved them before safetensors, and still does where it is asked to.
-const PICKLED_FILE: &str = "adapter_model.bin";
 
 /// The tensors of an adapter's folder.
 pub(super) enum AdapterTensors {

@@ -58,6 +58,8 @@ pub use updates::{Update, Updates};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The adapter's tensors in its folder.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// The same as PEFT saved them before safetensors, and still does where it is asked to.
+pub(crate) const PICKLED_FILE: &str = "adapter_model.bin";
 /// The key of the safetensors header under which the parts of fused projections are remembered: targets, rank and alpha
 /// as they were trained, as JSON.
 pub const PARTS_KEY: &str = "lora_parts";
@@ -275,6 +277,20 @@ impl AdapterFile {
     /// the base (for targets it lists the base's modules); [`Error::TensorNames`], [`Error::Shape`] when the tensors are
     /// not exactly those that the method needs on this base; [`Error::Weights`] when they contradict its structure.
     pub fn attach(&self, base: &dyn Base, device: &Device) -> Result<Adapted> {
+        self.attach_but(base, device, |_| false)
+    }
+
+    /// As [`attach`](AdapterFile::attach), but with the head that the base has: to go on from one task to another, as the LoRA
+    /// paper does from MNLI to MRPC, RTE and STS-B.
+    ///
+    /// # Errors
+    /// As there, of all but the head.
+    pub fn attach_with_new_head(&self, base: &dyn Base, device: &Device) -> Result<Adapted> {
+        self.attach_but(base, device, |name| base.outline().is_saved_module(name))
+    }
+
+    /// The adapter on its base, but for the tensors of which `fresh` says that they begin as of a new one.
+    fn attach_but(&self, base: &dyn Base, device: &Device, fresh: impl Fn(&str) -> bool) -> Result<Adapted> {
         self.check_base(base.outline())?;
         if let Err(e) = self.check_same_base(base) {
             tracing::warn!("{}: {e}", self.weights.display());
@@ -296,6 +312,8 @@ impl AdapterFile {
             self.check_origin(base.outline())?;
             peft::complete(&mut tensors, &wanted)?;
         }
+        tensors.retain(|name, _| !fresh(name));
+        tensors.extend(wanted.iter().filter(|(name, _)| fresh(name)).map(|(name, t)| (name.clone(), t.clone())));
         self.check(&tensors, &wanted, base.outline())?;
         adapted.load_adapter_tensors(tensors).map_err(|e| match e {
             lora_core::Error::Structure { name, why } => {

@@ -11,7 +11,10 @@ use crate::common::{CPU, distance, disturb, goldens, gpus, norm, relative};
 
 use lora_core::{
     Error, Grads, Noise, Params, Tape, Tensor, gradcheck_some,
-    peft::{Adapted, Bias, Frozen, InitLoraWeights, Layers, METHODS, MethodRow, Modules, Options, Start, find},
+    peft::{
+        Adapted, Bias, Combined, Frozen, InitLoraWeights, Layers, METHODS, MethodRow, Modules, Options, PreEmbed,
+        PreLayer, Start, VirtualTokens, find,
+    },
 };
 use lora_kernels::{Activation, AdamW, DType, Device, adamw, axpby};
 use lora_model::{
@@ -443,6 +446,15 @@ fn layers_are_dropped_for_inference() {
             assert_eq!(bits(&dropped), bits(&base.logits(&others)), "{what}");
         }
     });
+}
+
+#[test]
+fn virtual_tokens_stand_in_one_place() {
+    let tokens = VirtualTokens { prefix: 2, ..VirtualTokens::default() };
+    let both = Combined::new("both", PreEmbed::new(tokens).unwrap(), PreLayer::new(tokens, 0).unwrap());
+    let base = Base::new("gpt2", &golden()["gpt2"], DType::F32);
+    let e = Adapted::new(&both, &*base.model, &CPU, DType::F32, 1).unwrap_err();
+    assert!(matches!(e, Error::DoesNotFit { .. }) && e.to_string().contains("not in both"), "{e}");
 }
 
 /// An adapter of one architecture and method on a base of another, or read as another method.

@@ -125,9 +125,11 @@ impl Cell {
         if let Some((key, old, new)) = settings(config).difference(&settings(&cell.settings)) {
             return refuse(format!("was made with {key} = {old}, and is now to have {new}; {ADVICE}"));
         }
-        // A run may go on elsewhere, but cells of two devices or types are not the same measurement.
-        for (key, old, new) in
-            [("device", &cell.settings.device, &config.device), ("dtype", &cell.settings.dtype, &config.dtype)]
+        // A run may go on elsewhere, or with another use of memory, but cells of both are not the same measurement.
+        let measured = |c: &TrainConfig| [c.device.clone(), c.dtype.clone(), c.checkpoint.to_string()];
+        for (key, (old, new)) in ["device", "dtype", "checkpoint"]
+            .into_iter()
+            .zip(measured(&cell.settings).into_iter().zip(measured(config)))
         {
             if old != new {
                 return refuse(format!("was made with {key} = {old}, and is now to have {new}; {ADVICE}"));

@@ -59,18 +59,18 @@ fn encode(comparison: &Comparison, base: &Path, fitted: Option<&Fitted>, corpora
     let dtype = if config.dtype == place::name(DType::F32) { DType::F32 } else { DType::Bf16 };
     let options = LoadOptions { dtype, task: fitted.map(Fitted::head), ..LoadOptions::default() };
     let (model, none) = (lora_model::load_with(base, &Device::Cpu, &options)?, Adapted::none(&Device::Cpu)?);
-    let with = (&*model, &none);
+    let model = &*model;
     let lengths: BTreeSet<usize> = comparison.rows.iter().map(|row| row.config.max_length).collect();
     let mut each = lengths.iter().flat_map(|length| corpora.map(|corpus| (corpus, *length)));
     if let Some(fitted) = fitted {
-        let joiner = TextJoiner::from_dir(base, with.0)?;
-        return each.try_for_each(|(corpus, length)| fitted.encode(corpus, &joiner, with, length).map(drop));
+        let joiner = TextJoiner::from_dir(base, model)?;
+        return each.try_for_each(|(corpus, length)| fitted.encode(corpus, &joiner, model, &none, length).map(drop));
     }
-    let encoder = Encoder::from_dir(base, with.0)?;
-    each.try_for_each(|(corpus, length)| task::encode_pairs(corpus, &encoder, with, length).map(drop))?;
+    let encoder = Encoder::from_dir(base, model)?;
+    each.try_for_each(|(corpus, length)| task::encode_completions(corpus, &encoder, model, &none, length).map(drop))?;
     if config.task.is_some() {
         let [_, test] = corpora;
-        generation::prompts(&data::references(test), &test.path, &encoder, with, &GenerationConfig::default())?;
+        generation::prompts(&data::references(test), &test.path, &encoder, model, &none, &GenerationConfig::default())?;
     }
     Ok(())
 }

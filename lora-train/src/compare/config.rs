@@ -111,7 +111,7 @@ impl Comparison {
         let comparison = Comparison {
             test: own.test,
             hold_out: own.hold_out,
-            search_seed: own.search_seed.unwrap_or(rows[0].seeds[0]),
+            search_seed: own.search_seed.unwrap_or(own.seeds[0]),
             search: own.search,
             eval: own.eval,
             keep_models: own.keep_models,
@@ -298,11 +298,12 @@ fn row(source: &Source, shared: &Table, own: &Own, run: &Table, index: usize) ->
     let config: TrainConfig =
         Value::Table(table).try_into().map_err(|e: toml::de::Error| source.problem(part, None, e.message().into()))?;
     let mut config = TrainConfig { lr: lrs[0], ..config };
+    let given = |key: &str| named.contains_key(key) || shared.contains_key(key);
     if let Some(dir) = config.init_adapter.clone() {
-        let given = |key: &str| named.contains_key(key) || shared.contains_key(key);
         config.adopt(&dir, &lora_model::adapter::load(&dir)?, given).map_err(|e| source.placed(part, e))?;
     }
     let options = config.row().map_err(|e| problem("method", e.to_string()))?.options;
+    config.check_betas(given).map_err(|e| source.placed(part, e))?;
     // Shared keys may serve several methods; one in the row is meant for this.
     let read_by_others = |key: &str| METHODS.iter().any(|m| m.options.contains(&key)) && !options.contains(&key);
     if let Some(key) = named.keys().find(|key| read_by_others(key)) {

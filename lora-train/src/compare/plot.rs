@@ -67,6 +67,8 @@ fn draw(root: &DrawingArea<SVGBackend<'_>, Shift>, metric: &str, points: &[Point
         (low, high) = (low.min(p.score.mean - sd), high.max(p.score.mean + sd));
     }
     let room = ((high - low) * 0.12).max(1e-3 * high.abs()).max(1e-6);
+    // About ten labels, each another.
+    let decimals = (-((high - low + 2.0 * room) / 10.0).log10()).ceil().clamp(0.0, 9.0) as usize;
     let mut chart = ChartBuilder::on(root)
         .margin(24)
         .x_label_area_size(56)
@@ -78,7 +80,7 @@ fn draw(root: &DrawingArea<SVGBackend<'_>, Shift>, metric: &str, points: &[Point
         .x_desc("trainable parameters")
         .y_desc(metric)
         .x_label_formatter(&|x| short(*x))
-        .y_label_formatter(&|y| if high.abs() >= 10.0 { format!("{y:.1}") } else { format!("{y:.3}") })
+        .y_label_formatter(&|y| format!("{y:.decimals$}"))
         .label_style((FONT, 16))
         .axis_desc_style((FONT, 18))
         .bold_line_style(BLACK.mix(0.12))
@@ -86,27 +88,42 @@ fn draw(root: &DrawingArea<SVGBackend<'_>, Shift>, metric: &str, points: &[Point
         .draw()
         .ok()?;
     let mut taken: Vec<(i32, i32, i32)> = Vec::new();
+    let width = |name: &str| 8 * name.chars().count() as i32 + 16;
     for (i, p) in points.iter().enumerate() {
         let color = Palette99::pick(i).mix(1.0);
         let sd = p.score.sd.unwrap_or(0.0);
         let line = [(p.trainable, p.score.mean - sd), (p.trainable, p.score.mean + sd)];
         chart.draw_series([PathElement::new(line, color.stroke_width(2))]).ok()?;
         chart.draw_series([Circle::new((p.trainable, p.score.mean), 5, color.filled())]).ok()?;
-        // The name stands beside its point; where another stands there already, at the nearest free height, with a line
-        // to its point.
+        // The name stands beside its point, on the left where it would leave the picture, and cut where it would there too;
+        // where another stands already, at the nearest free height, with a line to its point.
         let (x, at) = chart.backend_coord(&(p.trainable, p.score.mean));
-        let width = 8 * p.name.chars().count() as i32 + 16;
-        let free = |y: i32| !taken.iter().any(|&(tx, ty, tw)| (ty - y).abs() < 16 && x < tx + tw && tx < x + width);
+        let (before, after) = (x, SIZE.0 as i32 - x);
+        let turned = width(p.name) > after && before > after;
+        let name = fitting(p.name, if turned { before } else { after }, width);
+        let (from, to) = if turned { (x - width(&name), x) } else { (x, x + width(&name)) };
+        let free = |y: i32| !taken.iter().any(|&(f, t, ty)| (ty - y).abs() < 16 && from < t && f < to);
         let near = (0..SIZE.1 as i32).flat_map(|off| [at - off, at + off]);
         let y = near.into_iter().find(|y| (16..SIZE.1 as i32 - 80).contains(y) && free(*y)).unwrap_or(at);
         if (y - at).abs() > 6 {
-            root.draw(&PathElement::new([(x, at), (x + 9, y)], color.stroke_width(1))).ok()?;
+            root.draw(&PathElement::new([(x, at), (x + if turned { -9 } else { 9 }, y)], color.stroke_width(1)))
+                .ok()?;
         }
-        taken.push((x, y, width));
-        let style = (FONT, 15).into_font().color(&BLACK).pos(Pos::new(HPos::Left, VPos::Center));
-        root.draw(&Text::new(p.name.to_owned(), (x + 11, y), style)).ok()?;
+        taken.push((from, to, y));
+        let (side, off) = if turned { (HPos::Right, -11) } else { (HPos::Left, 11) };
+        let style = (FONT, 15).into_font().color(&BLACK).pos(Pos::new(side, VPos::Center));
+        root.draw(&Text::new(name, (x + off, y), style)).ok()?;
     }
     Some(())
+}
+
+/// A name, cut at its end where it is wider than the room.
+fn fitting(name: &str, room: i32, width: impl Fn(&str) -> i32) -> String {
+    let mut cut = name.to_owned();
+    while width(&cut) > room && cut.chars().count() > 2 {
+        cut = cut.chars().take(cut.chars().count() - 2).chain(['…']).collect();
+    }
+    cut
 }
 
 /// 1.2K, 35M, 175B.

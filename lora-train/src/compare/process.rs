@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{Error, RUN_FILE, Result, TrainConfig, checkpoint, data::TaskKind, weight_bytes};
 
-/// How the command ends when training diverged.
+/// How the command ends when training diverged, or what is evaluated holds values that are no numbers.
 pub const DIVERGED: u8 = 3;
 /// How it ends after Ctrl-C.
 const INTERRUPTED: i32 = 130;
@@ -54,7 +54,7 @@ impl Program {
         }
         let summary = match answer(&mut train)? {
             Answer::Json(json) => json,
-            Answer::Ended(status) if status.code() == Some(DIVERGED.into()) => return Ok(Made::Cell(Box::new(cell))),
+            Answer::Ended(status) if diverged(status) => return Ok(Made::Cell(Box::new(cell))),
             Answer::Ended(status) => {
                 return Ok(match Made::of("lora train", status) {
                     Made::Failed(why) if resumed => Made::Failed(format!(
@@ -74,6 +74,8 @@ impl Program {
                 eval.args(args);
                 match answer(&mut eval)? {
                     Answer::Json(json) => json,
+                    // The last update was one too many.
+                    Answer::Ended(status) if diverged(status) => return Ok(Made::Cell(Box::new(cell))),
                     Answer::Ended(status) => return Ok(Made::of("lora eval", status)),
                 }
             }
@@ -135,7 +137,7 @@ pub fn eval_args(comparison: &Comparison, row: &Row, dir: &Path) -> Result<Vec<S
 }
 
 /// The file of a run that stands beside its folder. (A folder's name may have a point in it, as in a learning rate.)
-fn beside(dir: &Path, extension: &str) -> PathBuf {
+pub(super) fn beside(dir: &Path, extension: &str) -> PathBuf {
     let mut name = dir.as_os_str().to_owned();
     name.push(".");
     name.push(extension);
@@ -167,6 +169,10 @@ impl Made {
             false => Made::Failed(format!("{what} ended with {status}")),
         }
     }
+}
+
+fn diverged(status: ExitStatus) -> bool {
+    status.code() == Some(DIVERGED.into())
 }
 
 /// Whether Ctrl-C ended a process: in good order, or at once, where it listened for nothing.

@@ -15,7 +15,7 @@ use super::{
     check::check,
     config::folder,
     inputs::Inputs,
-    process::{Made, Program, eval_args, remove},
+    process::{Made, Program, beside, eval_args, remove},
 };
 use crate::{Error, Result, TrainConfig, hub, output::lock};
 
@@ -146,7 +146,7 @@ pub fn run(comparison: &Comparison, out: &Path, program: &Program, watcher: &mut
     }
     finished.table = store.table_without(|_| Ok(()))?;
     finished.table.write(out)?;
-    let lost = |line: &&Line| line.diverged > 0 && line.diverged == line.seeds;
+    let lost = |line: &&Line| line.every_rate_diverged || line.diverged > 0 && line.diverged == line.seeds;
     finished.failed.extend(finished.table.lines.iter().filter(lost).map(|l| Failure::Diverged { row: l.name.clone() }));
     Ok(finished)
 }
@@ -239,6 +239,12 @@ impl Store<'_> {
         Ok(best.map(|(_, lr)| lr))
     }
 
+    /// Whether every learning rate of a row was tried.
+    fn tried(&self, row: &Row) -> Result<bool> {
+        let tried = |&lr: &f64| Ok::<_, Error>(self.cell(row, Kind::Search { lr })?.is_some());
+        Ok(row.lrs.iter().map(tried).collect::<Result<Vec<_>>>()?.into_iter().all(|tried| tried))
+    }
+
     fn table(&self) -> Result<Table> {
         self.table_without(Err)
     }
@@ -247,14 +253,15 @@ impl Store<'_> {
     fn table_without(&self, bad: impl Fn(Error) -> Result<()>) -> Result<Table> {
         let mut table = Table::default();
         for row in &self.comparison.rows {
-            let (lr, cells) = match self.seeds(row) {
+            let found = self.seeds(row).and_then(|(lr, cells)| Ok((lr, lr.is_none() && self.tried(row)?, cells)));
+            let (lr, every_rate_diverged, cells) = match found {
                 Ok(found) => found,
                 Err(e) => {
                     bad(e)?;
-                    (None, Vec::new())
+                    (None, false, Vec::new())
                 }
             };
-            table.push(row, lr, &cells);
+            table.push(row, lr, every_rate_diverged, &cells);
         }
         Ok(table)
     }
@@ -297,14 +304,7 @@ impl Store<'_> {
                 }
             }
         }
-        let Some(lr) = self.chosen(row)? else {
-            let tried = |&lr: &f64| Ok::<_, Error>(self.cell(row, Kind::Search { lr })?.is_some());
-            // Where a try failed, that is told already.
-            if round == 0 && row.lrs.iter().map(tried).collect::<Result<Vec<_>>>()?.iter().all(|tried| *tried) {
-                finished.failed.push(Failure::Diverged { row: row.name.clone() });
-            }
-            return Ok(ControlFlow::Continue(()));
-        };
+        let Some(lr) = self.chosen(row)? else { return Ok(ControlFlow::Continue(())) };
         self.fill(row, Kind::Seed { seed: row.seeds[round], lr }, finished, watcher)
     }
 
@@ -364,7 +364,23 @@ impl Store<'_> {
         };
         let made = Some(cell::Made::now(&self.comparison.machine));
         let cell = Cell { settings: settings(&config), eval, inputs, made, trained: None };
-        self.program.make(&config, args, cell)
+        let made = self.program.make(&config, args, cell)?;
+        if matches!(made, Made::Cell(_)) {
+            self.unchanged()?;
+        }
+        Ok(made)
+    }
+
+    /// Refuses data that was written to since the comparison began: who knows what the run read.
+    fn unchanged(&self) -> Result<()> {
+        let data = &self.comparison.rows[0].config.data;
+        for (path, was) in [(data, Some(&self.inputs.data)), (&self.comparison.test, self.inputs.test.as_ref())] {
+            if fingerprint::of_file(path).ok().as_ref() != was {
+                let problem = "was changed while this comparison was running; run it again".into();
+                return Err(Error::Config { path: path.clone(), problem });
+            }
+        }
+        Ok(())
     }
 
     /// Where a run works.
@@ -376,9 +392,12 @@ impl Store<'_> {
     /// Waits for the run of a comparison that was killed, which may still be at work.
     fn wait_for(&self, dir: &Path, watcher: &mut dyn Watcher) -> ControlFlow<()> {
         let mut said = false;
-        while dir.exists() && lock(dir).is_err() {
+        // Training locks its folder, and an evaluation the file of the texts that it makes.
+        let places = [dir.to_owned(), beside(dir, "txt.part")];
+        let busy = || places.iter().find(|place| place.exists() && lock(place).is_err());
+        while let Some(place) = busy() {
             if !std::mem::replace(&mut said, true) {
-                watcher.note(&format!("waiting for another process that is at work in {}", dir.display()));
+                watcher.note(&format!("waiting for another process that is at work in {}", place.display()));
             }
             if watcher.stop() {
                 return ControlFlow::Break(());

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use indicatif::HumanCount;
 use lora_model::files;
 use serde::Serialize;
 
@@ -14,7 +13,7 @@ use super::{
 use crate::{
     Result,
     latency::Quartiles,
-    tables::{bytes, columns},
+    tables::{bytes, columns, count},
 };
 
 /// The table of a comparison.
@@ -41,6 +40,8 @@ pub struct Line {
     pub finished: usize,
     /// Seeds that diverged.
     pub diverged: usize,
+    /// Whether training diverged with every learning rate that was to be tried.
+    pub every_rate_diverged: bool,
     /// Trainable scalars.
     pub trainable: Option<usize>,
     /// The metrics on the test data, the main one first; without any the loss.
@@ -54,8 +55,8 @@ pub struct Line {
 }
 
 impl Table {
-    /// Adds a row with its finished cells.
-    pub(super) fn push(&mut self, row: &Row, lr: Option<f64>, cells: &[Cell]) {
+    /// Adds a row with its finished cells; without a learning rate where it is not chosen yet, or where there is none to choose.
+    pub(super) fn push(&mut self, row: &Row, lr: Option<f64>, every_rate_diverged: bool, cells: &[Cell]) {
         for made in cells.iter().filter_map(|c| c.made.as_ref()) {
             if !self.made.contains(made) {
                 self.made.push(made.clone());
@@ -81,6 +82,7 @@ impl Table {
             seeds: row.seeds.len(),
             finished: cells.len(),
             diverged: cells.len() - trained.len(),
+            every_rate_diverged,
             trainable: trained.first().map(|t| t.trainable),
             scores: scores.into_iter().filter_map(|(name, all)| Some((name, Spread::of(all)?))).collect(),
             tokens_per_s: Quartiles::of(&rates).map(|q| q.median),
@@ -108,7 +110,11 @@ impl Table {
         let rows = self.lines.iter().map(|line| {
             let mut row =
                 vec![line.name.clone(), or_dash(line.trainable, count), or_dash(line.lr, |lr| format!("{lr:e}"))];
-            let diverged = if line.diverged > 0 { format!(", {} diverged", line.diverged) } else { String::new() };
+            let diverged = match line.diverged {
+                _ if line.every_rate_diverged => ", diverged with every rate".to_owned(),
+                0 => String::new(),
+                n => format!(", {n} diverged"),
+            };
             row.push(format!("{}/{}{diverged}", line.finished, line.seeds));
             for (i, name) in metrics.iter().enumerate() {
                 let spread = line.scores.iter().find(|(n, _)| n == name).map(|(_, s)| plot::scaled(name, s));
@@ -214,11 +220,6 @@ fn digits(x: f64) -> String {
     if x.abs() >= 10.0 { format!("{x:.2}") } else { format!("{x:.3}") }
 }
 
-/// With a comma before every third digit.
-fn count(n: usize) -> String {
-    HumanCount(n as u64).to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,6 +233,7 @@ mod tests {
             seeds: 3,
             finished: scores.len(),
             diverged: 0,
+            every_rate_diverged: false,
             trainable: (trainable > 0).then_some(trainable),
             scores: Spread::of(scores.to_vec()).map(|s| ("accuracy".to_owned(), s)).into_iter().collect(),
             tokens_per_s: (trainable > 0).then_some(1234.4),
@@ -281,7 +283,60 @@ mod tests {
     }
 
     #[test]
-    fn units() {
-        assert_eq!([count(7), count(1_234), count(1_234_567)], ["7", "1,234", "1,234,567"]);
+    fn a_row_of_which_no_rate_came_through_says_so() {
+        let mut table = table();
+        table.lines[3].every_rate_diverged = true;
+        assert!(table.text().contains("0/3, diverged with every rate"), "{}", table.text());
+    }
+
+    /// What the picture writes, and where: x, the end of the text that stands there, and the text.
+    fn texts(svg: &str) -> Vec<(i32, String, String)> {
+        let tag = |at: usize| &svg[at..at + svg[at..].find('>').unwrap()];
+        let value = |tag: &str, key: &str| {
+            let from = tag.find(&format!("{key}=\"")).unwrap() + key.len() + 2;
+            tag[from..from + tag[from..].find('"').unwrap()].to_owned()
+        };
+        let starts = svg.match_indices("<text").map(|(at, _)| at);
+        let of = |at: usize| {
+            let (tag, rest) = (tag(at), &svg[at + tag(at).len() + 1..]);
+            let text = rest[..rest.find("</text>").unwrap()].trim().to_owned();
+            (value(tag, "x").parse().unwrap(), value(tag, "text-anchor"), text)
+        };
+        starts.map(of).collect()
+    }
+
+    #[test]
+    fn names_stay_within_the_picture() {
+        let mut table = table();
+        let long = "a long name of a row, ".repeat(5);
+        for (line, name) in table.lines.iter_mut().zip([&long, &format!("{long}!"), "short", "none"]) {
+            line.name = name.into();
+        }
+        let texts = texts(&plot::svg(&table).unwrap());
+        let names: Vec<_> = texts.iter().filter(|(_, _, text)| text.contains("long") || text == "short").collect();
+        assert_eq!(names.len(), 3, "{texts:?}");
+        for (x, anchor, text) in names {
+            let width = 8 * text.chars().count() as i32;
+            let (from, to) = if anchor == "end" { (x - width, *x) } else { (*x, x + width) };
+            assert!(from >= 0 && to <= 960, "{text} from {from} to {to}");
+        }
+    }
+
+    #[test]
+    fn the_scale_of_the_picture_has_no_number_twice() {
+        for scores in [&[0.637214][..], &[0.9, 0.912], &[0.001, 0.99], &[0.5, 0.500001]] {
+            let mut table = table();
+            table.lines.truncate(scores.len());
+            for (line, score) in table.lines.iter_mut().zip(scores) {
+                line.scores = vec![("accuracy".into(), Spread::of(vec![*score]).unwrap())];
+            }
+            let texts = texts(&plot::svg(&table).unwrap());
+            let numbers = texts.iter().map(|(_, _, text)| text).filter(|t| t.parse::<f64>().is_ok());
+            let mut numbers: Vec<&String> = numbers.collect();
+            let count = numbers.len();
+            numbers.sort();
+            numbers.dedup();
+            assert!(count > 3 && numbers.len() == count, "{scores:?}: {texts:?}");
+        }
     }
 }

@@ -28,7 +28,6 @@ impl TrainConfig {
             }
         }
         let flagged: Vec<String> = flags.keys().cloned().collect();
-        // PEFT's keys for what is adalora-beta1 and -beta2 here, or AdamW's.
         let betas = ["beta1", "beta2"].into_iter().filter(|key| table.contains_key(*key) && !flags.contains_key(*key));
         let betas: Vec<&str> = betas.collect();
         table.extend(flags);
@@ -41,18 +40,9 @@ impl TrainConfig {
             let adapter = lora_model::adapter::load(&dir)?;
             config.adopt(&dir, &adapter, |key| given.iter().any(|g| g == key))?;
         }
+        let in_file = |key: &str| betas.contains(&key) || key.starts_with("adalora") && given.iter().any(|g| g == key);
+        config.check_betas(in_file)?;
         let row = config.row()?;
-        for (key, value) in [("beta1", config.beta1), ("beta2", config.beta2)] {
-            let own = format!("adalora-{key}");
-            if row.options.contains(&own.as_str()) && betas.contains(&key) && !given.contains(&own) {
-                let why = format!(
-                    "with method {} it could be AdamW's, or what PEFT calls so, which is {own} here; give {own} too, and {key} \
-                     is AdamW's",
-                    row.name
-                );
-                return Err(Error::option(key, value, why));
-            }
-        }
         // A file may serve several methods; a flag is meant for this one.
         for method in METHODS {
             if let Some(option) =
@@ -63,6 +53,26 @@ impl TrainConfig {
             }
         }
         Ok(config)
+    }
+
+    /// Refuses a β that a file has alone, where the method has a β of its own that PEFT calls so.
+    ///
+    /// # Errors
+    /// [`Error::Option`].
+    pub(crate) fn check_betas(&self, has: impl Fn(&str) -> bool) -> Result<()> {
+        let row = self.row()?;
+        for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            let own = format!("adalora-{key}");
+            if row.options.contains(&own.as_str()) && has(key) && !has(&own) {
+                let why = format!(
+                    "with method {} it could be AdamW's, or what PEFT calls so, which is {own} here; give {own} too, and {key} \
+                     is AdamW's",
+                    row.name
+                );
+                return Err(Error::option(key, value, why));
+            }
+        }
+        Ok(())
     }
 
     /// As a TOML file that gives this configuration again.

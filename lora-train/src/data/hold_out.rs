@@ -10,8 +10,9 @@ use super::{Dataset, Error, Result, Sequence};
 impl Dataset {
     /// Splits off about `share` of the sequences, at least one: what is left, and what is held out, each in its order.
     ///
-    /// Completions of the same prompt stay together, so that nothing held out is seen in training. Which they are depends
-    /// on the data alone, not on a run's seed: runs that are to be compared hold out the same.
+    /// Completions of the same prompt stay together, so that nothing held out is seen in training; a prompt that has more of
+    /// them than the share trains, unless every prompt has. Which they are depends on the data alone, not on a run's seed:
+    /// runs that are to be compared hold out the same.
     ///
     /// # Errors
     /// [`Error::HoldOut`] when nothing would be left on one of the sides.
@@ -33,13 +34,19 @@ impl Dataset {
         let mut key = [0; 32];
         key[..8].copy_from_slice(b"hold out");
         groups.shuffle(&mut ChaCha8Rng::from_seed(key));
+        let small = |group: &&Vec<usize>| group.len() <= wanted;
+        let least = groups.iter().min_by_key(|group| group.len());
+        let chosen: Vec<&Vec<usize>> = match groups.iter().any(|group| small(&group)) {
+            true => groups.iter().filter(small).collect(),
+            false => least.into_iter().collect(),
+        };
         let (mut held, mut taken) = (vec![false; count], 0);
-        for group in groups {
+        for group in chosen {
             if taken >= wanted {
                 break;
             }
             taken += group.len();
-            group.into_iter().for_each(|i| held[i] = true);
+            group.iter().for_each(|&i| held[i] = true);
         }
         let of = |side: bool| -> Vec<Sequence> {
             let kept = self.sequences.iter().zip(&held).filter(|(_, h)| **h == side);
@@ -49,8 +56,8 @@ impl Dataset {
         if rest.is_empty() || held_out.is_empty() {
             return Err(Error::HoldOut { share, sequences: count });
         }
-        let metrics = self.metrics;
-        Ok((Dataset { sequences: rest, ..self }, Dataset { metrics, ..Dataset::new(held_out) }))
+        let (metrics, positive) = (self.metrics, self.positive);
+        Ok((Dataset { sequences: rest, ..self }, Dataset { metrics, positive, ..Dataset::new(held_out) }))
     }
 }
 

@@ -4,7 +4,7 @@
 //! file ──read──▶ Corpus of Examples ──encode──▶ Dataset of Sequences ──Sampler──▶ micro-batches of one optimiser step
 //! ```
 //!
-//! - [`read`] parses one file in one of three [`Format`]s and knows nothing of tokens.
+//! - [`read`] parses one file in one of the [`Format`]s and knows nothing of tokens.
 //! - [`encode`] turns examples into token [`Sequence`]s with whatever implements [`Encode`], and cuts them at a length.
 //! - [`read_task`] and [`encode_task`] do so for texts with labels or numbers, by a row of [`TASKS`].
 //! - [`references()`] gathers the completions of equal prompts, [`read_predictions`] reads what a model made of them.
@@ -113,6 +113,18 @@ pub struct Corpus {
     pub format: Format,
     /// At least one example, in the order of the file.
     pub examples: Vec<Example>,
+}
+
+impl Corpus {
+    /// Examples that stand in no file: messages call them by this name, and count them from 1 as lines.
+    pub fn new(name: impl Into<PathBuf>, contents: impl IntoIterator<Item = Content>) -> Corpus {
+        let example = |(i, content)| Example { line: i + 1, content };
+        Corpus {
+            path: name.into(),
+            format: Format::Jsonl,
+            examples: contents.into_iter().enumerate().map(example).collect(),
+        }
+    }
 }
 
 /// One example and where it stands.

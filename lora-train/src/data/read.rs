@@ -17,7 +17,7 @@ use super::{Content, Corpus, Error, Example, Format, Result};
 /// A missing, non-UTF-8 or empty file; in E2E a line without `||` or without a reference; in JSONL a line that is not
 /// JSON, or not an object with the strings `prompt` and `completion`, the string `text` or the list `messages` (two at once
 /// are an error too, since only one could be meant), with a blank completion or text, or with messages that are none or
-/// among which the assistant says nothing.
+/// among which the assistant says nothing; [`Error::NeedsTask`] for columns ([`read_task`](super::read_task) reads those).
 pub fn read(path: impl AsRef<Path>, format: Format) -> Result<Corpus> {
     parse(path.as_ref(), format, true)
 }

@@ -89,7 +89,7 @@ pub struct LatencyConfig {
     /// Width of the adapters' bottlenecks; by the shape's Θ when absent, and without one by the paper's share: 11M
     /// parameters on the 355M of GPT-2 medium.
     pub bottleneck: Option<usize>,
-    /// Virtual tokens of the prefix.
+    /// Virtual tokens of the prefix; 0 leaves it out, as does a shape that leaves no positions for it.
     pub prefix: usize,
     /// Seed of weights and tokens.
     pub seed: u64,
@@ -150,8 +150,8 @@ pub fn latency(config: &LatencyConfig, watcher: &mut dyn LatencyWatcher) -> Resu
     let (name, model) = base(config, &device, dtype)?;
     let positions = model.limits().max_positions;
     for shape in &config.shapes {
-        if shape.seq.saturating_add(config.prefix) > positions {
-            let why = format!("with the prefix of {} tokens it is longer than the model's {positions}", config.prefix);
+        if shape.seq > positions {
+            let why = format!("the model has {positions} positions");
             return Err(Error::option("shapes", format_args!("{}x{}", shape.batch, shape.seq), why));
         }
     }
@@ -171,7 +171,8 @@ pub fn latency(config: &LatencyConfig, watcher: &mut dyn LatencyWatcher) -> Resu
         let rounds = config.rounds.get(i).or(config.rounds.first()).copied().unwrap_or(1);
         let measured = measure(&variants, shape, rounds, config, watcher)?;
         report.interrupted = measured.interrupted;
-        let theirs = config.arch.as_deref().map_or(&[][..], |arch| report::of_paper(arch, shape));
+        let theirs = config.arch.as_deref().filter(|_| config.bottleneck.is_none());
+        let theirs = theirs.map_or(&[][..], |arch| report::of_paper(arch, shape));
         report.shapes.extend(ShapeReport::new(shape, &measured, theirs));
         if report.interrupted {
             break;

@@ -118,9 +118,13 @@ impl ShapeReport {
     }
 }
 
-/// Table 1 of the paper as ratios to full fine-tuning, whose pass is the base's; its model and its shapes alone.
+/// Table 1 of the paper as ratios to full fine-tuning, whose pass is the base's; its model, its shapes and its adapters alone.
 pub(super) fn of_paper(arch: &str, shape: &Shape) -> &'static [(&'static str, f64)] {
+    // Without Θ adapters have the share of 11M.
+    let adapters = shape.theta.unwrap_or(11e6);
     match (arch, shape.batch, shape.seq) {
+        (_, 32, 512) if adapters != 0.5e6 => &[],
+        (_, 16, 256) | (_, 1, 128) if adapters != 11e6 => &[],
         ("gpt2-medium", 32, 512) => {
             &[("lora, merged", 1.0), ("adapter-l", 1482.0 / 1449.4), ("adapter-h", 1492.2 / 1449.4)]
         }
@@ -238,6 +242,10 @@ mod tests {
         let none = Measured { seconds: vec![Vec::new(), Vec::new()], ..measured };
         assert_eq!(ShapeReport::new(&shape, &none, &[]), None);
         assert!(of_paper("gpt2", &shape).is_empty());
+        for (text, rows) in [("32x512", 0), ("32x512@11M", 0), ("32x512@0.5M", 3), ("16x256@0.5M", 0), ("1x128@11M", 3)]
+        {
+            assert_eq!(of_paper("gpt2-medium", &text.parse().unwrap()).len(), rows, "{text}");
+        }
         let lines: Vec<usize> = report.table().lines().map(|l| l.chars().count()).collect();
         assert!(lines.iter().all(|n| *n == lines[0]) && lines.len() == 4, "{}", report.table());
     }

@@ -116,6 +116,7 @@ impl<'a> Variants<'a> {
             lora_setting,
             merged,
             prefix: match adapted("pre-layer", &prefix) {
+                _ if config.prefix == 0 => Err("pre-layer is left out: it was to have no virtual tokens".into()),
                 Ok(adapted) => Ok(adapted),
                 Err(Error::Model(lora_model::Error::Core(e @ lora_core::Error::DoesNotFit { .. }))) => {
                     Err(e.to_string())
@@ -152,7 +153,12 @@ impl<'a> Variants<'a> {
                 Err(e) => return Err(e.into()),
             }
         }
+        let positions = self.base.limits().max_positions;
         match &self.prefix {
+            Ok(_) if shape.seq.saturating_add(self.config.prefix) > positions => left_out.push(format!(
+                "pre-layer is left out: {} tokens with a prefix of {} are more than the model's {positions} positions",
+                shape.seq, self.config.prefix
+            )),
             Ok(adapted) => {
                 let setting = format!("l = {}", self.config.prefix);
                 all.push(self.ready("pre-layer", setting, self.base, Held::Shared(adapted), shape)?);

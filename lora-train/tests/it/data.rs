@@ -593,6 +593,16 @@ fn a_held_out_share_shares_no_prompt_with_the_rest() {
     }
     assert_eq!(all.hold_out(0.1).unwrap(), (rest, held_out), "the same every time");
 
+    // A prompt that has most of them trains, wherever chance puts it.
+    for most in 0..6 {
+        let of = |i: u32| if i < 5 { (i + most) % 6 } else { (5 + most) % 6 };
+        let uneven = Dataset::new((0..20).map(|i| sequence(of(i), i)).collect());
+        let (rest, held_out) = uneven.hold_out(0.1).unwrap();
+        assert_eq!((rest.sequences.len(), held_out.sequences.len()), (18, 2), "{most}");
+    }
+    let even = Dataset::new((0..20).map(|i| sequence(i % 2, i)).collect());
+    assert_eq!(even.hold_out(0.1).unwrap().1.sequences.len(), 10, "every prompt has more than the share");
+
     // Without prompts every sequence is for itself; a tiny share is one of them.
     let texts = Dataset::new((0..9).map(|i| Sequence::after(vec![1, 2, i], 1)).collect());
     assert_eq!(texts.clone().hold_out(1e-6).unwrap().1.sequences.len(), 1);

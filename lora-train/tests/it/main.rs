@@ -1,6 +1,7 @@
 //! Tests from outside, all in one program: it links once.
 
 mod bf16;
+#[cfg(feature = "cli")]
 mod cli;
 mod common;
 mod data;
@@ -11,6 +12,7 @@ mod loraplus;
 mod methods;
 mod metrics;
 mod real_data;
+mod runs;
 #[cfg(feature = "cuda")]
 mod task_device;
 mod tasks;

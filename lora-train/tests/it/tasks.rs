@@ -9,11 +9,11 @@ use lora_core::peft::Adapted;
 use lora_kernels::{DType, Device};
 use lora_model::{config::RawConfig, load, tokenizer::Joined};
 use lora_train::{
-    Evaluation, Step, TextJoiner, TrainConfig, Trainer,
+    Error, Evaluation, Step, TextJoiner, TrainConfig, Trainer,
     data::{self, Answer, Content, Format, Goal, Labels, TASKS, TaskKind, encode_task, read_task, task},
     evaluate,
     metrics::Metric,
-    task::{FILE, Fitted, of_adapter},
+    task::{FILE, Fitted, load_with_adapter, of_adapter},
     train,
 };
 use serde_json::Value;
@@ -340,7 +340,7 @@ fn splitting_a_step_changes_no_mask() {
         let fitted = Fitted::to_train(row, &base, None, &corpus).unwrap();
         let none = Adapted::none(&Device::Cpu).unwrap();
         let joiner = TextJoiner::from_dir(&base, &*model).unwrap();
-        let data = fitted.encode(&corpus, &joiner, (&*model, &none), 20).unwrap();
+        let data = fitted.encode(&corpus, &joiner, &*model, &none, 20).unwrap();
         let steps = |grad_accum: usize, seed: u64| -> Vec<Step> {
             let out = dir.path().join("out");
             let targets = targets.map(String::from).to_vec();
@@ -376,7 +376,7 @@ fn an_evaluation_judges_predictions() {
         let fitted = Fitted::to_train(row, &base, None, &corpus).unwrap();
         let none = Adapted::none(&Device::Cpu).unwrap();
         let joiner = TextJoiner::from_dir(&base, &*model).unwrap();
-        let data = fitted.encode(&corpus, &joiner, (&*model, &none), 20).unwrap();
+        let data = fitted.encode(&corpus, &joiner, &*model, &none, 20).unwrap();
         let Evaluation { loss, perplexity, targets, scores } = evaluate(&*model, &none, &data, 7).unwrap();
         assert_eq!((perplexity, targets), (None, 30));
         assert_eq!(scores.0.iter().map(|(m, _)| *m).collect::<Vec<_>>(), row.metrics);
@@ -429,10 +429,10 @@ fn f1_is_of_the_label_1_whichever_output_that_is() {
     let corpus = read_task(&file, mrpc, Format::Tsv).unwrap();
     let fitted = Fitted::to_train(mrpc, &base, None, &corpus).unwrap();
     assert_eq!(fitted.labels.as_ref().unwrap().names(), ["1", "0"]);
-    let model = fitted.load(&base, &Device::Cpu, DType::F32, 1).unwrap();
+    let model = fitted.load(&base, &Device::Cpu, DType::F32, 1, false).unwrap();
     let none = Adapted::none(&Device::Cpu).unwrap();
     let joiner = TextJoiner::from_dir(&base, &*model).unwrap();
-    let data = fitted.encode(&corpus, &joiner, (&*model, &none), 20).unwrap();
+    let data = fitted.encode(&corpus, &joiner, &*model, &none, 20).unwrap();
     let scores = evaluate(&*model, &none, &data, 5).unwrap().scores.0;
     let f1 = scores.iter().find(|(m, _)| *m == Metric::F1).unwrap().1;
     let best = |seq: &data::Sequence| {
@@ -449,6 +449,33 @@ fn f1_is_of_the_label_1_whichever_output_that_is() {
         true_ones += f64::from(u8::from(is));
     }
     assert!((f1 - 2.0 * both / (said + true_ones)).abs() < 1e-12, "{f1}: {both} of {said} and {true_ones}");
+    // Of a held-out part it is of the same label.
+    let positive = data.positive;
+    let (rest, held_out) = data.hold_out(0.5).unwrap();
+    assert_eq!([rest.positive, held_out.positive], [positive; 2]);
+}
+
+/// The metrics of values that are no numbers would look like some.
+#[test]
+fn what_is_no_number_is_not_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = encoder(dir.path(), "bert_classification", |_| ());
+    let file = dir.path().join("pairs.tsv");
+    fs::write(&file, crate::common::pairs(|i| if i % 3 == 0 { "yes".into() } else { "no".into() })).unwrap();
+    let row = task("labels").unwrap();
+    let corpus = read_task(&file, row, Format::Tsv).unwrap();
+    let fitted = Fitted::to_train(row, &base, None, &corpus).unwrap();
+    let model = fitted.load(&base, &Device::Cpu, DType::F32, 1, false).unwrap();
+    let config = TrainConfig { method: "bitfit".into(), ..TrainConfig::default() };
+    let mut adapted = Adapted::new(&*config.method_options().unwrap(), &*model, &Device::Cpu, DType::F32, 0).unwrap();
+    let joiner = TextJoiner::from_dir(&base, &*model).unwrap();
+    let data = fitted.encode(&corpus, &joiner, &*model, &adapted, 20).unwrap();
+    evaluate(&*model, &adapted, &data, 5).unwrap();
+    lora_kernels::fill(f64::NAN, adapted.params.flat_mut().unwrap()).unwrap();
+    let e = evaluate(&*model, &adapted, &data, 5).unwrap_err();
+    assert!(matches!(e, Error::NotFinite { loss } if loss.is_nan()), "{e}");
+    let trainer = Trainer::new(&*model, adapted, &config, data.sequences.len()).unwrap();
+    assert!(matches!(trainer.evaluate(&data), Err(Error::Diverged { step: 0, .. })));
 }
 
 /// A folder of a bare encoder gets a head, and what was trained is the same after it was saved and loaded.
@@ -474,13 +501,13 @@ fn a_result_remembers_its_labels() {
         let from = if whole { &out } else { &base };
         let fitted = Fitted::trained(row, from, adapter).unwrap();
         assert_eq!(fitted.labels.as_ref().unwrap().names(), names, "{method}");
-        let model = fitted.load(from, &Device::Cpu, DType::F32, 99).unwrap();
-        let adapted = match adapter {
-            None => Adapted::none(&Device::Cpu).unwrap(),
-            Some(dir) => lora_model::adapter::attach(dir, &*model, &Device::Cpu).unwrap(),
+        let (cpu, dtype) = (Device::Cpu, DType::F32);
+        let (model, adapted) = match adapter {
+            None => (fitted.load(from, &cpu, dtype, 99, false).unwrap(), Adapted::none(&cpu).unwrap()),
+            Some(dir) => load_with_adapter(from, dir, &cpu, dtype).unwrap(),
         };
         let joiner = TextJoiner::from_dir(from, &*model).unwrap();
-        let data = fitted.encode(&corpus, &joiner, (&*model, &adapted), 20).unwrap();
+        let data = fitted.encode(&corpus, &joiner, &*model, &adapted, 20).unwrap();
         let again = evaluate(&*model, &adapted, &data, 6).unwrap();
         let there = summary.evaluation.unwrap();
         // A merged bias or norm is rounded once more; what was loaded is what was trained.

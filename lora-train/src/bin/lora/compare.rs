@@ -22,10 +22,11 @@ use crate::{Cli, Command, Global, ui};
                         [search] has `hold-out`, `seed` and keys that are others while choosing, [eval] flags of lora eval. \
                         Finished cells are kept below --out and never run again; table.md, .csv, .json and .svg stand there \
                         after each. --show needs base and data too: it is by them that it knows the cells.\n\n\
-                        --json and table.json have a line for each row: name, method, lr, seeds, finished, diverged, trainable \
-                        (scalars), scores (by the names and in the units of lora eval: values, mean, sd, and interval, the half \
-                        width of the 95% interval), tokens_per_s, peak_memory and checkpoint_bytes (bytes). table.csv has the \
-                        same; the tables for people have shares and correlations times 100."
+                        --json and table.json have a line for each row: name, method, lr, seeds, finished, diverged, \
+                        every_rate_diverged, trainable (scalars), scores (by the names and in the units of lora eval: values, \
+                        mean, sd, and interval, the half width of the 95% interval), tokens_per_s, peak_memory and \
+                        checkpoint_bytes (bytes). table.csv has the same, but not every_rate_diverged; the tables for people \
+                        have shares and correlations times 100."
 )]
 pub(crate) struct CompareArgs {
     /// The comparison

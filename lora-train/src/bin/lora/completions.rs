@@ -8,7 +8,6 @@ use lora_model::generate::GenerationConfig;
 use lora_train::{
     Encoder, Evaluation,
     data::{self, Corpus, References, TaskRow},
-    evaluate,
     generation::{self, Continued, batches, completion, end_tokens},
     metrics::{Scores, text::Completions},
     task,
@@ -132,18 +131,17 @@ impl CompletionArgs {
         let encoder = Encoder::from_dir(&dir, &*model)?;
         let config = self.config(end_tokens(&dir, &encoder)?);
         config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
-        let tokens = generation::prompts(prompts, &args.data, &encoder, (&*model, &adapted), &config)?;
+        let tokens = generation::prompts(prompts, &args.data, &encoder, &*model, &adapted, &config)?;
 
-        let data = task::encode_pairs(corpus, &encoder, (&*model, &adapted), args.max_length)?;
-        let evaluation = evaluate(&*model, &adapted, &data, args.batch_size)?;
-        eval::check_finite(args, &evaluation)?;
+        let data = task::encode_completions(corpus, &encoder, &*model, &adapted, args.max_length)?;
+        let evaluation = eval::loss(args, &*model, &adapted, &data)?;
 
         ui::catch_interrupt("stopping after this batch")?;
         let mut out = self.predictions.as_deref().map(PartFile::create).transpose()?;
         let mut texts = Vec::with_capacity(tokens.len());
         let mut all = || -> anyhow::Result<()> {
             let bar = ui::counter(tokens.len() as u64, "prompts");
-            let mut generated = batches((&*model, Continued::Alike(&adapted)), &tokens, &config, args.batch_size);
+            let mut generated = batches(&*model, Continued::Alike(&adapted), &tokens, &config, args.batch_size);
             for batch in tokens.chunks(args.batch_size) {
                 if ui::interrupted() {
                     return Err(ui::Interrupted.into());

@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use lora_core::peft::Adapted;
+use lora_model::Model;
 use lora_train::{
     Encoder, Evaluation, TextJoiner,
-    data::{self, Format, TaskKind, TaskRow},
+    data::{self, Dataset, Format, TaskKind, TaskRow},
     evaluate, load_data,
     metrics::Scores,
     task,
@@ -39,7 +41,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_parser = tasks(), help_heading = "Data")]
     task: Option<String>,
     /// Layout of the data [default: jsonl by its extension, otherwise e2e, and tsv with the task of an encoder]
-    #[arg(long, value_parser = formats(), help_heading = "Data")]
+    #[arg(long, value_parser = formats(&Format::ALL), help_heading = "Data")]
     format: Option<String>,
     /// Tokens at which a sequence is cut
     #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Data")]
@@ -89,34 +91,31 @@ pub(crate) fn run(args: EvalArgs) -> anyhow::Result<()> {
 
 fn evaluation(args: &EvalArgs, task: Option<&'static TaskRow>) -> anyhow::Result<Evaluation> {
     let (base, format) = (args.base()?, args.format()?);
-    let evaluation = match task {
+    match task {
         None => {
             let Loaded { dir, model, adapted } = base.load_causal(None)?;
             let encoder = Encoder::from_dir(&dir, &*model)?;
-            let data = load_data(&args.data, format, &encoder, (&*model, &adapted), args.max_length)?;
-            evaluate(&*model, &adapted, &data, args.batch_size)?
+            let data = load_data(&args.data, format, &encoder, &*model, &adapted, args.max_length)?;
+            loss(args, &*model, &adapted, &data)
         }
         Some(task) => {
             let corpus = task::read(&args.data, task, format)?;
             let (fitted, Loaded { dir, model, adapted }) = base.load_task(task)?;
             let joiner = TextJoiner::from_dir(&dir, &*model)?;
-            let data = fitted.encode(&corpus, &joiner, (&*model, &adapted), args.max_length)?;
-            evaluate(&*model, &adapted, &data, args.batch_size)?
+            let data = fitted.encode(&corpus, &joiner, &*model, &adapted, args.max_length)?;
+            loss(args, &*model, &adapted, &data)
         }
-    };
-    check_finite(args, &evaluation)?;
-    Ok(evaluation)
+    }
 }
 
-pub(crate) fn check_finite(args: &EvalArgs, evaluation: &Evaluation) -> anyhow::Result<()> {
-    let loss = evaluation.loss;
-    ensure!(
-        loss.is_finite(),
-        "the loss on {} is {loss}: the model's weights or the adapter hold values that are no numbers; look at the run \
-         that made them",
-        args.data.display()
-    );
-    Ok(())
+/// The loss on the data, and the metrics of few logits.
+pub(crate) fn loss(
+    args: &EvalArgs,
+    model: &dyn Model,
+    adapted: &Adapted,
+    data: &Dataset,
+) -> anyhow::Result<Evaluation> {
+    evaluate(model, adapted, data, args.batch_size).with_context(|| args.data.display().to_string())
 }
 
 pub(crate) fn text(evaluation: &Evaluation) -> String {

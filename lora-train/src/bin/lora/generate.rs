@@ -15,7 +15,7 @@ use lora_model::{
 };
 use lora_train::{
     Encoder,
-    data::Encode,
+    data::{Encode, Format},
     generation::{Continued, batches, end_tokens, text},
 };
 use serde::Serialize;
@@ -70,7 +70,8 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "FILE", help_heading = "Prompts")]
     pub(crate) data: Option<PathBuf>,
     /// Layout of --data [default: jsonl by its extension, otherwise e2e]
-    #[arg(long, value_parser = formats(), requires = "data", help_heading = "Prompts")]
+    #[arg(long, value_parser = formats(&[Format::E2e, Format::Jsonl, Format::Text]), requires = "data",
+          help_heading = "Prompts")]
     pub(crate) format: Option<String>,
 
     /// Write to this file instead of standard output. Until all is done the texts are in FILE.part, where they stay after
@@ -171,7 +172,7 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let mut all = || -> anyhow::Result<()> {
         let bar = ui::counter(prompts.len() as u64, "prompts");
         let by = if args.adapters.is_empty() { Continued::Alike(&adapted) } else { Continued::Each(&adapters, &names) };
-        let mut generated = batches((&*model, by), &tokens, &config, args.batch_size);
+        let mut generated = batches(&*model, by, &tokens, &config, args.batch_size);
         for (batch, tokens) in prompts.chunks(args.batch_size).zip(tokens.chunks(args.batch_size)) {
             if ui::interrupted() {
                 return Err(ui::Interrupted.into());

@@ -82,7 +82,8 @@ fn describe(args: &InfoArgs) -> anyhow::Result<Value> {
 
 /// The devices of this machine, and why CUDA cannot be used if it cannot.
 fn machine() -> Value {
-    let cpu = json!({"device": "cpu", "name": format!("{} threads", rayon::current_num_threads())});
+    let name = format!("{} threads, {}", rayon::current_num_threads(), lora_kernels::cpu_instructions());
+    let cpu = json!({"device": "cpu", "name": name});
     #[cfg(not(feature = "cuda"))]
     let (found, problem) = (Vec::<Value>::new(), Device::cuda(0).err());
     #[cfg(feature = "cuda")]

@@ -30,7 +30,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 ///
 /// A model is a folder as Hugging Face writes it (config.json, safetensors, tokenizer); an adapter is a folder as PEFT
 /// writes it. Results go to standard output, all else to standard error. The exit code is 0 only on success; 3 when
-/// training diverged; 130 after Ctrl-C.
+/// training diverged or what is evaluated holds no numbers; 130 after Ctrl-C.
 #[derive(Parser)]
 #[command(name = "lora", version, max_term_width = 110, arg_required_else_help = true)]
 struct Cli {

@@ -1,7 +1,7 @@
 //! A file of results that grows beside its place, and is moved there when it is whole.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::Write,
     path::{Path, PathBuf},
 };
@@ -27,7 +27,14 @@ impl PartFile {
             (PathBuf::from(name), place)
         });
         let path = part.as_ref().map_or(out, |(part, _)| part);
-        let file = File::create(path).with_context(|| format!("could not make {}", path.display()))?;
+        let made = File::options().write(true).create(true).truncate(part.is_none()).open(path);
+        let file = made.with_context(|| format!("could not make {}", path.display()))?;
+        if part.is_some() {
+            // Of two at once the second would move the first one's file away from it.
+            let locked = !matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+            ensure!(locked, "{}: another process is writing it; wait for it, or name another file", path.display());
+            file.set_len(0).with_context(|| format!("could not write {}", path.display()))?;
+        }
         Ok(PartFile { out: out.into(), part, file, texts: 0 })
     }
 

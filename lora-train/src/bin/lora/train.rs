@@ -45,7 +45,7 @@ pub(crate) struct TrainArgs {
     hold_out: Option<f64>,
     /// Layout of the data: context||reference lines, JSON lines of prompt and completion (or text), plain text, or, with
     /// --task, columns between tabs [default: jsonl by its extension, otherwise e2e, and tsv with --task]
-    #[arg(long, value_parser = formats(), help_heading = "Input and output")]
+    #[arg(long, value_parser = formats(&Format::ALL), help_heading = "Input and output")]
     format: Option<String>,
     /// What an encoder (BERT, RoBERTa, DeBERTa) learns from labelled examples: a task of GLUE, or labels or values of
     /// one's own. Models that continue text need none; with e2e each example has to be a prompt and a completion
@@ -80,7 +80,7 @@ pub(crate) struct TrainArgs {
     grad_accum: Option<usize>,
     /// Keep nothing of the inside of layers for the way back, which computes them once more: less memory for long sequences,
     /// the time of a second forward pass, the same result
-    #[arg(long, alias = "gradient-checkpointing", value_name = "true|false", num_args = 0..=1, require_equals = true,
+    #[arg(long, visible_alias = "gradient-checkpointing", value_name = "true|false", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", hide_possible_values = true, help_heading = "Course")]
     checkpoint: Option<bool>,
     /// Tokens at which a sequence is cut [default: 512]
@@ -181,8 +181,8 @@ pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
     ui::finish(&summary, if config.row()?.whole_model { "model" } else { "adapter" }, args.json)
 }
 
-pub(crate) fn formats() -> PossibleValuesParser {
-    PossibleValuesParser::new(Format::ALL.map(Format::name))
+pub(crate) fn formats(formats: &[Format]) -> PossibleValuesParser {
+    PossibleValuesParser::new(formats.iter().map(|format| format.name()))
 }
 
 pub(crate) fn schedules() -> PossibleValuesParser {

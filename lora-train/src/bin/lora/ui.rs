@@ -151,7 +151,7 @@ pub(crate) fn report(e: &anyhow::Error) -> ExitCode {
         return BROKEN_PIPE.into();
     }
     say_always(format_args!("error: {}", paragraph(e)));
-    if matches!(e.downcast_ref(), Some(lora_train::Error::Diverged { .. })) {
+    if matches!(e.downcast_ref(), Some(lora_train::Error::Diverged { .. } | lora_train::Error::NotFinite { .. })) {
         return lora_train::compare::DIVERGED.into();
     }
     ExitCode::FAILURE

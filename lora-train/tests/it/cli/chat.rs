@@ -99,6 +99,19 @@ fn a_model_learns_to_answer_and_to_stop() {
     assert_eq!((&first["finished"], first["tokens"].as_array().unwrap().len()), (&json!(false), 40));
 }
 
+/// In training an infix stands before the first answer, and when a text is made before the one that is to come.
+#[test]
+fn an_infix_wants_conversations_of_one_answer() {
+    let lab = lab();
+    let train = "train --model base --method pre-layer --steps 1 --batch-size 3 --prefix 1 --infix 2";
+    lab.fails(&format!("{train} --data chats.jsonl --out two"), &["infix = 2", "speaks twice"]);
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let one = json!({"messages": [said("user", "near"), said("assistant", "near the river .")]});
+    lab.write("one.jsonl", &format!("{one}\n{one}\n{one}\n"));
+    lab.ok(&format!("{train} --data one.jsonl --out one"));
+    lab.ok(&format!("{} --data chats.jsonl --out prefix", train.replace("--infix 2", "--infix 0")));
+}
+
 #[test]
 fn a_run_knows_when_its_turns_have_changed() {
     let lab = lab();

@@ -204,6 +204,10 @@ fn cells_of_other_settings_are_refused() {
     let whole = lab.read(cell);
     lab.write(cell, &whole.replace("\"dtype\": \"f32\"", "\"dtype\": \"bf16\""));
     lab.fails("compare s.toml --out out", &[cell, "dtype = \"bf16\"", "now to have"]);
+    lab.write(cell, &whole);
+    file(&format!("checkpoint = true\n{shared}"));
+    lab.fails("compare s.toml --out out", &[cell, "checkpoint = false", "now to have true"]);
+    file(&shared);
     lab.write(cell, "{\"settings\"");
     lab.fails("compare s.toml --out out", &[cell, "is no finished cell", "remove it"]);
 }
@@ -273,6 +277,9 @@ fn a_run_that_fails_or_diverges_does_not_stop_the_others() {
     assert!(last.contains("lost: training diverged with every"), "{last}");
     assert!(last.contains("lora, trying lr 0.002: ") && !last.contains("; lora: "), "{last}");
     assert!(last.contains("wild: training diverged with every learning rate"), "{last}");
+    let shown = lab.ok("compare f.toml --out out --show");
+    let rows: Vec<&str> = shown.lines().filter(|line| line.contains("diverged with every rate")).collect();
+    assert!(rows.len() == 1 && rows[0].contains("wild"), "{shown}");
 }
 
 #[test]
@@ -331,6 +338,14 @@ fn a_broken_file_says_what_and_where() {
             &["c.toml: line 19: [[run]] 2: key rank: method bitfit does not read it"],
         ),
         (&format!("{SHARED}[[run]]\nr = 4\nrank = 8\n"), &["[[run]] 1: key rank: stands there under two names"]),
+        (
+            &format!("{SHARED}[[run]]\nmethod = \"adalora\"\nbeta1 = 0.5\n"),
+            &["c.toml: line 17: [[run]] 1: beta1 = 0.5", "adalora-beta1"],
+        ),
+        (
+            &format!("beta2 = 0.5\n{SHARED}[[run]]\nmethod = \"adalora\"\n"),
+            &["c.toml: line 1: [[run]] 1: beta2 = 0.5", "adalora-beta2"],
+        ),
         (&format!("{SHARED}[[run]]\n[run.rank_pattern]\nc_attn = \"x\"\n"), &["[[run]] 1: key rank-pattern:"]),
         (&format!("{SHARED}[[run]]\n").replace("seeds = [0, 1]", "seeds = [-1]"), &["c.toml: line 5: key seeds"]),
         (&format!("{SHARED}[[run]]\n").replace("hold_out = 0.2", "hold_out = 2"), &["key hold-out", "between 0 and 1"]),
@@ -399,6 +414,39 @@ fn options_have_pefts_names_and_patterns_those_of_modules() {
     };
     assert_eq!((&of(names[1])["r"], &of(names[2])["r"]), (&8.into(), &4.into()));
     assert_eq!(of(names[2])["rank_pattern"], serde_json::json!({"c_attn": 3}));
+}
+
+/// Whichever row stands first, and whatever its own seeds are.
+#[test]
+fn rates_are_tried_with_the_first_of_the_shared_seeds() {
+    let lab = lab();
+    let runs = ["seeds = [7]", "rank = 2\nlr = [1e-3, 1e-2]"];
+    lab.write("s.toml", &quick(&runs).replace("[[run]]\nseeds", "seeds = [3, 4]\n[[run]]\nseeds"));
+    lab.ok("compare s.toml --out out");
+    for (name, seed) in [("lora/seed-7", 7), ("lora-rank=2/lr-0.001", 3), ("lora-rank=2/seed-4", 4)] {
+        assert_eq!(cell(&lab, name)["settings"]["seed"], seed, "{name}");
+    }
+}
+
+/// A model of values that are no numbers has metrics like any other.
+#[test]
+fn a_rate_that_left_no_numbers_wins_nothing() {
+    let lab = tasks::lab();
+    let labels = |i: usize| (if i.is_multiple_of(5) { "yes" } else { "no" }).to_owned();
+    for file in ["train.tsv", "valid.tsv"] {
+        lab.write(file, &crate::common::pairs(labels));
+    }
+    let shared = quick(&[]).replace("base", "encoder").replace(".txt", ".tsv");
+    let rows = "[[run]]\nmethod = \"full\"\nweight-decay = 900\nlr = [900.0, 1e-9]\n\
+                [[run]]\nname = \"lost\"\nmethod = \"full\"\nweight-decay = 900\nlr = 900.0\n";
+    lab.write("n.toml", &format!("task = \"labels\"\nmax_length = 20\n{shared}[search]\nhold_out = 0.3\n{rows}"));
+    let output = lab.lora("compare n.toml --out out --json");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let table: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let (line, lost) = (&table["lines"][0], &table["lines"][1]);
+    assert_eq!((&line["lr"], &line["finished"]), (&1e-9.into(), &1.into()), "{stderr}");
+    assert_eq!((&lost["finished"], &lost["diverged"]), (&1.into(), &1.into()), "{stderr}");
+    assert!(cell(&lab, "full/lr-900")["trained"].is_null());
 }
 
 #[test]

@@ -167,6 +167,19 @@ fn completions_that_cannot_be_judged() {
 }
 
 #[cfg(unix)]
+/// As an evaluation whose comparison was killed may still be at work.
+#[test]
+fn two_do_not_write_the_same_texts() {
+    let lab = lab();
+    let part = std::fs::File::create(lab.path("said.txt.part")).unwrap();
+    part.lock().unwrap();
+    let eval = format!("eval --model base --task e2e --data test.txt {QUICK} --predictions said.txt");
+    lab.fails(&eval, &["said.txt.part", "another process is writing it"]);
+    drop(part);
+    lab.ok(&eval);
+    assert_eq!(lab.read("said.txt").lines().count(), 6);
+}
+
 #[test]
 fn ctrl_c_keeps_the_texts_so_far() {
     let lab = lab();

@@ -37,6 +37,26 @@ fn every_variant_is_measured_and_reported_in_every_form() {
     assert_eq!(adapter(&wide), (2 * (2 * 16 + 1 + 16 + 2 * 16)) as f64);
 }
 
+/// What has no place for the prefix is measured without it.
+#[test]
+fn a_prefix_that_does_not_fit_is_left_out() {
+    let lab = Lab::new();
+    for (args, why) in [
+        ("--shapes 1x64", "a prefix of 14"),
+        ("--shapes 1x51", "a prefix of 14"),
+        ("--shapes 1x50", ""),
+        ("--shapes 1x64 --prefix 0", "no virtual tokens"),
+    ] {
+        let report = lab.json(&format!("bench-latency --model base --rounds 1 {args} --json"));
+        let shape = &report["shapes"][0];
+        let there = shape["rows"].as_array().unwrap().iter().any(|row| row["name"] == "pre-layer");
+        let left_out = shape["left_out"].as_array().unwrap().iter().filter_map(|why| why.as_str());
+        let left_out: Vec<&str> = left_out.filter(|why| why.contains("pre-layer")).collect();
+        assert_eq!((there, left_out.len()), (why.is_empty(), usize::from(!why.is_empty())), "{args}: {report}");
+        assert!(left_out.iter().all(|text| text.contains(why)), "{args}: {left_out:?}");
+    }
+}
+
 #[test]
 fn ctrl_c_reports_the_rounds_that_are_whole() {
     let lab = Lab::new();
@@ -73,12 +93,12 @@ fn what_cannot_be_measured_is_said_before_anything_is() {
         ("--model nowhere", &["nowhere"]),
         ("--model base --shapes 4", &["4", "BATCHxTOKENS"]),
         ("--model base --shapes 0x4", &["BATCHxTOKENS"]),
-        ("--model base --shapes 1x60", &["1x60", "prefix of 14", "64"]),
+        ("--model base --shapes 1x65", &["1x65", "64 positions"]),
         ("--model base --shapes 1x4 --rounds 0", &["rounds = 0"]),
         ("--model base --shapes 1x4 --rounds 1,2", &["rounds = 1,2", "one for each"]),
         ("--model base --shapes 1x4 --rank 0", &["rank = 0"]),
         ("--model base --shapes 1x4 --bottleneck 0", &["bottleneck = 0"]),
-        ("--model base --shapes 1x4 --prefix 0", &["prefix = 0"]),
+        ("--model base --shapes 1x4 --prefix 64", &["prefix = 64"]),
         ("--model base --shapes 1x4 --targets nothing", &["nothing"]),
         ("--model base --shapes 1x4 --device gpu", &["device = gpu"]),
         ("--model base --shapes 1x4 --out report.txt", &["report.txt", ".md or .json"]),

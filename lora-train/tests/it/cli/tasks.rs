@@ -57,6 +57,63 @@ fn a_task_from_training_to_its_metrics() {
 }
 
 #[test]
+fn a_head_that_an_adapter_brings_is_not_said_to_be_missing() {
+    let lab = lab();
+    for (start, random) in [("", true), ("--init-adapter first", false)] {
+        let out = if random { "first" } else { "second" };
+        let output = lab.lora(&format!("train --task labels --data train.tsv {RUN} {start} --out {out}"));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        assert_eq!(stderr.contains("begins at random"), random, "{stderr}");
+    }
+}
+
+/// As the paper goes on from MNLI: what was learned stays, and a head for something else begins.
+#[test]
+fn an_adapter_goes_on_to_another_task_with_a_new_head() {
+    let lab = lab();
+    lab.write("three.tsv", &common::pairs(|i| ["a", "b", "c"][i % 3].to_owned()));
+    lab.write("sentences.tsv", "sentence\tlabel\nit is fun\t1\nit is dull\t0\nfun\t1\nno fun\t0\n");
+    for (start, of, task, data) in
+        [("labels", "three.tsv", "values", "numbers.tsv"), ("values", "numbers.tsv", "sst2", "sentences.tsv")]
+    {
+        let (first, name) = (format!("first-{start}"), format!("then-{task}"));
+        lab.ok(&format!("train --task {start} --data {of} {RUN} --method adapter-p --out {first}"));
+        let run = RUN.replace("--lr 0.01", "--lr 1e-30");
+        let output = lab.lora(&format!("train --task {task} --data {data} {run} --init-adapter {first} --out {name}"));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        let note =
+            format!("{first} was trained for another task: its head is left out, and one for {task} begins at random");
+        assert!(stderr.contains(&note), "{stderr}");
+        let tensors = |dir: &str| {
+            let bytes = lab.bytes(&format!("{dir}/adapter_model.safetensors"));
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let value = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap());
+            let all =
+                file.iter().map(|(name, t)| (name.to_owned(), t.data().chunks(4).map(value).collect::<Vec<f32>>()));
+            all.collect::<std::collections::BTreeMap<_, _>>()
+        };
+        let (first, then) = (tensors(&first), tensors(&name));
+        assert_eq!(first.keys().collect::<Vec<_>>(), then.keys().collect::<Vec<_>>());
+        for (name, values) in &then {
+            let near = values.iter().zip(&first[name]).all(|(a, b)| (a - b).abs() < 1e-20);
+            assert_eq!(near && values.len() == first[name].len(), !name.contains("classifier"), "{name}");
+        }
+        lab.ok(&format!("eval --model encoder --adapter {name} --task {task} --data {data} --max-length 20"));
+    }
+}
+
+#[test]
+fn a_model_of_labels_that_look_like_none_keeps_them() {
+    let lab = lab();
+    lab.write("odd.tsv", &common::pairs(|i| format!("LABEL_{}", ["a", "b"][i % 2])));
+    lab.ok(&format!("train --task labels --data odd.tsv {RUN} --method full --out odd"));
+    let judged = lab.json("eval --model odd --task labels --data odd.tsv --max-length 20 --json");
+    assert!(judged["accuracy"].is_f64(), "{judged}");
+}
+
+#[test]
 fn headings_that_nobody_knows_are_warned_of() {
     let lab = lab();
     let rows: String = (0..9).map(|i| format!("N{i} serves .\t{}\n", if i % 2 == 0 { "yes" } else { "no" })).collect();
@@ -104,7 +161,6 @@ fn tasks_and_models_that_do_not_fit() {
             &["length of 4", "at least 5"],
         ),
         ("train --model base --data train.tsv --format tsv --out out".into(), &["train.tsv", "--task"]),
-        (format!("{train} --task values --data numbers.tsv --init-adapter labels"), &["was trained for labels"]),
         ("eval --model encoder --adapter labels --data train.tsv".into(), &["task = not given"]),
         ("eval --model encoder --task labels --data train.tsv".into(), &["encoder", "id2label"]),
         ("eval --model encoder --task sst2 --data train.tsv".into(), &["no column sentence"]),
