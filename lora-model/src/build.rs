@@ -11,10 +11,11 @@ use lora_core::{
 use lora_kernels::{DType, Device};
 
 use crate::{
-    LoadOptions, Result,
+    Error, LoadOptions, Result,
     checkpoint::{Checkpoint, Layout, TensorSpec},
     config::RawConfig,
     fingerprint,
+    fingerprint::elements,
     layers::{LayerNorm, Projection, RmsNorm, Sublayer, Weight},
 };
 
@@ -222,13 +223,38 @@ pub(crate) fn load<M>(
     describe: impl Describe<Model = M>,
 ) -> Result<(M, Parts)> {
     let weights = Checkpoint::open(dir)?.rename(rename)?;
-    weights.expect(&specs(&outline(&describe)))?;
+    let outline = outline(&describe);
+    weights.expect(&specs(&outline))?;
+    check_tied_head(dir, &weights, outline.tied_embedding())?;
     let layout = weights.layout().clone();
     let mut before = BTreeMap::new();
     let mut tensor = |name: &str, shape: &[usize]| kept(&weights, name, shape, (device, options), &mut before);
     let (model, mut parts) = make(raw, layout, &mut tensor, describe)?;
     parts.outline.before_rounding = before;
     Ok((model, parts))
+}
+
+/// Refuses a folder whose output head is by its configuration the table of embeddings, and by its file another matrix, which
+/// Transformers would use. A sample of the elements tells.
+///
+/// # Errors
+/// [`Error::Weights`].
+pub(crate) fn check_tied_head(dir: &Path, weights: &Checkpoint, table: Option<&str>) -> Result<()> {
+    const HEADS: [&str; 3] = ["lm_head.weight", "lm_head.decoder.weight", "cls.predictions.decoder.weight"];
+    let Some((table, shape)) = table.and_then(|table| Some((table, weights.info(table)?.shape))) else { return Ok(()) };
+    let stored = Checkpoint::open(dir)?;
+    for name in HEADS {
+        let Some(head) = stored.info(name) else { continue };
+        let elements = |file: &Checkpoint, name| elements(&file.tensor(name, &shape, &Device::Cpu)?);
+        if head.shape != shape || elements(&stored, name)? != elements(weights, table)? {
+            let problem = format!(
+                "{name} has other values than {table}, although the output head is that table by tie_word_embeddings: set that \
+                 to false in config.json, where this architecture can have a head of its own, or remove the tensor"
+            );
+            return Err(Error::Weights { file: dir.into(), problem });
+        }
+    }
+    Ok(())
 }
 
 /// A weight of a file as a model keeps it: on the device, in [its type](LoadOptions::kept). Of one that f16 rounds some

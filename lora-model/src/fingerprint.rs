@@ -25,8 +25,24 @@ const SAMPLE: usize = 61;
 /// # Errors
 /// What reading from a device can cause.
 pub fn of_base(base: &dyn Base) -> Result<String> {
+    let bytes = sampled(base, |name| !base.outline().is_saved_module(name), true)?;
+    Ok(format!("{:016x}", fnv1a(bytes)))
+}
+
+/// As [`of_base`], with the modules that adapters bring: of the model that a run trains on, with all digits of its values where
+/// it keeps them, and else as they are in 16 bits on any device.
+///
+/// # Errors
+/// What reading from a device can cause.
+pub fn of_model(base: &dyn Base) -> Result<u64> {
+    let halves = base.tensors().any(|(_, t)| t.dtype().size() < 4);
+    Ok(fnv1a(sampled(base, |_| true, halves)?))
+}
+
+/// Names, shapes and the sample of the tensors whose names are `wanted`, rounded to bf16 or as it is.
+fn sampled(base: &dyn Base, wanted: impl Fn(&str) -> bool, round: bool) -> Result<Vec<u8>> {
     let outline = base.outline();
-    let own = || base.tensors().filter(|(name, _)| !outline.is_saved_module(name));
+    let own = || base.tensors().filter(|(name, _)| wanted(name));
     let kept: Vec<&Tensor> =
         own().filter(|(name, _)| !outline.before_rounding.contains_key(*name)).map(|(_, t)| t).collect();
     let sample = sample(&kept, base)?;
@@ -39,10 +55,13 @@ pub fn of_base(base: &dyn Base) -> Result<String> {
             continue;
         }
         let (part, after) = rest.split_at(places(t).len());
-        bytes.extend(part.iter().flat_map(|v| rounded(*v as f32)));
+        match round {
+            true => bytes.extend(part.iter().flat_map(|v| rounded(*v as f32))),
+            false => bytes.extend(part.iter().flat_map(|v| v.to_le_bytes())),
+        }
         rest = after;
     }
-    Ok(format!("{:016x}", fnv1a(bytes)))
+    Ok(bytes)
 }
 
 /// The elements of a tensor of the host at its [`places`].
@@ -53,7 +72,7 @@ pub(crate) fn elements(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Places of the elements that are looked at.
-pub fn places(t: &Tensor) -> impl ExactSizeIterator<Item = u32> + use<> {
+fn places(t: &Tensor) -> impl ExactSizeIterator<Item = u32> + use<> {
     (0..t.len()).step_by(t.len().div_ceil(SAMPLE).max(1)).map(|i| i as u32)
 }
 
@@ -61,7 +80,7 @@ pub fn places(t: &Tensor) -> impl ExactSizeIterator<Item = u32> + use<> {
 ///
 /// # Errors
 /// What reading from a device can cause.
-pub fn sample(tensors: &[&Tensor], base: &dyn Base) -> Result<Vec<f64>> {
+fn sample(tensors: &[&Tensor], base: &dyn Base) -> Result<Vec<f64>> {
     let Some(device) = tensors.first().map(|t| t.device()) else { return Ok(Vec::new()) };
     let ids: Vec<u32> = tensors.iter().flat_map(|t| places(t)).collect();
     // They are collected where they lie and read together: a device's host waits once, not for every element.

@@ -229,6 +229,7 @@ pub(crate) fn load<M>(
     let (fresh, expected): (Vec<_>, Vec<_>) =
         specs.into_iter().partition(|s| asked && (files.is_head)(&s.name) && !there.contains(s.name.as_str()));
     weights.expect(&expected)?;
+    build::check_tied_head(dir, &weights, build::outline(&describe).tied_embedding())?;
     let fresh: Vec<String> = fresh.into_iter().map(|s| s.name).collect();
     if !unused.is_empty() {
         let names: Vec<String> = unused.into_iter().collect();

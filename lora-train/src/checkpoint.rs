@@ -22,8 +22,7 @@ use lora_kernels::Device;
 use lora_model::{
     Model,
     checkpoint::{TensorFile, TensorSpec, write_tensors},
-    files,
-    fingerprint::{places, sample},
+    files, fingerprint,
 };
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +58,9 @@ pub struct State {
     /// What the run took so far.
     #[serde(default)]
     pub spent: Spent,
+    /// Loss of the last step.
+    #[serde(default)]
+    pub loss: Option<f64>,
 }
 
 /// What the steps of a run took, in all its lives; steps that were done again count once.
@@ -82,9 +84,12 @@ pub struct Fingerprint {
     /// FNV-1a over all tokens and target boundaries, in hexadecimal when written: JSON numbers end at 2⁵³.
     #[serde(with = "hexadecimal")]
     data: u64,
-    /// FNV-1a over names, shapes and a sample of the elements of the base's tensors.
+    /// That of the base ([`fingerprint::of_model`]), on any device and in any type the same.
     #[serde(with = "hexadecimal")]
     base: u64,
+    /// Those of the adapters that the run begins with or combines.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    adapters: Vec<String>,
 }
 
 impl Fingerprint {
@@ -105,15 +110,17 @@ impl Fingerprint {
             s.tokens.iter().copied().chain([goal]).chain(second).chain(runs)
         });
         let hash = fnv1a(words.flat_map(u32::to_le_bytes));
-        let sample = sample(&base.tensors().map(|(_, t)| t).collect::<Vec<_>>(), base)?;
-        let (mut bytes, mut rest) = (Vec::new(), sample.as_slice());
-        for (name, t) in base.tensors() {
-            bytes.extend(name.bytes().chain(t.shape().iter().flat_map(|n| n.to_le_bytes())));
-            let (part, after) = rest.split_at(places(t).len());
-            bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
-            rest = after;
-        }
-        Ok(Fingerprint { sequences: data.sequences.len(), tokens, data: hash, base: fnv1a(bytes) })
+        let sequences = data.sequences.len();
+        Ok(Fingerprint { sequences, tokens, data: hash, base: fingerprint::of_model(base)?, adapters: Vec::new() })
+    }
+
+    /// With the folders of the adapters that the run begins with or combines.
+    ///
+    /// # Errors
+    /// A folder that cannot be read.
+    pub fn with_adapters<'a>(self, dirs: impl IntoIterator<Item = &'a PathBuf>) -> Result<Fingerprint> {
+        let adapters = dirs.into_iter().map(|dir| Ok(fingerprint::of_folder(dir)?)).collect::<Result<_>>()?;
+        Ok(Fingerprint { adapters, ..self })
     }
 }
 
@@ -160,6 +167,7 @@ pub fn save(
             inputs: inputs.clone(),
             config: config.clone(),
             spent,
+            loss: trainer.loss,
         };
         let text = serde_json::to_string_pretty(&state).expect("a configuration is plain data");
         files::write_bytes(&partial.join(STATE), text.as_bytes())?;
@@ -179,7 +187,8 @@ pub fn save(
         return Err(e);
     }
     if config.keep > 0 {
-        let all = list(out)?;
+        // A newer one is of a life that was lost: it was passed over, and counts for nothing.
+        let all: Vec<_> = list(out)?.into_iter().filter(|(step, _)| *step <= trainer.done).collect();
         for (_, old) in &all[..all.len().saturating_sub(config.keep)] {
             remove(old)?;
         }
@@ -295,6 +304,16 @@ pub fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> R
                 .into(),
         );
     }
+    if now.adapters != then.adapters {
+        return problem(
+            "an adapter that the run began with or combines has changed since; give the same one, or start anew in another \
+             folder"
+                .into(),
+        );
+    }
+    if state.seed != trainer.config.seed {
+        return problem(format!("it is of a run with seed {}, not {}; give the same", state.seed, trainer.config.seed));
+    }
     if now != then || trainer.sampler().position(state.step) != state.position {
         return problem(format!(
             "the data has changed since the run began: {} sequences of {} tokens then, {} of {} now (or other tokens); \
@@ -324,7 +343,7 @@ pub fn load(checkpoint: &Path, trainer: &mut Trainer, inputs: &Fingerprint) -> R
         };
         budget.set_state(&chosen.into_iter().map(read).collect::<Result<_>>()?)?;
     }
-    trainer.done = state.step;
+    (trainer.done, trainer.loss) = (state.step, state.loss);
     Ok(state.spent)
 }
 

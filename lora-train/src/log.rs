@@ -46,6 +46,15 @@ impl Log {
         Ok(Log { path: path.into(), file, set_aside })
     }
 
+    /// Whether the log in a file may be that of a run of which step `done` had this loss: nobody knows where it is unknown, and
+    /// before the first checkpoint, when all of it would be lost.
+    pub(crate) fn has(path: &Path, done: u64, loss: Option<f64>) -> bool {
+        let Some(loss) = loss else { return done > 0 };
+        let text = lora_model::files::read_to_string(path).unwrap_or_default();
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.filter(|line| line["step"] == done).any(|line| line["loss"] == loss)
+    }
+
     /// Refuses a file that is no log, before anything of a run is written.
     pub(crate) fn check(path: &Path) -> Result<()> {
         if path.is_file() { kept(path, 0).map(drop) } else { Ok(()) }

@@ -61,8 +61,10 @@ impl Output {
             };
         }
         if !holds(RUN_FILE) {
-            return match result {
-                Some(name) => refuse(format!("holds {name} but no run to resume; choose another --out")),
+            return match result.or((!checkpoint::list(dir)?.is_empty()).then_some(checkpoint::FOLDER)) {
+                Some(name) => {
+                    refuse(format!("holds {name} but no {RUN_FILE}, so no run to resume; choose another --out"))
+                }
                 None => Ok(output),
             };
         }

@@ -15,7 +15,7 @@ use lora_model::{
 };
 
 use crate::{
-    Encoder, Evaluation, Log, Place, Result, Step, TextJoiner, TrainConfig, Trainer,
+    Encoder, Error, Evaluation, Log, Place, Result, Step, TextJoiner, TrainConfig, Trainer,
     checkpoint::{self, Fingerprint, Spent},
     data::{Corpus, Dataset, TaskKind},
     hub, load_data,
@@ -254,7 +254,7 @@ pub(crate) struct Run<'a> {
 impl Run<'_> {
     pub(crate) fn run(self, config: &TrainConfig, resume: bool, observer: &mut dyn Observer) -> Result<Summary> {
         let Run { model, adapted, data, valid, mut output, save: save_result } = self;
-        let inputs = Fingerprint::of(data, model)?;
+        let inputs = Fingerprint::of(data, model)?.with_adapters(config.init_adapter.iter().chain(&config.fuse))?;
         let mut trainer = Trainer::new(model, adapted, config, data.sequences.len())?;
         output.notes.iter().for_each(|note| observer.note(note));
         let mut spent = Spent::default();
@@ -268,10 +268,21 @@ impl Run<'_> {
         // Nothing has been written up to here: whatever was wrong with the inputs left everything as it was.
         output.claim(config)?;
         let earlier_log = output.earlier.as_ref().and_then(|run| run.log.as_ref());
-        let open_log = |path: &PathBuf| Log::open(path, earlier_log == Some(path), trainer.steps_done());
+        // Another run may have taken the name meanwhile.
+        let own = |path: &PathBuf| earlier_log == Some(path) && Log::has(path, trainer.steps_done(), trainer.loss);
+        let open_log = |path: &PathBuf| Log::open(path, own(path), trainer.steps_done());
         let mut log = config.log.as_ref().map(open_log).transpose()?;
         if let Some(kept) = log.as_ref().and_then(Log::set_aside) {
             observer.note(&format!("the log of an earlier run is kept as {}", kept.display()));
+        }
+        if let Some(total) = config.total_step.filter(|_| trainer.adapted.budget().is_some()) {
+            let (last, steps) = (total.saturating_sub(config.tfinal), trainer.total_steps());
+            if last > steps {
+                observer.note(&format!(
+                    "total-step = {total}: ranks come down to target-r at step {last}, and the run has {steps} steps: its \
+                     adapter keeps more of them"
+                ));
+            }
         }
         if let Some(warning) = config.schedule.check(config.warmup, trainer.total_steps()) {
             observer.note(&warning.to_string());
@@ -317,7 +328,14 @@ impl Run<'_> {
                 return Ok(summary);
             }
             let start = Instant::now();
-            let step = trainer.step(data)?;
+            let step = match trainer.step(data) {
+                Err(e @ Error::Diverged { .. }) => {
+                    // What was learned before is as it was. That this may fail, too, changes nothing.
+                    let _ = save(&trainer, summary.spent, observer);
+                    return Err(e);
+                }
+                step => step?,
+            };
             let seconds = start.elapsed().as_secs_f64();
             if !trainer.unreached().is_empty() {
                 let names = trainer.unreached().join(", ");

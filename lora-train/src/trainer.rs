@@ -18,7 +18,8 @@ use crate::{
 pub struct Step {
     /// Number of the step, from 1.
     pub step: u64,
-    /// Mean cross-entropy over all targets of the step's batch, before its update.
+    /// What was minimised, of the step's batch before its update: the mean cross-entropy over all targets (or squared error),
+    /// with the labels' smoothing, and with what the method adds ([`Adapted::penalty`]).
     pub loss: f64,
     /// Learning rate of its update; with LoRA+ that of A.
     pub lr: f64,
@@ -97,6 +98,8 @@ pub struct Trainer<'a> {
     passes: Passes,
     /// Steps done.
     pub(crate) done: u64,
+    /// Loss of the last of them.
+    pub(crate) loss: Option<f64>,
     /// Steps of the whole run.
     total: u64,
     sampler: Sampler,
@@ -147,6 +150,7 @@ impl<'a> Trainer<'a> {
             scalars,
             passes: Passes::default(),
             done: 0,
+            loss: None,
             total,
             sampler,
             first: true,
@@ -240,7 +244,7 @@ impl<'a> Trainer<'a> {
             let factor = self.scalars.factor.to_f64()?[0];
             self.adapted.after_step(step + 1, &mut self.grads, factor)?;
         }
-        self.done += 1;
+        (self.done, self.loss) = (self.done + 1, Some(loss));
         Ok(Step { step: step + 1, loss, lr: c.lr * schedule, grad_norm, tokens })
     }
 
@@ -289,7 +293,9 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// What a forward pass can cause; [`Error::Diverged`] where the loss is no number.
     pub fn evaluate(&self, data: &Dataset) -> Result<Evaluation> {
-        evaluate(self.model, &self.adapted, data, self.config.batch_size).map_err(|e| match e {
+        // As many at once as a pass of training has.
+        let at_once = self.config.batch_size.div_ceil(self.config.grad_accum.max(1));
+        evaluate(self.model, &self.adapted, data, at_once).map_err(|e| match e {
             Error::NotFinite { loss } => Error::Diverged { step: self.done, what: "the validation loss", value: loss },
             e => e,
         })

@@ -1,6 +1,10 @@
 use std::collections::BTreeSet;
 
-use super::{LinearSite, Modules, Options, Outline, Pattern, Site, modules::names, regex::Regex};
+use super::{
+    LinearSite, Modules, Options, Outline, Pattern, Site,
+    modules::{names, saves},
+    regex::Regex,
+};
 use crate::{Error, Result};
 
 /// Which linear maps a method adapts, by PEFT's rules: `target_modules` and `exclude_modules`, and with names as targets
@@ -324,8 +328,27 @@ impl Options {
         if let Modules::Names(targets) = &mut fitting.targets
             && targets.iter().any(|name| is_there(name))
         {
-            left.extend(targets.extract_if(.., |name| !is_there(name)).map(|name| ("targets", name)));
+            let absent: Vec<String> = targets.extract_if(.., |name| !is_there(name)).collect();
+            // Of (IA)³ some of them are feed-forward modules too, by the same names.
+            if let Modules::Names(names) = &mut fitting.feedforward_modules {
+                names.retain(|name| !absent.contains(name));
+                if names.is_empty() && !self.feedforward_modules.is_default() {
+                    fitting.feedforward_modules = Modules::nothing();
+                }
+            }
+            left.extend(absent.into_iter().map(|name| ("targets", name)));
         }
+        if fitting.layers_to_transform.iter().any(|layer| *layer < outline.layers) {
+            let absent = fitting.layers_to_transform.extract_if(.., |layer| *layer >= outline.layers);
+            left.extend(absent.map(|layer| ("layers-to-transform", layer.to_string())));
+        }
+        // A head without a matrix of its own is there, and PEFT trains a copy of it: that is refused, not passed over.
+        let saved = |name: &str| {
+            outline.tied_embedding().is_some() && saves(name, "lm_head.weight")
+                || outline.tensors.iter().any(|t| saves(name, &t.name))
+        };
+        let absent = fitting.modules_to_save.extract_if(.., |name| !saved(name));
+        left.extend(absent.map(|name| ("modules-to-save", name)));
         match &mut fitting.exclude_modules {
             Modules::Names(excluded) => {
                 left.extend(excluded.extract_if(.., |name| !is_there(name)).map(|name| ("exclude-modules", name)));

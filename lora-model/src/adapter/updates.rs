@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
+use half::{bf16, f16};
 use lora_core::{
     Tensor,
     lowrank::{self, Layout, LowRank, Scaling},
@@ -218,6 +219,10 @@ impl Updates {
             .map(|(site, linear)| (site.name.as_str(), linear.layout))
             .collect();
         let mut changed = self.whole.clone();
+        for name in self.whole.keys() {
+            // PEFT trains a copy of it, and leaves the head as it is.
+            changed.extend(untied_head(base, name)?);
+        }
         for (module, update) in &self.modules {
             let name = format!("{module}.weight");
             // An embedding's weight is stored [tokens, width]: as inputs and outputs.
@@ -315,9 +320,16 @@ pub(super) fn repeated_of<'a>(base: &'a dyn Base, name: &str) -> Option<&'a Tens
     base.tensor(name).or_else(|| base.tensor(tied()?))
 }
 
-/// Whether an adapter's copy of a tensor has the values that the base has, which may keep them in fewer digits.
+/// Whether an adapter's copy of a tensor has the values that the base has. Either may keep them in fewer digits: the base was
+/// loaded in 16 bits here, or where the adapter was trained.
 pub(super) fn repeats(own: &Tensor, copy: &Tensor) -> Result<bool> {
-    Ok(own.shape() == copy.shape() && own.to_f64()? == copy.to_dtype(own.dtype())?.to_f64()?)
+    if own.shape() != copy.shape() {
+        return Ok(false);
+    }
+    let (values, copied) = (own.to_f64()?, copy.to_f64()?);
+    let are = |round: fn(f64) -> f64| values.iter().zip(&copied).all(|(own, copy)| round(*own) == *copy);
+    let rounded = are(|v| bf16::from_f64(v).to_f64()) || are(|v| f16::from_f64(v).to_f64());
+    Ok(rounded || values == copy.to_dtype(own.dtype())?.to_f64()?)
 }
 
 /// What is wrong with a base where it has not.
@@ -349,4 +361,25 @@ fn tensor(m: impl std::borrow::Borrow<Array2<f32>>) -> Result<Tensor> {
     let m = m.borrow();
     let data: Vec<f32> = m.iter().copied().collect();
     Ok(Tensor::from_slice(&Device::Cpu, m.shape(), &data)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_may_have_fewer_digits_on_either_side() {
+        let of = |values: &[f32]| Tensor::from_slice(&Device::Cpu, &[values.len()], values).unwrap();
+        let exact = [0.1f32, -3.7, 1e-3];
+        let half = exact.map(|v| f16::from_f32(v).to_f32());
+        let brain = exact.map(|v| bf16::from_f32(v).to_f32());
+        for copy in [exact, half, brain] {
+            assert!(repeats(&of(&exact), &of(&copy)).unwrap(), "{copy:?}");
+        }
+        let stored = of(&exact).to_dtype(DType::Bf16).unwrap();
+        assert!(repeats(&stored, &of(&exact)).unwrap());
+        for copy in [&[0.1f32, -3.7, 2e-3][..], &[0.1, -3.7], &[brain[0], half[1], exact[2]]] {
+            assert!(!repeats(&of(&exact), &of(copy)).unwrap(), "{copy:?}");
+        }
+    }
 }

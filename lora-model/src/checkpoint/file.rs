@@ -208,7 +208,7 @@ impl Rounded for bf16 {
         bf16::from_f32(v)
     }
     fn of_f64(v: f64) -> bf16 {
-        bf16::from_f32(v as f32)
+        bf16::from_f64(v)
     }
 }
 

@@ -12,7 +12,7 @@ use lora_core::peft::Adapted;
 use crate::{Error, KvCache, Model, Result, Task};
 
 pub use config::GenerationConfig;
-pub use end::end_tokens;
+pub use end::{end_tokens, unasked};
 pub use scores::distribution;
 
 /// What was generated after one prompt.

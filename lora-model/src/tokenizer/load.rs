@@ -13,7 +13,11 @@ use tokenizers::{
 };
 
 use super::{END_OF_TEXT, TOKENIZER_CONFIG, TOKENIZER_FILE, Tokenizer};
-use crate::{Error, Result, config::RawConfig, files};
+use crate::{
+    Error, Result,
+    config::{CONFIG_FILE, RawConfig},
+    files,
+};
 
 pub(super) fn from_dir(dir: &Path) -> Result<Tokenizer> {
     let json = dir.join(TOKENIZER_FILE);
@@ -21,6 +25,7 @@ pub(super) fn from_dir(dir: &Path) -> Result<Tokenizer> {
     let (path, inner) = if json.is_file() {
         (json.clone(), from_json(&json)?)
     } else if vocab.is_file() && merges.is_file() {
+        check_class(dir, &vocab)?;
         let mut inner = from_vocab_and_merges(&vocab, &merges)?;
         add_tokens(&mut inner, &dir.join("added_tokens.json"))?;
         (vocab, inner)
@@ -33,6 +38,31 @@ pub(super) fn from_dir(dir: &Path) -> Result<Tokenizer> {
     };
     let (begin, end) = (begin_of_text(dir, &inner, &path)?, end_of_text(dir, &inner)?);
     Tokenizer::new(inner, path, begin, end)
+}
+
+/// Refuses a vocabulary with merges whose tokenizer cuts texts in another way than GPT-2's, as far as the folder tells.
+fn check_class(dir: &Path, vocab: &Path) -> Result<()> {
+    let of = |file: &str, key: &str| -> Result<Option<String>> {
+        let path = dir.join(file);
+        let raw = if path.is_file() { Some(RawConfig::from_file(&path)?) } else { None };
+        Ok(raw.as_ref().and_then(|raw| raw.value(key)?.as_str()).map(str::to_owned))
+    };
+    let (class, model) = (of(TOKENIZER_CONFIG, "tokenizer_class")?, of(CONFIG_FILE, "model_type")?);
+    let own = match (&class, &model) {
+        (Some(class), _) => {
+            ["GPT2", "Roberta"].iter().any(|own| class.trim_end_matches("Fast") == format!("{own}Tokenizer"))
+        }
+        (None, Some(model)) => ["gpt2", "roberta"].contains(&model.as_str()),
+        (None, None) => true,
+    };
+    if own {
+        return Ok(());
+    }
+    let problem = format!(
+        "these files do not say how {} cuts texts into words, which is not GPT-2's way: copy {TOKENIZER_FILE} beside them",
+        class.or(model).unwrap_or_default()
+    );
+    Err(Error::Tokenizer { path: vocab.into(), problem })
 }
 
 /// A byte-level BPE with GPT-2's way of cutting text into words.

@@ -141,14 +141,12 @@ impl Tokenizer {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
     }
 
-    /// The text of `ids`, with or without special tokens. Bytes that form no character become U+FFFD.
+    /// The text of `ids`, with or without special tokens. Bytes that form no character become U+FFFD. Ids beyond the vocabulary,
+    /// of which some models have rows, have no text, as in Transformers.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when an id is not in the vocabulary.
+    /// [`Error::Tokenizer`] when the library fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        if let Some(id) = ids.iter().find(|&&id| self.inner.id_to_token(id).is_none()) {
-            return Err(self.error(format!("token {id} is not in the vocabulary of {} tokens", self.ids)));
-        }
         self.caught(|inner| inner.decode(ids, skip_special))
     }
 

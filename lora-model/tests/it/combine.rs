@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use lora_core::{
     Tensor,
     lowrank::{LowRank, MajoritySign},
-    peft::Adapted,
+    peft::{Adapted, Base},
 };
 use lora_model::{
     Texts,
@@ -254,4 +254,20 @@ fn adapters_that_do_not_belong_together_are_refused() {
     assert!(e.contains("c trained biases (bias = lora_only)"), "{e}");
     let e = part("gpt2", "a", 1.0).updates.merged(&*llama).unwrap_err().to_string();
     assert!(e.contains("no such modules") && e.contains("c_attn"), "{e}");
+}
+
+/// PEFT trains a copy of a table that is the output head's matrix too, and the head stays.
+#[test]
+fn embeddings_that_trained_whole_leave_a_tied_head_as_it_was() {
+    let model = load(&goldens().join("gpt2/model"), &CPU).unwrap();
+    let base: &dyn Base = &*model;
+    let table = base.tensor("transformer.wte.weight").unwrap();
+    let moved: Vec<f32> = table.to_vec::<f32>().unwrap().into_iter().map(|v| v + 0.5).collect();
+    let mut updates = part("gpt2", "a", 1.0).updates;
+    let moved = Tensor::from_slice(&CPU, table.shape(), &moved).unwrap();
+    updates.whole.insert("transformer.wte.weight".into(), moved.clone());
+    let merged = updates.merged(base).unwrap();
+    let values = |t: &Tensor| t.to_vec::<f32>().unwrap();
+    assert_eq!(values(&merged["transformer.wte.weight"]), values(&moved));
+    assert_eq!(values(&merged["lm_head.weight"]), values(table));
 }

@@ -203,3 +203,35 @@ fn what_is_missing_or_strange_is_named() {
         assert!(wanted.iter().all(|w| text.contains(w)), "{text} lacks some of {wanted:?}");
     }
 }
+
+/// Transformers ties no head that a checkpoint has with other values than the embeddings; one with the same is the same model.
+#[test]
+fn a_tied_head_with_values_of_its_own_is_refused() {
+    for (case, head, table) in [
+        ("gpt2", "lm_head.weight", "transformer.wte.weight"),
+        ("smollm", "lm_head.weight", "model.embed_tokens.weight"),
+        ("bert_masked_lm", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("roberta_masked_lm", "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("deberta_v2_masked_lm", "cls.predictions.decoder.weight", "deberta.embeddings.word_embeddings.weight"),
+    ] {
+        let with = |head_of: &dyn Fn(&Tensor) -> Tensor| {
+            folder(
+                case,
+                |all| {
+                    let name = all.keys().find(|n| table.ends_with(n.as_str())).cloned().unwrap();
+                    let of = head_of(&all[&name]);
+                    all.insert(head.into(), of);
+                },
+                |_| (),
+            )
+        };
+        let same = with(&|t| t.clone());
+        assert_eq!(computed(&*load(same.path(), &CPU).unwrap()), computed(&*golden(case)), "{case}");
+        let other = with(&|t| {
+            let values: Vec<f32> = t.to_vec::<f32>().unwrap().into_iter().map(|v| v + 0.5).collect();
+            Tensor::from_slice(&CPU, t.shape(), &values).unwrap()
+        });
+        let e = load(other.path(), &CPU).err().unwrap_or_else(|| panic!("{case}: loaded")).to_string();
+        assert!(e.contains(head) && e.contains("tie_word_embeddings"), "{case}: {e}");
+    }
+}

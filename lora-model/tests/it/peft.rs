@@ -290,6 +290,33 @@ fn what_began_at_a_part_of_the_base_is_written_as_pefts_conversion_writes_it() {
 
 /// A base that an adapter of embeddings, or of the output head, was merged into gives its logits, also where the head shares their matrix, which the
 /// adapter does not touch.
+/// As PEFT passes over them: of an adapter that was trained on a larger model, or for several kinds of them.
+#[test]
+fn what_a_base_lacks_of_an_adapter_is_passed_over() {
+    let model = load(&goldens().join("gpt2/model"), &CPU).unwrap();
+    let golden: Golden = serde_json::from_str(&fs::read_to_string(goldens().join("peft/gpt2.json")).unwrap()).unwrap();
+    for (variant, keys) in [
+        ("ia3", &["target_modules", "feedforward_modules"][..]),
+        ("layers_pattern", &["layers_to_transform"]),
+        ("modules_to_save", &["modules_to_save"]),
+    ] {
+        let (from, to) = (goldens().join("peft/gpt2").join(variant), tempfile::tempdir().unwrap());
+        fs::copy(from.join(adapter::WEIGHTS_FILE), to.path().join(adapter::WEIGHTS_FILE)).unwrap();
+        let text = fs::read_to_string(from.join(adapter::CONFIG_FILE)).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for key in keys {
+            let absent = if *key == "layers_to_transform" { 7.into() } else { "down_proj".into() };
+            config[key].as_array_mut().unwrap_or_else(|| panic!("{key} of {variant} is no list")).push(absent);
+        }
+        fs::write(to.path().join(adapter::CONFIG_FILE), config.to_string()).unwrap();
+        let logits = |dir: &Path| {
+            let adapted = adapter::attach(dir, &*model, &CPU).unwrap_or_else(|e| panic!("{variant}: {e}"));
+            model.logits(&adapted, &golden.batch(&*model, &adapted).0).unwrap().to_f64().unwrap()
+        };
+        assert_eq!(logits(to.path()), logits(&from), "{variant}");
+    }
+}
+
 #[test]
 fn adapted_embeddings_and_heads_are_merged() {
     let merged = RefCell::new(0);

@@ -201,15 +201,13 @@ fn a_stream_gives_whole_characters_only() {
     assert!(text.ends_with('a') && text.starts_with('\u{fffd}'), "{text:?}");
     assert_eq!(stream.push(start).unwrap(), "");
     assert_eq!(stream.finish().unwrap(), "\u{fffd}");
-    assert!(stream.push(257).is_err());
+    assert_eq!(stream.push(257).unwrap(), "");
 }
 
 #[test]
 fn bad_requests_are_refused() {
     let t = trained(300);
     for (result, wanted) in [
-        (t.decode(&[1, 300], false).map(drop), "token 300 is not in the vocabulary of 300"),
-        (t.decode(&[u32::MAX], true).map(drop), "4294967295"),
         (Tokenizer::train_bpe(["a"].into_iter(), 256).map(drop), "257"),
         (Tokenizer::train_bpe(["a"].into_iter(), 0).map(drop), "too small"),
         (Tokenizer::train_bpe(std::iter::empty::<&str>(), 300).map(drop), "no text"),
@@ -219,6 +217,8 @@ fn bad_requests_are_refused() {
         assert!(text.contains(wanted), "{text}");
     }
     assert_eq!(Tokenizer::train_bpe(["ab ab"].into_iter(), 5000).unwrap().vocab_size(), 258);
+    // A model may have rows for more ids, which have no text.
+    assert_eq!(t.decode(&[70, 300, 71, u32::MAX], false).unwrap(), t.decode(&[70, 71], false).unwrap());
 }
 
 #[test]
@@ -226,7 +226,12 @@ fn damaged_tokenizers_are_refused_by_name() {
     let merges = ("merges.txt", "#version: 0.2\na b\n");
     let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
     let bpe = |model: &str| format!(r#"{{"version": "1.0", "added_tokens": [], "model": {model}}}"#);
-    let cases: [(Files, &[&str]); 16] = [
+    let cases: [(Files, &[&str]); 18] = [
+        (
+            &[vocab, merges, ("tokenizer_config.json", r#"{"tokenizer_class": "Qwen2Tokenizer"}"#)],
+            &["Qwen2Tokenizer", "tokenizer.json"],
+        ),
+        (&[vocab, merges, ("config.json", r#"{"model_type": "llama"}"#)], &["llama", "tokenizer.json"]),
         (&[], &["no tokenizer here", "tokenizer.json", "merges.txt"]),
         (&[vocab], &["no tokenizer here"]),
         (&[("tokenizer.json", "")], &["tokenizer.json"]),
@@ -294,7 +299,8 @@ fn parts_that_make_no_sense_are_refused_by_name() {
 fn the_end_of_a_text_is_found_where_it_is_told() {
     let vocab = ("vocab.json", r#"{"a": 0, "b": 1, "ab": 2}"#);
     let merges = ("merges.txt", "a b\n");
-    let cases: [(Files, Option<u32>); 8] = [
+    let cases: [(Files, Option<u32>); 9] = [
+        (&[("tokenizer_config.json", r#"{"tokenizer_class": "GPT2TokenizerFast", "eos_token": "b"}"#)], Some(1)),
         (&[], None),
         (&[("tokenizer_config.json", r#"{"eos_token": "b"}"#)], Some(1)),
         (&[("tokenizer_config.json", r#"{"eos_token": {"content": "ab"}}"#)], Some(2)),

@@ -56,7 +56,8 @@ impl TrainConfig {
         }
         within("beta1", self.beta1, 0.0, 1.0, "β₁ is in [0, 1)")?;
         within("beta2", self.beta2, 0.0, 1.0, "β₂ is in [0, 1)")?;
-        within("eps", self.eps, f64::MIN_POSITIVE, 1.0, "ε is a small positive number")?;
+        // In f32, which it is used in, a smaller one is 0.
+        within("eps", self.eps, f32::MIN_POSITIVE.into(), 1.0, "ε is a small positive number, from 1.2e-38")?;
         within("label-smoothing", self.label_smoothing, 0.0, 1.0, "label smoothing is in [0, 1)")?;
         // Whether or not the method reads them: checkpoints hold them.
         for (option, v) in [

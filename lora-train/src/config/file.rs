@@ -22,7 +22,8 @@ impl TrainConfig {
             Some(path) => read_table(path)?,
         };
         // Of two that exclude each other, the flag wins.
-        for (flag, other) in [("steps", "epochs"), ("epochs", "steps")] {
+        let pairs = [("steps", "epochs"), ("valid", "hold-out")];
+        for (flag, other) in pairs.into_iter().chain(pairs.map(|(a, b)| (b, a))) {
             if flags.contains_key(flag) && !flags.contains_key(other) {
                 table.remove(other);
             }
@@ -144,15 +145,22 @@ fn read_table(path: &Path) -> Result<toml::Table> {
     // The spelling is changed in the text, so that the parser's places stay true.
     let spelt = |key: &str| key.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
     let mut in_table = false;
+    let is_header = |line: &str| {
+        let inside = line.trim().strip_prefix('[').and_then(|line| line.split_once(']'));
+        inside
+            .is_some_and(|(name, rest)| !name.contains('=') && (rest.trim().is_empty() || rest.trim().starts_with('#')))
+    };
     let mut dashed = |line: &str| {
-        if line.trim_start().starts_with('[') && !line.contains('=') {
+        if is_header(line) {
             // The names of modules follow, which are spelt as they are.
             in_table = true;
             return line.replace('_', "-");
         }
-        match line.split_once('=') {
-            Some((key, value)) if spelt(key) && !in_table => format!("{}={value}", key.replace('_', "-")),
-            _ => line.to_owned(),
+        // After a point as well.
+        let own = line.find(['=', '.']).map(|at| line.split_at(at));
+        match own.filter(|(key, _)| spelt(key) && !in_table && line.contains('=')) {
+            Some((key, rest)) => key.replace('_', "-") + rest,
+            None => line.to_owned(),
         }
     };
     let text: String = text.split_inclusive('\n').map(&mut dashed).collect();

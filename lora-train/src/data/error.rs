@@ -208,7 +208,8 @@ pub enum Error {
     /// No example keeps a token to predict after the cut.
     #[error(
         "{}: none of the {examples} examples has anything left to learn after the cut at {max_length} tokens: the prompts \
-         alone are that long; raise --max-length",
+         alone are that long; raise --max-length, or where the model has no more positions (virtual tokens take some), \
+         shorten them",
         path.display()
     )]
     NothingLeft {

@@ -10,8 +10,8 @@ use super::{Dataset, Error, Result, Sequence};
 impl Dataset {
     /// Splits off about `share` of the sequences, at least one: what is left, and what is held out, each in its order.
     ///
-    /// Completions of the same prompt stay together, so that nothing held out is seen in training; a prompt that has more of
-    /// them than the share trains, unless every prompt has. Which they are depends on the data alone, not on a run's seed:
+    /// Completions of the same prompt stay together, so that nothing held out is seen in training (but where all have the
+    /// same); a prompt that has more of them than the share trains, unless every prompt has. Which they are depends on the data alone, not on a run's seed:
     /// runs that are to be compared hold out the same.
     ///
     /// # Errors
@@ -30,6 +30,10 @@ impl Dataset {
                 Some(members) => members.push(i),
                 None => groups.push(vec![i]),
             }
+        }
+        if groups.len() == 1 {
+            // Of a prompt that all have nothing is to be kept from training.
+            groups = (0..count).map(|i| vec![i]).collect();
         }
         let mut key = [0; 32];
         key[..8].copy_from_slice(b"hold out");

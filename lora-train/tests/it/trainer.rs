@@ -6,7 +6,8 @@ use lora_core::peft::{Adapted, Layers};
 use lora_kernels::Device;
 use lora_model::load;
 use lora_train::{
-    TrainConfig, Trainer,
+    Error, TrainConfig, Trainer,
+    checkpoint::{self, Fingerprint, Spent},
     data::{Dataset, Goal, Sequence},
 };
 
@@ -46,4 +47,35 @@ fn parameters_without_a_gradient_in_the_first_step_are_named() {
         trainer.step(&data).unwrap();
         assert!(trainer.unreached().is_empty(), "{method}");
     }
+}
+
+#[test]
+fn a_trainer_goes_on_from_a_checkpoint_of_its_own_seed_data_and_base() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../lora-model/tests/golden/gpt2/model");
+    let model = load(&golden, &Device::Cpu).unwrap();
+    let sequence = |n| Sequence { tokens: vec![5, 17, n, 3, 42], second_from: 5, goal: Goal::After(1) };
+    let data = Dataset::new((0..6).map(sequence).collect());
+    let config = |seed| TrainConfig { steps: Some(4), batch_size: 2, seed, lr: 1e-2, ..TrainConfig::default() };
+    let (own, other) = (config(0), config(1));
+    let trainer = |config| {
+        let method = own.method_options().unwrap();
+        let adapted = Adapted::new(&*method, &*model, &Device::Cpu, model.dtype(), 0).unwrap();
+        Trainer::new(&*model, adapted, config, data.sequences.len()).unwrap()
+    };
+    let (inputs, out) = (Fingerprint::of(&data, &*model).unwrap(), tempfile::tempdir().unwrap());
+    let mut first = trainer(&own);
+    first.step(&data).unwrap();
+    let saved = checkpoint::save(out.path(), &first, &inputs, Spent::default(), |_| Ok(())).unwrap();
+    let second = first.step(&data).unwrap();
+    let mut again = trainer(&own);
+    checkpoint::load(&saved, &mut again, &inputs).unwrap();
+    assert_eq!(again.steps_done(), 1);
+    assert_eq!(again.step(&data).unwrap(), second);
+    let refused = |config, inputs: &Fingerprint| match checkpoint::load(&saved, &mut trainer(config), inputs) {
+        Err(Error::Checkpoint { problem, .. }) => problem,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(&other, &inputs).contains("of a run with seed 0, not 1"));
+    let less = Dataset::new(data.sequences[1..].to_vec());
+    assert!(refused(&own, &Fingerprint::of(&less, &*model).unwrap()).contains("the data has changed"));
 }

@@ -95,6 +95,17 @@ fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
     Ok(style.dumps(&value))
 }
 
+/// The arguments of Python's `split` and `rsplit`.
+fn split_args(args: &[Value]) -> Result<(Option<&str>, Option<i64>), Error> {
+    let (sep, most, named): (Option<&str>, Option<i64>, Kwargs) = from_args(args)?;
+    let most = match most {
+        None => named.get("maxsplit")?,
+        most => most,
+    };
+    named.assert_all_used()?;
+    Ok((sep, most))
+}
+
 /// Methods of Python that minijinja's own collection lacks, and that collection.
 fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let Some(s) = value.as_str() else { return pycompat::unknown_method_callback(state, value, method, args) };
@@ -117,9 +128,15 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
             let (before, after) = s.rsplit_once(sep).unwrap_or(("", s));
             Value::from_iter([before, if s.contains(sep) { sep } else { "" }, after])
         }
+        "split" if args.last().is_some_and(Value::is_kwargs) => {
+            let (sep, most) = split_args(args)?;
+            let args = [Value::from(sep), Value::from(most.unwrap_or(-1))];
+            return pycompat::unknown_method_callback(state, value, method, &args);
+        }
         "rsplit" => {
-            let (sep, most): (&str, Option<usize>) = from_args(args)?;
-            let mut parts: Vec<&str> = match most {
+            let (sep, most) = split_args(args)?;
+            let sep = sep.ok_or_else(|| Error::new(ErrorKind::MissingArgument, "rsplit wants a separator here"))?;
+            let mut parts: Vec<&str> = match most.and_then(|n| usize::try_from(n).ok()) {
                 Some(n) => s.rsplitn(n.saturating_add(1), sep).collect(),
                 None => s.rsplit(sep).collect(),
             };
@@ -178,6 +195,26 @@ pub(super) fn variables(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_and_splits_are_pythons() {
+        for (template, text) in [
+            ("{{ [0.00001, 1.5e-7, 0.0001, 0.1, 3.0] | tojson }}", "[1e-05, 1.5e-07, 0.0001, 0.1, 3.0]"),
+            (
+                "{{ [-2.5e-5, 1e16, 123456789.25, 1e15, 0.0] | tojson }}",
+                "[-2.5e-05, 1e+16, 123456789.25, 1000000000000000.0, 0.0]",
+            ),
+            ("{{ 'a-b-c'.split('-', maxsplit=1) | join('|') }}", "a|b-c"),
+            ("{{ 'a-b-c'.rsplit('-', maxsplit=1) | join('|') }}", "a-b|c"),
+            ("{{ 'a-b-c'.rsplit('-', 1) | join('|') }}", "a-b|c"),
+            ("{{ 'a-b-c'.split('-') | join('|') }}", "a|b|c"),
+            ("{{ 'a b  c'.split(maxsplit=1) | join('|') }}", "a|b  c"),
+        ] {
+            let (env, _) = environment(template).unwrap();
+            let rendered = env.get_template(NAME).unwrap().render(context! {});
+            assert_eq!(rendered.unwrap_or_else(|e| panic!("{template}: {e}")), text, "{template}");
+        }
+    }
 
     #[test]
     fn generation_blocks_become_filters() {

@@ -14,6 +14,19 @@ pub(super) struct Json {
     pub(super) sorted: bool,
 }
 
+/// A number as Python's `repr` has it: the fewest digits that tell it, with an exponent below 1e-4 and from 1e16 on.
+fn float(v: f64) -> String {
+    let short = format!("{v:e}");
+    let (digits, exponent) = short.split_once('e').unwrap_or((&short, "0"));
+    match exponent.parse::<i32>().unwrap_or_default() {
+        e if v != 0.0 && !(-4..16).contains(&e) => {
+            format!("{digits}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs())
+        }
+        _ if v.fract() == 0.0 => format!("{v:.1}"),
+        _ => v.to_string(),
+    }
+}
+
 impl Json {
     pub(super) fn dumps(&self, value: &Value) -> String {
         let mut out = String::new();
@@ -28,6 +41,7 @@ impl Json {
                 self.write(item, depth + 1, out);
             }),
             Value::Object(map) => self.object(map, depth, out),
+            Value::Number(n) if n.is_f64() => out.push_str(&float(n.as_f64().unwrap_or_default())),
             other => out.push_str(&other.to_string()),
         }
     }

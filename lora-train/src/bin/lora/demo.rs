@@ -16,7 +16,7 @@ use lora_train::{
     demo::{self, DemoConfig, MethodReport, Report, Stage, Watcher},
 };
 
-use crate::ui;
+use crate::{new_folder::free, ui};
 
 #[derive(Args)]
 pub(crate) struct DemoArgs {
@@ -43,7 +43,10 @@ pub(crate) fn run(args: DemoArgs) -> anyhow::Result<()> {
     let config = DemoConfig { seed: args.seed, cache, ..config };
     let mut watcher = Progress::new()?;
     let report = match &args.out {
-        Some(dir) => demo::run(&config, dir, &mut watcher)?,
+        Some(dir) => {
+            free(dir)?;
+            demo::run(&config, dir, &mut watcher)?
+        }
         None => {
             let dir = tempfile::Builder::new().prefix("lora-demo-").tempdir();
             let dir = dir.context("could not make a folder for the demo's files; name one with --out")?;

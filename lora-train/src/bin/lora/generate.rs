@@ -10,7 +10,7 @@ use clap::Args;
 use lora_model::{
     Error, Model, Task,
     adapter::Adapters,
-    generate::{Generated, GenerationConfig, check, generate},
+    generate::{Generated, GenerationConfig, check, generate, unasked},
     tokenizer::Tokenizer,
 };
 use lora_train::{
@@ -140,6 +140,13 @@ pub(crate) fn run(args: GenerateArgs) -> anyhow::Result<()> {
     let adapters = adapters(&args, &*model)?;
     let encoder = Encoder::from_dir(&dir, &*model)?;
     let mut config = config(&args, &dir, &encoder)?;
+    let unasked = unasked(&dir)?.join(", ");
+    if !unasked.is_empty() {
+        ui::note(format_args!(
+            "generation_config.json in {} has {unasked}, which Transformers would do; here flags alone say how to generate",
+            dir.display()
+        ));
+    }
     config.check(model.limits().vocab_size).map_err(|e| told(e, |_| None))?;
     let Prompts { prompts, tokens, ends } = prompts(&args, &encoder)?;
     for end in ends.into_iter().filter(|_| args.eos.is_none()) {

@@ -17,18 +17,22 @@ pub(crate) struct NewFolder {
     partial: PathBuf,
 }
 
+/// Refuses a folder that holds something.
+pub(crate) fn free(out: &Path) -> anyhow::Result<()> {
+    match fs::read_dir(out) {
+        Ok(mut entries) => {
+            ensure!(entries.next().is_none(), "{} is not empty; name a new folder as --out", out.display());
+            Ok(())
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e).with_context(|| format!("{}: --out has to be a folder, new or empty", out.display())),
+    }
+}
+
 impl NewFolder {
     /// Makes sure, before the work, that `out` is free, and clears away what a killed process has left of it.
     pub(crate) fn new(out: &Path) -> anyhow::Result<NewFolder> {
-        match fs::read_dir(out) {
-            Ok(mut entries) => {
-                ensure!(entries.next().is_none(), "{} is not empty; name a new folder as --out", out.display());
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => {
-                return Err(e).with_context(|| format!("{}: --out has to be a folder, new or empty", out.display()));
-            }
-        }
+        free(out)?;
         let Some(name) = out.file_name() else { bail!("{}: --out has to name a folder", out.display()) };
         let partial = out.with_file_name(format!(".{}.partial", name.to_string_lossy()));
         if partial.is_dir() {

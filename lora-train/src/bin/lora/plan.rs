@@ -128,13 +128,17 @@ fn text(plan: &Plan, dtype: &str) -> String {
 fn assumptions(plan: &Plan, dtype: &str) -> String {
     let cast = if plan.dtype_bytes < 4 { format!(", cast to {dtype} for computing") } else { String::new() };
     let plural = if plan.batch_size == 1 { "" } else { "s" };
+    let place = match plan.dtype_bytes {
+        4 => "",
+        _ => "\n16 bits are those of a CUDA device: on the CPU activations and vectors stay f32 (see --dtype f32).",
+    };
     let mut text = format!(
         "Weights: frozen ones in {dtype}; what trains in f32{cast}; full fine-tuning also keeps\n\
          the base that it began from, in f32.\n\
          Gradients and AdamW's two moments: f32, of what trains alone.\n\
          Activations: {} sequence{plural} of {} positions at a time, what this trainer's pass holds at its peak:\n\
          inputs that a gradient needs, none below the lowest trainable parameter, logits for a chunk of rows, of\n\
-         attention over relative positions the scores of one thread.\n\
+         attention over relative positions the scores of one thread.{place}\n\
          Files: safetensors in f32, LoRA in PEFT's layout, with zeros beside a part of a fused projection.\n",
         plan.batch_size, plan.seq_len
     );

@@ -8,7 +8,7 @@ use clap::{
     builder::{PossibleValue, PossibleValuesParser},
 };
 use lora_train::{
-    TrainConfig,
+    RUN_FILE, TrainConfig,
     data::{Format, TASKS},
     schedule::Schedule,
     train,
@@ -176,6 +176,15 @@ pub(crate) fn run(args: TrainArgs) -> anyhow::Result<()> {
         if path.as_os_str().is_empty() {
             bail!("--{flag} is missing: name {what}");
         }
+    }
+    let run_file = config.out.join(RUN_FILE).canonicalize();
+    if let (false, Some(file), Ok(run_file)) = (args.resume, &args.config, run_file)
+        && file.canonicalize().is_ok_and(|file| file == run_file)
+    {
+        bail!(
+            "--config {} is where the run keeps its configuration: it would be overwritten; name another --out, or move it",
+            file.display()
+        );
     }
     let summary = train(&config, args.resume, &mut ui::Progress::new()?)?;
     ui::finish(&summary, if config.row()?.whole_model { "model" } else { "adapter" }, args.json)

@@ -43,6 +43,7 @@ fn hyperparameters() {
         ("--weight-decay -1", "weight-decay = -1"),
         ("--weight-decay inf", "weight-decay = inf"),
         ("--beta1 1", "beta1 = 1"),
+        ("--eps 1e-50", "eps = "),
         ("--beta2 nan", "beta2 = NaN"),
         ("--eps 0", "eps = 0"),
         ("--label-smoothing 1", "label-smoothing = 1"),
@@ -381,6 +382,12 @@ fn pretraining() {
 }
 
 /// What no method reads is written down all the same, in checkpoints that have to be read again.
+#[test]
+fn a_demo_wants_a_folder_of_its_own() {
+    let lab = Lab::new();
+    lab.fails("demo --short --no-cache --out base", &["base is not empty"]);
+}
+
 #[test]
 fn numbers_that_nothing_reads_are_numbers() {
     let lab = Lab::new();

@@ -446,6 +446,15 @@ fn a_file_configures_and_flags_override() {
         assert_eq!(json!([config["no-shuffle"], config["rslora"], config["no-decay-vectors"]]), on, "{flags}");
         assert_eq!(config["steps"].is_null(), flags.contains("epochs"), "{config}");
     }
+    // So does data to judge by to a share that is held out; and a table may be written in either way.
+    lab.write("table.toml", "valid = \"valid.txt\"\nsteps = 1\n[rank_pattern] # by module = rank\nc_attn = 2\n");
+    lab.write("dotted.toml", "valid = \"valid.txt\"\nsteps = 1\nrank_pattern.c_attn = 2\n");
+    for name in ["table", "dotted"] {
+        lab.train(name, &format!("--config {name}.toml --hold-out 0.2"));
+        let config = lab.json(&format!("info {name} --json"))["config"].clone();
+        assert_eq!(json!([config["valid"], config["hold-out"]]), json!([null, 0.2]), "{name}: {config}");
+        assert_eq!(config["rank-pattern"], json!({"c_attn": 2}), "{name}: {config}");
+    }
     lab.fails("train --model base --data train.txt --out bad --rslora=perhaps", &["--rslora", "perhaps"]);
     for (text, parts) in [
         ("steps = 3\nlearning_rate = 1\n", &["bad.toml", "line 2", "learning-rate"][..]),
@@ -508,4 +517,21 @@ fn the_help_tells_the_defaults() {
     for command in ["pretrain", "eval", "generate", "merge", "convert", "info"] {
         assert!(lab.ok(&format!("{command} --help")).contains("Usage: lora"));
     }
+}
+
+#[test]
+fn what_a_model_says_of_generation_is_told_where_no_flag_does_it() {
+    let lab = Lab::new();
+    let said = |config: &str| {
+        lab.write("base/generation_config.json", config);
+        let output = lab.lora("generate --model base --prompt name --max-new-tokens 2");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        stderr
+    };
+    let all = said(r#"{"do_sample": true, "top_p": 0.8, "top_k": 50, "repetition_penalty": 1.1, "eos_token_id": 1}"#);
+    assert!(all.contains("has do_sample = true, top_p = 0.8, repetition_penalty = 1.1, which"), "{all}");
+    // Without drawing the rest of it does nothing.
+    let quiet = said(r#"{"do_sample": false, "top_p": 0.8, "temperature": 0.6, "repetition_penalty": 1.0}"#);
+    assert!(!quiet.contains("generation_config"), "{quiet}");
 }

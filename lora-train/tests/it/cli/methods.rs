@@ -178,6 +178,20 @@ fn info_tells_of_every_architecture_and_every_method() {
 
 /// A fusion trains on from its own folder, whatever became of the adapters that it combines.
 #[test]
+fn a_run_that_ends_before_its_ranks_are_cut_says_so() {
+    let lab = Lab::new();
+    let run = "train --model base --data train.txt --method adalora --init-r 4 --target-r 2 --batch-size 4 --steps 6";
+    for (i, (schedule, told)) in
+        [("--total-step 100", true), ("--total-step 100 --tfinal 94", false), ("", false)].into_iter().enumerate()
+    {
+        let output = lab.lora(&format!("{run} {schedule} --out out{i}"));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        assert_eq!(stderr.contains("total-step = 100: ranks come down to target-r at step 100"), told, "{stderr}");
+    }
+}
+
+#[test]
 fn a_fusion_trains_on() {
     let lab = Lab::new();
     for name in ["first", "second"] {

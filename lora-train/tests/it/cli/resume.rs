@@ -137,6 +137,60 @@ fn damaged_checkpoints_are_passed_over() {
     assert!(lab.bytes("run/adapter_model.safetensors") == adapter);
 }
 
+/// A newer one that is damaged is no reason to remove the last that is whole.
+#[test]
+fn what_was_just_saved_is_kept_whatever_lies_beside_it() {
+    let lab = Lab::new();
+    let run = "train --model base --data train.txt --batch-size 4 --save-every 3 --keep 1 --out run";
+    lab.ok(&format!("{run} --steps 6"));
+    fs::create_dir(lab.path("run/checkpoints/step-00000099")).unwrap();
+    fs::remove_dir_all(lab.path("run/checkpoints/step-00000006")).unwrap();
+    lab.ok(&format!("{run} --steps 6 --resume"));
+    assert_eq!(names(&lab.path("run/checkpoints")), ["step-00000006", "step-00000099"]);
+}
+
+#[test]
+fn checkpoints_without_their_run_are_not_begun_over() {
+    let lab = Lab::new();
+    lab.ok("train --model base --data train.txt --steps 4 --batch-size 4 --save-every 2 --out run");
+    for file in ["run.toml", "adapter_config.json", "adapter_model.safetensors"] {
+        fs::remove_file(lab.path(&format!("run/{file}"))).unwrap();
+    }
+    let again = "train --model base --data train.txt --steps 4 --batch-size 4 --save-every 2 --out run";
+    lab.fails(again, &["holds checkpoints of something else"]);
+    lab.fails(&format!("{again} --resume"), &["holds checkpoints but no run.toml"]);
+}
+
+#[test]
+fn a_runs_own_configuration_is_no_file_to_begin_with() {
+    let lab = Lab::new();
+    fs::create_dir(lab.path("run")).unwrap();
+    let mine = "# mine\nmodel = \"base\"\ndata = \"train.txt\"\nout = \"run\"\nsteps = 2\n";
+    lab.write("run/run.toml", mine);
+    lab.fails("train --config run/run.toml", &["run/run.toml", "would be overwritten"]);
+    assert_eq!(lab.read("run/run.toml"), mine);
+    lab.ok("train --config run/run.toml --out other");
+    lab.ok("train --config other/run.toml --out other --resume");
+}
+
+#[test]
+fn a_fusion_goes_on_with_the_adapters_that_it_began_with() {
+    let lab = Lab::new();
+    let adapter = |name: &str, seed: u64| {
+        let _ = fs::remove_dir_all(lab.path(name));
+        lab.train(name, &format!("--method adapter-p --bottleneck 3 --steps 1 --seed {seed}"));
+    };
+    adapter("first", 1);
+    adapter("second", 2);
+    let run = "--method fusion --fuse first,second --steps 4 --save-every 2";
+    lab.train("run", run);
+    fs::remove_dir_all(lab.path("run/checkpoints/step-00000004")).unwrap();
+    adapter("first", 3);
+    let args = format!("train --model base --data train.txt {run} --out run --resume");
+    let refused = lab.fails(&args, &["an adapter that the run began with or combines has changed"]);
+    assert!(refused.contains("step-00000002"), "{refused}");
+}
+
 #[test]
 fn a_folder_that_is_not_the_runs_is_left_alone() {
     let lab = Lab::new();
@@ -175,6 +229,15 @@ fn logs_of_other_runs_and_other_files_are_not_lost() {
     lab.ok(&format!("{short} --seed 1 --out two"));
     assert_eq!(lab.read("log.1.jsonl"), first);
     assert_ne!(lab.read("log.jsonl"), first);
+    // Another run has taken the name since: its lines are not this one's, whatever their steps.
+    let run = "train --model base --data train.txt --steps 4 --save-every 2 --log same.jsonl --batch-size 4";
+    lab.ok(&format!("{run} --out cut"));
+    fs::remove_dir_all(lab.path("cut/checkpoints/step-00000004")).unwrap();
+    lab.ok(&format!("{run} --seed 1 --out other"));
+    let fourth = lab.read("same.jsonl");
+    lab.ok(&format!("{run} --out cut --resume"));
+    assert_eq!(lab.read("same.2.jsonl"), fourth);
+    assert_eq!(lab.logged("same.jsonl", "step"), [3.0, 4.0]);
     let data = "{\"text\": \"how to bake\", \"step\": 3}\n";
     lab.write("log.jsonl", data);
     lab.fails(&format!("{short} --out three"), &["log.jsonl", "line 1", "no line of a training log"]);
