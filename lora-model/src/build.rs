@@ -15,7 +15,6 @@ use crate::{
     checkpoint::{Checkpoint, Layout, TensorSpec},
     config::RawConfig,
     fingerprint,
-    fingerprint::elements,
     layers::{LayerNorm, Projection, RmsNorm, Sublayer, Weight},
 };
 
@@ -245,7 +244,7 @@ pub(crate) fn check_tied_head(dir: &Path, weights: &Checkpoint, table: Option<&s
     let stored = Checkpoint::open(dir)?;
     for name in HEADS {
         let Some(head) = stored.info(name) else { continue };
-        let elements = |file: &Checkpoint, name| elements(&file.tensor(name, &shape, &Device::Cpu)?);
+        let elements = |file: &Checkpoint, name| fingerprint::elements(&file.tensor(name, &shape, &Device::Cpu)?);
         if head.shape != shape || elements(&stored, name)? != elements(weights, table)? {
             let problem = format!(
                 "{name} has other values than {table}, although the output head is that table by tie_word_embeddings: set that \

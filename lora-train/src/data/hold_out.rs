@@ -11,8 +11,8 @@ impl Dataset {
     /// Splits off about `share` of the sequences, at least one: what is left, and what is held out, each in its order.
     ///
     /// Completions of the same prompt stay together, so that nothing held out is seen in training (but where all have the
-    /// same); a prompt that has more of them than the share trains, unless every prompt has. Which they are depends on the data alone, not on a run's seed:
-    /// runs that are to be compared hold out the same.
+    /// same); a prompt that has more of them than the share trains, unless every prompt has. Which they are depends on the data
+    /// alone, not on a run's seed: runs that are to be compared hold out the same.
     ///
     /// # Errors
     /// [`Error::HoldOut`] when nothing would be left on one of the sides.

@@ -59,7 +59,7 @@ pub(crate) struct BenchLatencyArgs {
     /// are of GPT-2 medium's]
     #[arg(long, value_name = "R", help_heading = "Methods")]
     bottleneck: Option<usize>,
-    /// Prefix: virtual tokens
+    /// Prefix: virtual tokens; 0 leaves it out, as does a shape without positions for it
     #[arg(long, value_name = "N", default_value_t = 14, help_heading = "Methods")]
     prefix: usize,
 
